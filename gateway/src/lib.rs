@@ -1,0 +1,19 @@
+//! The Waypost gateway, in the order the data meets it.
+//!
+//! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
+//! hands batches to the one [`commit`]ter. The committer judges, writes through [`store`], publishes to
+//! [`freshness`], and only then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns
+//! their tasks.
+//!
+//! # Invariants
+//!
+//! 1. An acknowledgement leaves only after the batch that holds the ping, and the dedup state that
+//!    remembers it, is synced. Both are in one write.
+//! 2. The order of a commit is durable, then visible, then acknowledged.
+//! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
+//! 4. Every queue is bounded; what happens when it is full is written where it is made.
+//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`session`] and [`tls`] know QUIC and TLS. Only
+//!    [`metrics`] knows metric names. `proto` knows none of them.
+//! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
+
+pub mod clock;

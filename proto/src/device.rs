@@ -1,0 +1,226 @@
+//! What the gateway remembers of one device, and how it judges what the device sends.
+//!
+//! Knows epochs, dedup, the clocks of a sign of life, and the thinning rule. Must not know where the
+//! record is kept or who waits for the verdict: the committer changes a record here, writes it together
+//! with the pings it admitted, and only then tells anybody.
+
+use crate::{
+    ping::{Ping, RejectCode},
+    ranges::{RangeSet, Verdict},
+};
+
+/// The clocks of one device, all in milliseconds since 1970-01-01 UTC; 0 means never. None ever goes
+/// back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Clocks {
+    /// When the gateway last heard from it.
+    pub last_contact_ms: u64,
+    /// The newest sample, by the device's clock.
+    pub last_sample_ms: u64,
+    /// The newest sample that was a fix and not a repetition.
+    pub last_fix_ms: u64,
+    /// When this was committed.
+    pub durable_ms: u64,
+}
+
+impl Clocks {
+    /// Takes the newer of each clock: how the devices of a user become one sign of life.
+    #[must_use]
+    pub fn newest(self, other: Self) -> Self {
+        Self {
+            last_contact_ms: self.last_contact_ms.max(other.last_contact_ms),
+            last_sample_ms: self.last_sample_ms.max(other.last_sample_ms),
+            last_fix_ms: self.last_fix_ms.max(other.last_fix_ms),
+            durable_ms: self.durable_ms.max(other.durable_ms),
+        }
+    }
+}
+
+/// The durable memory of one device. Constant in size for a device that sends in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceRecord {
+    /// The current epoch; 0 before the first was issued.
+    pub epoch: u32,
+    /// What is settled in the current epoch.
+    pub settled: RangeSet,
+    /// Its signs of life.
+    pub clocks: Clocks,
+    /// The commit that changed this record last.
+    pub position: u64,
+    /// How many sequence numbers were given up as gaps, over all epochs.
+    pub gaps: u64,
+}
+
+/// The operator's rules for what is stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Policy {
+    /// Pings sampled longer ago than this before their receive time are refused.
+    pub retention_ms: u64,
+    /// Pings sampled further than this after their receive time are refused.
+    pub future_tolerance_ms: u64,
+    /// At least this much device time lies between two pings stored one after the other; 0 is off.
+    pub least_interval_ms: u64,
+    /// And at least this distance; 0 is off.
+    pub least_distance_m: f64,
+}
+
+impl Policy {
+    /// Whether any ping can be filtered at all.
+    #[must_use]
+    pub fn thins(&self) -> bool {
+        self.least_interval_ms > 0 || self.least_distance_m > 0.0
+    }
+}
+
+/// What the thinning rule compares with: the ping of this device that was stored last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastStored {
+    time_ms: u64,
+    latitude_e7: i32,
+    longitude_e7: i32,
+}
+
+/// What Hello asks of the record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Claim {
+    /// The epoch of the device's queue; 0 for none.
+    pub epoch: u32,
+    /// Lower numbers will never be sent.
+    pub oldest_unsent_seq: u64,
+    /// What the device was told is settled, if by this store; 0 otherwise.
+    pub last_acked: u64,
+}
+
+/// The answer to a [`Claim`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// The device's epoch is the current one and goes on.
+    Resumed,
+    /// A new epoch begins, because the device asked for one.
+    NewEpoch,
+    /// A new epoch begins, because the device was acknowledged more than this record remembers: the
+    /// store has lost data.
+    LostAcknowledged,
+    /// Another queue of this device has a later epoch, or there is no later one left. The epoch goes
+    /// on as it was.
+    Fenced,
+}
+
+/// What became of one batch. The four fates add up to the pings that came in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// Stored: indices into the batch, ascending.
+    pub stored: Vec<usize>,
+    /// How many were settled before, or twice in this batch.
+    pub duplicate: u64,
+    /// How many were left out by the thinning rule.
+    pub filtered: u64,
+    /// The refused ones.
+    pub rejects: Vec<(u64, RejectCode)>,
+}
+
+impl DeviceRecord {
+    /// Records that the device was heard at `receive_ms`.
+    pub fn contact(&mut self, receive_ms: u64) {
+        self.clocks.last_contact_ms = self.clocks.last_contact_ms.max(receive_ms);
+    }
+
+    /// Answers Hello: resumes the device's epoch or begins the next.
+    pub fn admit(&mut self, claim: Claim) -> Admission {
+        if claim.epoch != 0 && claim.epoch < self.epoch {
+            return Admission::Fenced;
+        }
+        let admission = if claim.epoch == 0 {
+            Admission::NewEpoch
+        } else if self.epoch < claim.epoch || self.settled.floor() < claim.last_acked {
+            Admission::LostAcknowledged
+        } else {
+            self.gaps += self.settled.close_below(claim.oldest_unsent_seq);
+            return Admission::Resumed;
+        };
+        // An epoch above both, so that no (epoch, seq) can ever name two pings. A device that has burnt
+        // through four thousand million epochs gets no more.
+        let Some(epoch) = self.epoch.max(claim.epoch).checked_add(1) else {
+            return Admission::Fenced;
+        };
+        self.epoch = epoch;
+        self.settled = RangeSet::default();
+        admission
+    }
+
+    /// Judges a batch of the current epoch and settles what needs no second look.
+    ///
+    /// `malformed` are pings that the decoder could not make valid. All that is settled here, refused
+    /// pings included, is a duplicate from now on; only a retryable refusal leaves no trace.
+    pub fn judge(
+        &mut self,
+        pings: &[Ping],
+        malformed: &[(u64, RejectCode)],
+        receive_ms: u64,
+        policy: &Policy,
+        last_stored: &mut Option<LastStored>,
+    ) -> Judgement {
+        let mut judgement = Judgement::default();
+        for (at, ping) in pings.iter().enumerate() {
+            match self.settled.insert(ping.seq) {
+                Verdict::Duplicate => judgement.duplicate += 1,
+                Verdict::TooSparse => judgement.rejects.push((ping.seq, RejectCode::TooSparse)),
+                Verdict::New => match untimely(ping, receive_ms, policy) {
+                    Some(code) => judgement.rejects.push((ping.seq, code)),
+                    None => {
+                        self.sampled(ping);
+                        if is_too_dense(ping, policy, *last_stored) {
+                            judgement.filtered += 1;
+                        } else {
+                            judgement.stored.push(at);
+                            *last_stored = Some(LastStored::from(ping));
+                        }
+                    }
+                },
+            }
+        }
+        for &(seq, code) in malformed {
+            match self.settled.insert(seq) {
+                Verdict::Duplicate => judgement.duplicate += 1,
+                Verdict::TooSparse => judgement.rejects.push((seq, RejectCode::TooSparse)),
+                Verdict::New => judgement.rejects.push((seq, code)),
+            }
+        }
+        judgement
+    }
+
+    fn sampled(&mut self, ping: &Ping) {
+        self.clocks.last_sample_ms = self.clocks.last_sample_ms.max(ping.time_ms);
+        if ping.is_fix() {
+            self.clocks.last_fix_ms = self.clocks.last_fix_ms.max(ping.time_ms);
+        }
+    }
+}
+
+impl From<&Ping> for LastStored {
+    fn from(ping: &Ping) -> Self {
+        Self { time_ms: ping.time_ms, latitude_e7: ping.latitude_e7, longitude_e7: ping.longitude_e7 }
+    }
+}
+
+/// Whether a refused ping may be sent again. All others are settled for ever.
+#[must_use]
+pub fn is_retryable(code: RejectCode) -> bool {
+    matches!(code, RejectCode::RateLimited | RejectCode::Overloaded | RejectCode::TooSparse)
+}
+
+fn untimely(ping: &Ping, receive_ms: u64, policy: &Policy) -> Option<RejectCode> {
+    if receive_ms.saturating_add(policy.future_tolerance_ms) < ping.time_ms {
+        Some(RejectCode::TimeInFuture)
+    } else if ping.time_ms < receive_ms.saturating_sub(policy.retention_ms) {
+        Some(RejectCode::TooOld)
+    } else {
+        None
+    }
+}
+
+fn is_too_dense(ping: &Ping, policy: &Policy, last_stored: Option<LastStored>) -> bool {
+    let Some(last) = last_stored else { return false };
+    ping.time_ms.abs_diff(last.time_ms) < policy.least_interval_ms
+        || ping.distance_m(last.latitude_e7, last.longitude_e7) < policy.least_distance_m
+}

@@ -1,0 +1,55 @@
+//! The generated code that is checked in is what the `.proto` files say.
+//!
+//! Building needs no `protoc` and no generator: their output is committed. This test writes it anew and
+//! fails if that changed a file; commit the change, then it passes.
+
+use std::{fs, path::Path};
+
+#[test]
+fn generated_code_matches_the_schema() {
+    let proto = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let gateway = proto.join("../gateway/src/gen");
+    let descriptors = protox::compile(
+        ["waypost/v1/device.proto", "waypost/v1/freshness.proto"],
+        [proto],
+    )
+    .expect("the schema compiles");
+
+    let messages = tempfile_dir("messages");
+    prost_build::Config::new()
+        .bytes(["."])
+        .out_dir(&messages)
+        .compile_fds(descriptors.clone())
+        .expect("messages generate");
+
+    let service = tempfile_dir("service");
+    tonic_prost_build::configure()
+        .extern_path(".waypost.v1", "::waypost_proto::v1")
+        .out_dir(&service)
+        .compile_fds(descriptors)
+        .expect("the service generates");
+
+    let changed: Vec<_> = [
+        (messages.join("waypost.v1.rs"), proto.join("src/gen/waypost.v1.rs")),
+        (service.join("waypost.v1.rs"), gateway.join("waypost.v1.rs")),
+    ]
+    .into_iter()
+    .filter(|(fresh, committed)| {
+        let fresh = fs::read_to_string(fresh).expect("the generator wrote a file");
+        if fs::read_to_string(committed).is_ok_and(|old| old == fresh) {
+            return false;
+        }
+        fs::create_dir_all(committed.parent().expect("a file has a folder")).expect("folder");
+        fs::write(committed, fresh).expect("the checkout can be written");
+        true
+    })
+    .map(|(_, committed)| committed)
+    .collect();
+    assert!(changed.is_empty(), "these were out of date and are written anew, commit them: {changed:?}");
+}
+
+fn tempfile_dir(name: &str) -> std::path::PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    fs::create_dir_all(&dir).expect("a folder for generated code");
+    dir
+}
