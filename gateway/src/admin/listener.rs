@@ -145,6 +145,7 @@ mod tests {
         assert!(timeout(Duration::ZERO, listener.accept()).await.is_err());
         served.pop();
         listener.accept().await;
+        drop((clients, served));
     }
 
     #[tokio::test]
