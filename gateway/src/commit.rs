@@ -345,7 +345,6 @@ impl Committer {
 
     /// Durable, then visible, then acknowledged.
     fn commit(&mut self, group: &mut Vec<Submission>, resolved_ms: u64) -> Result<(), CommitError> {
-        let started = std::time::Instant::now();
         let commit_ms = self.clock.now_ms();
         self.rotate(commit_ms)?;
         let position = self.position + 1;
@@ -360,7 +359,9 @@ impl Committer {
         }
 
         let bytes = judged.batch.size_bytes();
+        let started = std::time::Instant::now();
         self.store.commit(judged.batch)?;
+        self.metrics.commits.duration.record(started.elapsed());
         self.position = position;
         self.store.note_position(position);
 
@@ -368,13 +369,17 @@ impl Committer {
         self.freshness.publish(position, resolved_ms, &judged.changes);
 
         self.metrics.settled(&judged.fates);
-        self.metrics.gaps_given_up(judged.gaps);
-        let batches = judged.answers.len();
+        let commits = &self.metrics.commits;
+        commits.given_up.increment(judged.gaps);
+        commits.size_pings.record(judged.fates.accepted as f64);
+        commits.size_bytes.record(bytes as f64);
+        commits.size_batches.record(judged.answers.len() as f64);
+        commits.known_devices.set(self.devices.len() as f64);
+        commits.position.set(position as f64);
+        commits.commits.increment(1);
         for (reply, answer) in judged.answers {
             reply.answer(answer);
         }
-        self.metrics.committed(position, judged.pings, bytes, batches, started.elapsed());
-        self.metrics.known_devices(self.devices.len());
         Ok(())
     }
 
@@ -396,7 +401,7 @@ impl Committer {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
                 judged.gaps += record.gaps - gaps_before;
-                self.metrics.hello(admission);
+                self.metrics.sessions.hellos.of(admission.as_label()).increment(1);
                 Answer::Welcomed(Welcomed {
                     admission,
                     epoch: record.epoch,
@@ -427,12 +432,11 @@ impl Committer {
                     judged.batch.put_pings(Day::of_ms(commit_ms), &key, &value);
                 }
                 let accepted = judgement.stored.len() as u64;
-                judged.pings += u64::from(pings);
                 judged.fates.accepted += accepted;
                 judged.fates.duplicate += judgement.duplicate;
                 judged.fates.filtered += judgement.filtered;
                 for (_, code) in &judgement.rejects {
-                    judged.fates.reject(*code);
+                    judged.fates.reject(*code, 1);
                 }
                 Answer::Settled(Settled {
                     pings,
@@ -488,7 +492,6 @@ struct Judged {
     changes: Vec<(UserId, waypost_proto::device::Clocks)>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
-    pings: u64,
     gaps: u64,
 }
 
@@ -500,7 +503,6 @@ impl Judged {
             changes: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
-            pings: 0,
             gaps: 0,
         }
     }

@@ -152,7 +152,7 @@ pub const REFUSALS: [&str; 14] = [
 ];
 
 /// How a device's connection ended.
-pub const CLOSES: [&str; 18] = [
+pub const CLOSES: [&str; 20] = [
     "no_error",
     "bad_frame",
     "frame_too_large",
@@ -168,7 +168,9 @@ pub const CLOSES: [&str; 18] = [
     "overloaded",
     "shutting_down",
     "storage_failed",
+    "not_reading",
     "peer_closed",
+    "locally_closed",
     "timed_out",
     "transport_error",
 ];

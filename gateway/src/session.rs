@@ -33,7 +33,7 @@ use waypost_proto::{
 
 use crate::{
     commit::{Answer, CommitHandle, Mailbox},
-    metrics::{FrameKind, Metrics},
+    metrics::Metrics,
     takeover::Takeovers,
 };
 
@@ -98,13 +98,12 @@ pub async fn serve(connection: Connection, device: DeviceId, parts: Arc<SessionP
     parts.takeovers.release(device, connection.stable_id());
     match end {
         End::Peer(error) => {
-            let label = peer_end_label(&error);
             debug!(%device, reason = %error, "the device is gone");
-            parts.metrics.connection_closed(label);
+            parts.metrics.connections.closed.of(peer_end_label(&error)).increment(1);
         }
         End::Ours { code, reason } => {
             debug!(%device, code = code.as_label(), %reason, "connection closed");
-            parts.metrics.connection_closed(code.as_label());
+            parts.metrics.connections.closed.of(code.as_label()).increment(1);
             connection.close(u32::from(code as u8).into(), reason.as_bytes());
         }
     }
@@ -275,7 +274,7 @@ impl<'a> Shell<'a> {
     }
 
     async fn handle_frame(&mut self, at: usize, frame: v1::DeviceFrame) -> Result<(), End> {
-        self.parts.metrics.frame_received(FrameKind::of(&frame));
+        self.count(&frame);
         let step = self.session.handle_frame(self.streams[at].lane, frame)?;
         match step {
             Step::Ask(lane, request) => {
@@ -289,6 +288,22 @@ impl<'a> Shell<'a> {
             }
             Step::Ignore(lane) => self.ask(lane, Request::Heartbeat).await,
         }
+    }
+
+    fn count(&self, frame: &v1::DeviceFrame) {
+        use v1::device_frame::Kind;
+        let metrics = &self.parts.metrics.sessions;
+        let kind = match &frame.kind {
+            Some(Kind::Hello(_)) => "hello",
+            Some(Kind::Batch(batch)) => {
+                metrics.batch_size_pings.record(f64::from(batch.count));
+                "batch"
+            }
+            Some(Kind::Heartbeat(_)) => "heartbeat",
+            Some(Kind::Control(_)) => "control",
+            None => "unknown",
+        };
+        metrics.frames_received.of(kind).increment(1);
     }
 
     /// Hello has named the stream's lane; with the first one the device becomes this connection's.
@@ -335,7 +350,9 @@ impl<'a> Shell<'a> {
             if let Some(frame) = self.session.handle_settled(settled) {
                 self.write(lane, &frame).await?;
                 let waited_ms = self.parts.clock.now_ms().saturating_sub(received_ms.unwrap_or_default());
-                self.parts.metrics.ack_sent(Duration::from_millis(waited_ms));
+                let metrics = &self.parts.metrics.sessions;
+                metrics.acks_sent.increment(1);
+                metrics.ack_latency.record(Duration::from_millis(waited_ms));
             }
         }
         self.close_finished();

@@ -31,7 +31,7 @@ impl Takeovers {
         let token = CancellationToken::new();
         let older = self.current.lock().insert(device, (connection, token.clone()));
         if let Some((_, older)) = older {
-            self.metrics.taken_over();
+            self.metrics.connections.taken_over.increment(1);
             older.cancel();
         }
         token

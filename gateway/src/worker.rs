@@ -20,7 +20,7 @@ use quinn::{
 };
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use waypost_proto::{
@@ -141,7 +141,7 @@ impl Worker {
             };
             let Some(incoming) = incoming else { break };
             if self.config.connections <= sessions.len() {
-                self.metrics.connection_refused("too_many_connections");
+                self.metrics.connections.refused.of("overloaded").increment(1);
                 incoming.refuse();
                 continue;
             }
@@ -170,12 +170,13 @@ async fn accept(
 ) {
     let metrics = &parts.metrics;
     let remote = incoming.remote_address();
-    let handshake = metrics.handshake_started();
+    let started = Instant::now();
+    metrics.connections.handshakes_in_progress.increment(1.0);
     let connection = match incoming.accept() {
         Ok(connecting) => timeout(handshake_timeout, connecting).await,
         Err(error) => Ok(Err(error)),
     };
-    drop(handshake);
+    metrics.connections.handshakes_in_progress.decrement(1.0);
     let connection = match connection {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
@@ -183,23 +184,26 @@ async fn accept(
                 Some(refusal) => refused(metrics, remote, &refusal),
                 None => {
                     debug!(%remote, %error, "a handshake broke off");
-                    metrics.connection_refused("handshake_broken");
+                    metrics.connections.refused.of("handshake_broken").increment(1);
                 }
             }
             return;
         }
         Err(_) => {
             debug!(%remote, "a handshake took too long");
-            metrics.connection_refused("handshake_timeout");
+            metrics.connections.refused.of("timed_out").increment(1);
             return;
         }
     };
     match device_of(&connection, &trust_domain) {
         Ok(device) => {
             debug!(%device, %remote, "connected");
-            let open = metrics.connection_opened();
+            let metrics = metrics.clone();
+            metrics.connections.handshake_duration.record(started.elapsed());
+            metrics.connections.accepted.increment(1);
+            metrics.connections.open.increment(1.0);
             session::serve(connection, device, parts).await;
-            drop(open);
+            metrics.connections.open.decrement(1.0);
         }
         Err(refusal) => {
             refused(metrics, remote, &refusal);
@@ -211,7 +215,7 @@ async fn accept(
 
 fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal) {
     info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
-    metrics.connection_refused(refusal.as_label());
+    metrics.connections.refused.of(refusal.as_label()).increment(1);
 }
 
 fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {

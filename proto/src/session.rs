@@ -457,3 +457,177 @@ fn not_supported(id: u64) -> v1::GatewayFrame {
 fn to_wire(ranges: impl Iterator<Item = SeqRange>) -> Vec<v1::SeqRange> {
     ranges.map(|SeqRange { first, last }| v1::SeqRange { first, last }).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let limits = Limits { frame_bytes: 65_536, batch_pings: 1_000, credit_pings: 10 };
+        Session::new(limits, Bytes::from_static(b"store"))
+    }
+
+    fn hello(lane: v1::Lane, epoch: u32) -> v1::DeviceFrame {
+        let hello = v1::Hello { epoch, lane: lane.into(), ..v1::Hello::default() };
+        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) }
+    }
+
+    fn batch(epoch: u32, seqs: std::ops::RangeInclusive<u64>) -> v1::DeviceFrame {
+        let pings: Vec<_> = seqs
+            .map(|seq| crate::ping::Ping {
+                seq,
+                time_ms: 1,
+                latitude_e7: 0,
+                longitude_e7: 0,
+                accuracy_dm: None,
+                altitude_dm: None,
+                speed_cm_per_s: None,
+                course_ddeg: None,
+                heading_deg: None,
+                battery_percent: None,
+                source: v1::Source::Unspecified,
+            })
+            .collect();
+        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Batch(batch::encode(epoch, &pings))) }
+    }
+
+    fn welcomed(epoch: u32) -> Welcomed {
+        Welcomed {
+            admission: Admission::Resumed,
+            epoch,
+            settled: RangeSet::default(),
+            receive_ms: 1,
+            position: 1,
+        }
+    }
+
+    fn settled(pings: u32) -> Settled {
+        Settled {
+            pings,
+            accepted: u64::from(pings),
+            duplicate: 0,
+            filtered: 0,
+            rejects: Vec::new(),
+            settled: RangeSet::default(),
+            receive_ms: 2,
+            commit_ms: 3,
+            position: 4,
+        }
+    }
+
+    fn ack(frame: Option<v1::GatewayFrame>) -> v1::Ack {
+        match frame.and_then(|frame| frame.kind) {
+            Some(v1::gateway_frame::Kind::Ack(ack)) => ack,
+            other => panic!("no ack but {other:?}"),
+        }
+    }
+
+    #[test]
+    fn nothing_comes_before_hello_and_hello_comes_once() {
+        let mut session = session();
+        assert_eq!(session.handle_frame(None, batch(1, 1..=1)), Err(Violation::HelloExpected));
+        assert_eq!(session.handle_frame(None, hello(v1::Lane::Unspecified, 0)), Err(Violation::NoLane));
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), hello(v1::Lane::Live, 1)),
+            Err(Violation::HelloRepeated)
+        );
+        assert_eq!(session.handle_frame(None, hello(v1::Lane::Live, 1)), Err(Violation::LaneInUse));
+        session.handle_lane_closed(Lane::Live);
+        assert!(session.handle_frame(None, hello(v1::Lane::Live, 1)).is_ok(), "a closed lane is free");
+    }
+
+    #[test]
+    fn two_lanes_that_ask_for_an_epoch_get_one() {
+        let mut session = session();
+        let first = session.handle_frame(None, hello(v1::Lane::Live, 0)).unwrap();
+        assert_eq!(first, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
+        let second = session.handle_frame(None, hello(v1::Lane::Backfill, 0)).unwrap();
+        assert_eq!(second, Step::Wait(Lane::Backfill));
+        let (_, waiting) = session.handle_welcomed(&welcomed(7)).unwrap();
+        let joined = Claim { epoch: 7, ..Claim::default() };
+        assert_eq!(waiting, Some((Lane::Backfill, Request::Hello(joined))));
+    }
+
+    #[test]
+    fn a_batch_of_another_epoch_is_fenced() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 2)).unwrap();
+        let step = session.handle_frame(Some(Lane::Live), batch(2, 1..=1)).unwrap();
+        assert!(matches!(step, Step::Ask(Lane::Live, Request::Batch { .. })), "no need to wait for Welcome");
+        session.handle_welcomed(&welcomed(2)).unwrap();
+        for epoch in [1, 3] {
+            assert_eq!(
+                session.handle_frame(Some(Lane::Live), batch(epoch, 1..=1)),
+                Err(Violation::Fenced { named: epoch })
+            );
+        }
+        let fenced = Welcomed { admission: Admission::Fenced, ..welcomed(3) };
+        assert!(session.handle_welcomed(&fenced).is_err());
+    }
+
+    #[test]
+    fn the_epoch_of_another_store_means_nothing_here() {
+        let mut session = session();
+        let hello = v1::Hello {
+            epoch: 5,
+            last_acked: 100,
+            oldest_unsent_seq: 90,
+            incarnation: Bytes::from_static(b"other"),
+            lane: v1::Lane::Live.into(),
+            ..v1::Hello::default()
+        };
+        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) };
+        let step = session.handle_frame(None, frame).unwrap();
+        assert_eq!(step, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
+    }
+
+    #[test]
+    fn acks_merge_and_their_totals_add_up() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        session.handle_welcomed(&welcomed(1)).unwrap();
+        session.handle_frame(Some(Lane::Live), batch(1, 1..=4)).unwrap();
+        assert!(!session.is_out_of_credit());
+        session.handle_frame(Some(Lane::Live), batch(1, 5..=10)).unwrap();
+        assert!(session.is_out_of_credit());
+
+        let mut other = settled(6);
+        (other.accepted, other.duplicate, other.filtered) = (2, 1, 2);
+        other.rejects = vec![(9, RejectCode::TooOld)];
+        let first = ack(session.handle_settled(vec![settled(4), other]));
+        assert!(!session.is_out_of_credit());
+        assert_eq!((first.accepted, first.duplicate, first.filtered, first.rejected), (6, 1, 2, 1));
+        assert_eq!(first.rejects.len(), 1);
+        assert!(!first.rejects[0].retryable);
+        let heartbeat = ack(session.handle_settled(vec![settled(0)]));
+        assert_eq!(heartbeat.accepted, 6, "totals run on");
+        assert!(heartbeat.rejects.is_empty());
+        assert_eq!(session.handle_settled(Vec::new()), None);
+    }
+
+    #[test]
+    fn too_sparse_names_what_is_missing() {
+        let mut session = session();
+        let mut one = settled(1);
+        one.rejects = vec![(9, RejectCode::TooSparse)];
+        one.settled.insert(3);
+        let ack = ack(session.handle_settled(vec![one]));
+        assert!(ack.rejects[0].retryable);
+        assert_eq!(ack.missing, [v1::SeqRange { first: 1, last: 2 }]);
+    }
+
+    #[test]
+    fn a_control_is_answered_and_a_frame_of_the_future_is_not() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        let control = v1::Control { id: 4, action: Some(v1::control::Action::Pause(v1::control::Pause {})) };
+        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Control(control)) };
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), frame),
+            Ok(Step::Answer(Lane::Live, not_supported(4)))
+        );
+        let unknown = v1::DeviceFrame { kind: None };
+        assert_eq!(session.handle_frame(Some(Lane::Live), unknown), Ok(Step::Ignore(Lane::Live)));
+    }
+}
