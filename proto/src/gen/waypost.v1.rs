@@ -91,7 +91,8 @@ pub struct PingBatch {
     #[prost(uint64, tag = "2")]
     pub first_seq: u64,
     /// For each ping after the first: its sequence number minus that of the ping before it, minus 1.
-    /// Left empty when all are consecutive. Sequence numbers grow within a batch; gaps are legal.
+    /// Left empty when all are consecutive. Sequence numbers grow within a batch; gaps are legal, but the
+    /// last number must be less than 2^32 above the first. Anything else is BAD_FRAME.
     #[prost(uint32, repeated, tag = "3")]
     pub seq_gap: ::prost::alloc::vec::Vec<u32>,
     /// How many pings the batch holds: 1 to 1,000.
