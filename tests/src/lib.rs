@@ -92,7 +92,7 @@ pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
         .unwrap()
         .map(Result::unwrap)
         .filter(|row| row.key.device == device.id)
-        .flat_map(|row| row.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
+        .flat_map(|row| row.record.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
         .collect();
     seqs.sort_unstable();
     seqs

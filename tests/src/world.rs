@@ -13,9 +13,9 @@ use waypost_gateway::{
     clock::system_now_ms,
     config::Config,
     feed::client,
+    feed::rpc::freshness_client::FreshnessClient,
     gateway::{Addresses, Gateway, GatewayError},
     pki::{Authority, Credentials},
-    rpc::freshness_client::FreshnessClient,
     store::Store,
 };
 use waypost_proto::v1;
@@ -66,7 +66,7 @@ impl World {
         config.tls.client_ca = pki.join("ca.pem");
         config.tls.trust_domain = TRUST_DOMAIN.to_owned();
         change(&mut config);
-        let running = run(&config);
+        let running = run(&config).await;
         Self { authority, config, running: Some(running), dir }
     }
 
@@ -78,7 +78,7 @@ impl World {
 
     pub async fn restart(&mut self) {
         self.stop_gateway().await;
-        self.running = Some(run(&self.config));
+        self.running = Some(run(&self.config).await);
     }
 
     async fn stop_gateway(&mut self) {
@@ -164,8 +164,8 @@ impl World {
     }
 }
 
-fn run(config: &Config) -> Running {
-    let gateway = Gateway::bind(config).unwrap();
+async fn run(config: &Config) -> Running {
+    let gateway = Gateway::bind(config).await.unwrap();
     let addresses = gateway.addresses();
     let stop = CancellationToken::new();
     let ended = tokio::spawn(gateway.run(stop.clone()));
