@@ -274,7 +274,6 @@ async fn sample(
             wal_syncs: statistics.wal_syncs,
             wal_sync_time: statistics.wal_sync_time,
         });
-        metrics.upkeep();
     }
     // The committer finishes when every handle is gone.
     drop(commit);
