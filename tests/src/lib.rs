@@ -89,7 +89,6 @@ pub fn hello(lane: Lane, epoch: u32) -> v1::Hello {
 pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
     let mut seqs: Vec<_> = store
         .rows_of(device.id.user)
-        .unwrap()
         .map(Result::unwrap)
         .filter(|row| row.key.device == device.id)
         .flat_map(|row| row.record.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
