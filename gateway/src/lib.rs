@@ -18,3 +18,5 @@
 
 pub mod clock;
 pub mod metrics;
+pub mod pki;
+pub mod tls;
