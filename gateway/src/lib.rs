@@ -17,6 +17,8 @@
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod clock;
+pub mod config;
+pub mod logging;
 pub mod metrics;
 pub mod pki;
 pub mod tls;
