@@ -16,6 +16,7 @@
 //!    [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod logging;
