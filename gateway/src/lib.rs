@@ -17,4 +17,5 @@
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod clock;
+pub mod inspect;
 pub mod store;
