@@ -23,7 +23,7 @@ use waypost_proto::{
 
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
-pub use process::Process;
+pub use process::{Addresses, Process};
 pub use prometheus::Prometheus;
 pub use world::World;
 
