@@ -170,13 +170,16 @@ async fn accept(
     let started = Instant::now();
     metrics.connections.handshakes_in_progress.increment(1.0);
     let connection = match incoming.accept() {
-        Ok(connecting) => timeout(handshake_timeout, connecting).await,
-        Err(error) => Ok(Err(error)),
+        Ok(connecting) => tokio::select! {
+            connection = timeout(handshake_timeout, connecting) => Some(connection),
+            () = parts.draining.cancelled() => None,
+        },
+        Err(error) => Some(Ok(Err(error))),
     };
     metrics.connections.handshakes_in_progress.decrement(1.0);
     let connection = match connection {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => {
+        Some(Ok(Ok(connection))) => connection,
+        Some(Ok(Err(error))) => {
             match Refusal::from_connection_error(&error) {
                 Some(refusal) => refused(metrics, remote, &refusal),
                 None => {
@@ -186,9 +189,13 @@ async fn accept(
             }
             return;
         }
-        Err(_) => {
+        Some(Err(_)) => {
             debug!(%remote, "a handshake took too long");
             metrics.connections.refused.of("timed_out").increment(1);
+            return;
+        }
+        None => {
+            metrics.connections.refused.of("shutting_down").increment(1);
             return;
         }
     };
