@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{self, Config},
+    gateway::{Addresses, Gateway},
     logging, pki, tls,
+    watch::{self, WatchArgs},
 };
 
 /// Where the settings come from.
@@ -129,11 +131,11 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
 
 async fn run(config: &Config, is_development: bool) -> Result<(), Failure> {
     let stop = cancelled_by_signals()?;
+    let gateway = Gateway::bind(config).await?;
     if is_development {
-        welcome(config);
+        welcome(config, gateway.addresses());
     }
-    stop.cancelled().await;
-    Ok(())
+    Ok(gateway.run(stop).await?)
 }
 
 /// Puts the development PKI under the data folder, and the settings that go with it in place of the
@@ -151,6 +153,10 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
         ..tls::TlsConfig::default()
     }
     .under(&config.data_dir);
+    let checker = pki::DEVELOPMENT_CHECKER.to_owned();
+    if !config.freshness.checkers.contains(&checker) {
+        config.freshness.checkers.push(checker);
+    }
     Ok(())
 }
 
@@ -159,6 +165,7 @@ fn check(config: &Config) -> Result<(), Failure> {
     config.log.filter().map_err(Failure::configuration)?;
     tls::device_server_config(&config.tls).map_err(Failure::configuration)?;
     tls::freshness_tls(&config.tls).map_err(Failure::configuration)?;
+    config.freshness.check().map_err(Failure::configuration)?;
     Ok(())
 }
 
@@ -182,6 +189,18 @@ pub fn check_config(args: &CheckConfigArgs) -> Result<(), Failure> {
         );
     }
     Ok(())
+}
+
+/// Runs `waypost watch`.
+///
+/// # Errors
+/// When a certificate cannot be read or the gateway turns this checker away.
+pub fn watch(args: WatchArgs) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    Ok(runtime.block_on(watch::run(args))?)
 }
 
 /// A token that the first SIGTERM or SIGINT cancels. The second ends the process at once: whoever sends
@@ -230,14 +249,23 @@ pub fn report(failure: &Failure) {
     clippy::print_stderr,
     reason = "for whoever typed --dev, not for the log"
 )]
-fn welcome(config: &Config) {
+fn welcome(config: &Config, addresses: Addresses) {
     let data = config.data_dir.display();
+    let Addresses { devices, freshness, admin } = addresses;
     eprintln!(
         "\
 Waypost is running for development, on this machine only.
 
+  devices       {devices}/udp  QUIC, waypost/1
+  freshness     {freshness}/tcp  gRPC
+  admin         http://{admin}/
   data          {data}
   certificates  {data}/pki (kept and used again)
+
+Try in a second terminal:
+  loadtest steady --addr {devices} --pki {data}/pki
+  waypost watch --data {data}
+  curl -s http://{admin}/metrics | grep waypost_pings
 
 Ctrl-C stops it in order.
 "

@@ -14,7 +14,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use toml::{Spanned, Table, Value, de::DeTable};
 
-use crate::{logging::LogConfig, tls::TlsConfig};
+use crate::{
+    admin::AdminConfig, commit::CommitConfig, feed::FreshnessConfig, logging::LogConfig, store::StoreConfig,
+    tls::TlsConfig, worker::DevicesConfig,
+};
 
 /// Everything that can be set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,8 +25,18 @@ use crate::{logging::LogConfig, tls::TlsConfig};
 pub struct Config {
     /// The folder of the store, and of the development PKI.
     pub data_dir: PathBuf,
+    /// Where devices connect, and what each may do.
+    pub devices: DevicesConfig,
     /// The gateway's certificate and whose it accepts.
     pub tls: TlsConfig,
+    /// What is admitted and how it is gathered into commits.
+    pub commit: CommitConfig,
+    /// The store.
+    pub store: StoreConfig,
+    /// Where checkers connect, and which may.
+    pub freshness: FreshnessConfig,
+    /// Where operators look.
+    pub admin: AdminConfig,
     /// The log.
     pub log: LogConfig,
 }
@@ -32,7 +45,12 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             data_dir: "waypost-data".into(),
+            devices: DevicesConfig::default(),
             tls: TlsConfig::default(),
+            commit: CommitConfig::default(),
+            store: StoreConfig::default(),
+            freshness: FreshnessConfig::default(),
+            admin: AdminConfig::default(),
             log: LogConfig::default(),
         }
     }

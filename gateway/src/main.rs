@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use waypost_gateway::{
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
+    inspect::{self, InspectArgs},
     pki::command::{self as pki, PkiArgs},
+    watch::WatchArgs,
 };
 
 /// Takes location pings over QUIC, acknowledges what is on disk, and tells how fresh each user's last
@@ -33,6 +35,10 @@ enum Command {
     CheckConfig(CheckConfigArgs),
     /// Make certificates for the gateway, devices and checkers
     Pki(PkiArgs),
+    /// Follow how fresh each user's last sign of life is
+    Watch(WatchArgs),
+    /// Show what is in a store: counts and times, never positions
+    Inspect(InspectArgs),
 }
 
 fn main() -> ExitCode {
@@ -40,6 +46,10 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve(&args),
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Watch(args) => cli::watch(args),
+        Command::Inspect(args) => {
+            inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,

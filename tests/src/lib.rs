@@ -113,12 +113,12 @@ pub fn tool(name: &str) -> PathBuf {
 
 /// The real AIS day, or `None` with a message where it is not at hand.
 pub fn ais_file() -> Option<PathBuf> {
-    let file = std::env::var_os("WAYPOST_AIS")
+    let file = std::env::var_os("AIS_FILE")
         .map_or_else(|| root().join("../shared/data/ais-2022-01-03.csv.gz"), PathBuf::from);
     if file.exists() {
         return Some(file);
     }
-    eprintln!("skipped: there is no AIS file at {}; set WAYPOST_AIS to one", file.display());
+    eprintln!("skipped: there is no AIS file at {}; set AIS_FILE to one", file.display());
     None
 }
 
