@@ -23,10 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
-use waypost_proto::{
-    id::{DeviceId, Identity},
-    session::CloseCode,
-};
+use waypost_proto::{id::DeviceId, session::CloseCode};
 
 use crate::{
     metrics::Metrics,
@@ -223,10 +220,7 @@ fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<Devic
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
         .ok_or(Refusal::NoCertificate)?;
-    match tls::identity_of(&chain, trust_domain)? {
-        Identity::Device(device) => Ok(device),
-        Identity::Checker(_) => Err(Refusal::NotADevice),
-    }
+    tls::device_of(&chain, trust_domain)
 }
 
 /// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream
