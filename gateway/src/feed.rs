@@ -1,6 +1,6 @@
 //! The freshness service: tells checkers how fresh users are, over gRPC.
 //!
-//! Knows the port, its bounds and who may call; [`service`] knows the calls and [`watcher`] the stream.
+//! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream.
 //! Must not know devices, commits or disks: it reads [`Freshness`].
 //!
 //! # Bounds

@@ -1,6 +1,6 @@
 //! `waypost watch`: each user's last sign of life in the terminal, as it changes.
 //!
-//! Knows connections, when to come back, and where lines go; [`view`] knows what to say. It is a checker
+//! Knows connections, when to come back, and where lines go; `view` knows what to say. It is a checker
 //! like any other and sees what they see: times and states.
 
 mod view;

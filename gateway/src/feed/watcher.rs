@@ -126,12 +126,10 @@ impl Watcher {
     /// Decides where the stream starts and says so.
     async fn begin(&self, token: &Bytes) -> Result<Progressing, Ended> {
         let head = self.freshness.head();
-        let resume = match token.is_empty() {
-            true => None,
-            // After 0 comes everything, and that is a snapshot.
-            false => Some(self.tokens.read(token, self.scope, head.position))
-                .filter(|read| *read != Ok(0)),
-        };
+        // After position 0 comes everything, and that is a snapshot.
+        let resume = (!token.is_empty())
+            .then(|| self.tokens.read(token, self.scope, head.position))
+            .filter(|read| *read != Ok(0));
         let incarnation = self.tokens.incarnation();
         let position = resume.and_then(Result::ok).unwrap_or_default();
         let mut events = vec![event(Kind::Header(Header {
