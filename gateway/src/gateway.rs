@@ -208,7 +208,7 @@ impl Gateway {
         };
         let result = match ended {
             Ok(()) => {
-                info!("stopping: no new connections; what is queued is committed and acknowledged");
+                info!("draining: what is queued is committed and acknowledged");
                 readiness.advance(Stage::Draining);
                 draining.cancel();
                 timeout(DRAIN_TIMEOUT, async {

@@ -257,7 +257,8 @@ fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
         ("net.core.rmem_max", socket.set_recv_buffer_size(wanted_bytes), socket.recv_buffer_size()),
         ("net.core.wmem_max", socket.set_send_buffer_size(wanted_bytes), socket.send_buffer_size()),
     ] {
-        let granted_bytes = granted.unwrap_or_default();
+        // Linux reserves as much again for its own bookkeeping, and reports the sum.
+        let granted_bytes = granted.unwrap_or_default() / 2;
         if result.is_err() || granted_bytes < wanted_bytes {
             warn!(
                 wanted_bytes,
