@@ -56,6 +56,6 @@ mod tests {
         let high_water_ms = system_now_ms() + 3_600_000;
         let clock = Clock::starting_at(high_water_ms);
         assert_eq!(clock.now_ms(), high_water_ms);
-        assert_eq!(clock.clone().now_ms(), high_water_ms);
+        assert_eq!(clock.now_ms(), high_water_ms);
     }
 }

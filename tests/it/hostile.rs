@@ -225,10 +225,11 @@ async fn a_fifth_stream_does_not_open() {
     let world = World::start().await;
     beside_a_good_device(&world, async |_, mut stream, epoch| {
         let link = stream.link().clone();
-        let mut others = Vec::new();
-        for _ in 0..3 {
-            others.push(link.open_raw().await);
-        }
+        let _others = [
+            link.open_raw().await,
+            link.open_raw().await,
+            link.open_raw().await,
+        ];
         let fifth = tokio::time::timeout(Duration::from_millis(200), link.open_raw()).await;
         assert!(fifth.is_err(), "QUIC holds it back");
         stream.send_pings(epoch, &[ping(1)]).await;

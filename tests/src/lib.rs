@@ -138,6 +138,7 @@ pub fn tool(name: &str) -> PathBuf {
 }
 
 /// The real AIS day, or `None` with a message where it is not at hand.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn ais_file() -> Option<PathBuf> {
     let file = std::env::var_os("AIS_FILE").map_or_else(
         || root().join("../shared/data/ais-2022-01-03.csv.gz"),

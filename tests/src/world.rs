@@ -59,8 +59,10 @@ impl World {
             .write(&pki, "server")
             .unwrap();
         let any_port = "127.0.0.1:0".parse().unwrap();
-        let mut config = Config::default();
-        config.data_dir = dir.path().join("data");
+        let mut config = Config {
+            data_dir: dir.path().join("data"),
+            ..Config::default()
+        };
         config.devices.listen = any_port;
         config.freshness.listen = any_port;
         config.freshness.checkers = vec!["dev".to_owned()];
