@@ -8,10 +8,6 @@ SHELL := /bin/bash
 # Every cargo command runs with the RocksDB that was compiled once for this machine.
 CARGO := .ci/rocksdb cargo
 
-# Where the tests find what .ci/python and .ci/prometheus provide.
-export WAYPOST_TEST_PYTHON := $(CURDIR)/target/python/bin/python
-export WAYPOST_TEST_PROMETHEUS := $(CURDIR)/target/prometheus/bin
-
 .PHONY: help
 help: ## says what there is
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST)

@@ -129,7 +129,7 @@ pub fn binary(name: &str) -> PathBuf {
 
 /// A program that `.ci/prometheus` fetches, or that the system has.
 pub fn tool(name: &str) -> PathBuf {
-    let fetched = root().join("target/tools/usr/bin").join(name);
+    let fetched = root().join("target/prometheus/bin").join(name);
     if fetched.exists() {
         fetched
     } else {
