@@ -93,6 +93,7 @@ pub struct Addresses {
 pub struct Gateway {
     addresses: Addresses,
     store: Arc<Store>,
+    freshness: Arc<Freshness>,
     metrics: Metrics,
     readiness: Readiness,
     commit: CommitHandle,
@@ -134,6 +135,9 @@ impl Gateway {
             "the store is open"
         );
 
+        metrics.commits.known_devices.set(devices.len() as f64);
+        metrics.commits.position.set(recovered.position as f64);
+
         let (commit, committer) = Committer::new(
             &config.commit,
             CommitParts {
@@ -157,7 +161,7 @@ impl Gateway {
             freshness_tls,
             FeedParts {
                 trust_domain: config.tls.trust_domain.clone(),
-                freshness,
+                freshness: Arc::clone(&freshness),
                 incarnation: store.incarnation(),
                 token_key: store.token_key(),
                 clock: clock.clone(),
@@ -186,6 +190,7 @@ impl Gateway {
         Ok(Self {
             addresses,
             store,
+            freshness,
             metrics,
             readiness,
             commit,
@@ -211,6 +216,7 @@ impl Gateway {
         let Self {
             addresses,
             store,
+            freshness,
             metrics,
             readiness,
             commit,
@@ -232,7 +238,16 @@ impl Gateway {
         parts.spawn(named("freshness service", feed.run(closing.clone())));
         parts.spawn(named(
             "sampler",
-            sample(store, metrics, commit, draining.clone(), closing.clone()),
+            sample(
+                Sampled {
+                    store,
+                    freshness,
+                    commit,
+                },
+                metrics,
+                draining.clone(),
+                closing.clone(),
+            ),
         ));
         let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
 
@@ -299,14 +314,25 @@ fn commit_failed(
     }
 }
 
+/// What is looked at for the metrics.
+struct Sampled {
+    store: Arc<Store>,
+    freshness: Arc<Freshness>,
+    commit: CommitHandle,
+}
+
 /// Copies what has to be looked at, rather than counted, into the metrics, once a second.
 async fn sample(
-    store: Arc<Store>,
+    sampled: Sampled,
     metrics: Metrics,
-    commit: CommitHandle,
     draining: CancellationToken,
     closing: CancellationToken,
 ) {
+    let Sampled {
+        store,
+        freshness,
+        commit,
+    } = sampled;
     let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
     loop {
         tokio::select! {
@@ -321,6 +347,8 @@ async fn sample(
             .commits
             .queued_backfill
             .set(commit.depth(Lane::Backfill) as f64);
+        metrics.freshness.users.set(freshness.users() as f64);
+        metrics.freshness.resolved(freshness.head().resolved_ms);
         let statistics = store.statistics();
         metrics.store(StoreFigures {
             size_bytes: statistics.size_bytes,

@@ -97,12 +97,14 @@ pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, Ba
             Some(())
         },
     );
+    // A value that is optional and out of range is as good as none: a stuck battery gauge must not cost
+    // the position that came with it.
     rows.fill(
         schema,
         &wire.accuracy_present,
         sums(&wire.accuracy_dm),
         |ping, accuracy| {
-            ping.accuracy_dm = Some(u32::try_from(accuracy).ok()?);
+            ping.accuracy_dm = u32::try_from(accuracy).ok();
             Some(())
         },
     );
@@ -111,7 +113,7 @@ pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, Ba
         &wire.altitude_present,
         sums(&wire.altitude_dm),
         |ping, altitude| {
-            ping.altitude_dm = Some(i32::try_from(altitude).ok()?);
+            ping.altitude_dm = i32::try_from(altitude).ok();
             Some(())
         },
     );
@@ -120,7 +122,7 @@ pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, Ba
         &wire.speed_present,
         sums(&wire.speed_cm_per_s),
         |ping, speed| {
-            ping.speed_cm_per_s = Some(u32::try_from(speed).ok()?);
+            ping.speed_cm_per_s = u32::try_from(speed).ok();
             Some(())
         },
     );
@@ -139,11 +141,7 @@ pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, Ba
         &wire.battery_present,
         sums(&wire.battery_percent),
         |ping, battery| {
-            ping.battery_percent = Some(
-                u8::try_from(battery)
-                    .ok()
-                    .filter(|percent| *percent <= 100)?,
-            );
+            ping.battery_percent = u8::try_from(battery).ok().filter(|percent| *percent <= 100);
             Some(())
         },
     );
@@ -260,17 +258,16 @@ impl Rows {
         }
     }
 
+    /// A source that this version does not know is one that is not specified.
     fn fill_sources(&mut self, source_runs: &[u32]) {
         let mut pings = self.pings.iter_mut();
         for run in source_runs.chunks_exact(2) {
             let source = i32::try_from(run[1])
                 .ok()
-                .and_then(|number| Source::try_from(number).ok());
+                .and_then(|number| Source::try_from(number).ok())
+                .unwrap_or_default();
             for ping in pings.by_ref().take(run[0] as usize) {
-                match source {
-                    Some(source) => ping.source = source,
-                    None => self.malformed.push((ping.seq, RejectCode::Schema)),
-                }
+                ping.source = source;
             }
         }
     }
@@ -728,7 +725,7 @@ mod tests {
     fn a_value_out_of_range_costs_its_own_ping_only() {
         use RejectCode::{BadCoordinates, Schema};
         type Spoil = fn(&mut v1::PingBatch);
-        let spoils: [(&str, Spoil, RejectCode); 15] = [
+        let spoils: [(&str, Spoil, RejectCode); 8] = [
             ("time below 1970", |wire| wire.time = vec![0, -1, 1], Schema),
             (
                 "time over 64 bits",
@@ -765,41 +762,6 @@ mod tests {
                 |wire| wire.longitude = vec![-1, i64::MIN, i64::MAX],
                 BadCoordinates,
             ),
-            (
-                "accuracy below 0",
-                |wire| wire.accuracy_dm = vec![0, -1, 1],
-                Schema,
-            ),
-            (
-                "altitude over 32 bits",
-                |wire| wire.altitude_dm = vec![0, 1 << 31, -1],
-                Schema,
-            ),
-            (
-                "speed over 32 bits",
-                |wire| wire.speed_cm_per_s = vec![0, 1 << 32, -1],
-                Schema,
-            ),
-            (
-                "battery over 100",
-                |wire| wire.battery_percent = vec![100, 1, -1],
-                Schema,
-            ),
-            (
-                "battery over 8 bits",
-                |wire| wire.battery_percent = vec![0, 256, -256],
-                Schema,
-            ),
-            (
-                "a source that is none",
-                |wire| wire.source_runs = vec![1, 1, 1, 5, 1, 1],
-                Schema,
-            ),
-            (
-                "source over 31 bits",
-                |wire| wire.source_runs = vec![1, 1, 1, u32::MAX, 1, 1],
-                Schema,
-            ),
         ];
         for (name, spoil, code) in spoils {
             let mut wire = three_pings();
@@ -811,6 +773,62 @@ mod tests {
                 (vec![1, 3], vec![(2, code)]),
                 "{name}"
             );
+        }
+    }
+
+    #[test]
+    fn an_optional_value_out_of_range_is_as_good_as_none() {
+        type Spoil = fn(&mut v1::PingBatch);
+        type Spare = fn(&mut Ping);
+        let spoils: [(&str, Spoil, Spare); 7] = [
+            (
+                "accuracy below 0",
+                |wire| wire.accuracy_dm = vec![0, -1, 1],
+                |ping| ping.accuracy_dm = None,
+            ),
+            (
+                "altitude over 32 bits",
+                |wire| wire.altitude_dm = vec![0, 1 << 31, -1],
+                |ping| ping.altitude_dm = None,
+            ),
+            (
+                "speed over 32 bits",
+                |wire| wire.speed_cm_per_s = vec![0, 1 << 32, -1],
+                |ping| ping.speed_cm_per_s = None,
+            ),
+            (
+                "battery over 100",
+                |wire| wire.battery_percent = vec![100, 1, -1],
+                |ping| ping.battery_percent = None,
+            ),
+            (
+                "battery over 8 bits",
+                |wire| wire.battery_percent = vec![0, 256, -256],
+                |ping| ping.battery_percent = None,
+            ),
+            (
+                "a source of the future",
+                |wire| wire.source_runs = vec![1, 1, 1, 5, 1, 1],
+                |ping| ping.source = Source::Unspecified,
+            ),
+            (
+                "source over 31 bits",
+                |wire| wire.source_runs = vec![1, 1, 1, u32::MAX, 1, 1],
+                |ping| ping.source = Source::Unspecified,
+            ),
+        ];
+        for (name, spoil, spare) in spoils {
+            let mut wire = three_pings();
+            spoil(&mut wire);
+            let batch = decoded(&wire);
+            assert_eq!(
+                (batch.pings.len(), &batch.malformed[..]),
+                (3, &[][..]),
+                "{name}"
+            );
+            let mut expected = batch.pings[1];
+            spare(&mut expected);
+            assert_eq!(batch.pings[1], expected, "{name}");
         }
     }
 

@@ -87,8 +87,10 @@ pub struct Claim {
     pub epoch: u32,
     /// Lower numbers will never be sent.
     pub oldest_unsent_seq: u64,
-    /// What the device was told is settled, if by this store; 0 otherwise.
+    /// What the device was told is settled; 0 if nothing.
     pub last_acked: u64,
+    /// Whether another store issued the epoch, so that all of this speaks of other pings.
+    pub is_foreign: bool,
 }
 
 /// The answer to a [`Claim`].
@@ -140,10 +142,13 @@ impl DeviceRecord {
 
     /// Answers Hello: resumes the device's epoch or begins the next.
     pub fn admit(&mut self, claim: Claim) -> Admission {
-        if claim.epoch != 0 && claim.epoch < self.epoch {
+        if claim.epoch != 0 && !claim.is_foreign && claim.epoch < self.epoch {
             return Admission::Fenced;
         }
-        let admission = if claim.epoch == 0 {
+        // Far more than any store that was restored from a backup can lag behind: a number made up.
+        let is_made_up = MAX_EPOCH_LEAD < claim.epoch.saturating_sub(self.epoch);
+        let claim = if is_made_up { Claim::default() } else { claim };
+        let admission = if claim.epoch == 0 || claim.is_foreign {
             Admission::NewEpoch
         } else if self.epoch < claim.epoch || self.settled.floor() < claim.last_acked {
             Admission::LostAcknowledged
@@ -219,6 +224,10 @@ impl From<&Ping> for LastStored {
         }
     }
 }
+
+/// How far above its own a gateway takes a device's epoch seriously. Epochs are given out one by one, at
+/// most a few a second in a storm; a single Hello must not be able to use all of them up.
+const MAX_EPOCH_LEAD: u32 = 1_000_000;
 
 /// Whether a refused ping may be sent again. All others are settled for ever.
 #[must_use]
@@ -315,6 +324,13 @@ mod tests {
     }
 
     #[test]
+    fn an_epoch_that_was_made_up_does_not_use_up_the_others() {
+        let mut device = device_in_epoch(3);
+        assert_eq!(device.admit(claim(u32::MAX - 1)), Admission::NewEpoch);
+        assert_eq!(device.epoch, 4);
+    }
+
+    #[test]
     fn a_store_that_remembers_less_than_it_acknowledged_starts_a_new_epoch() {
         let mut device = device_in_epoch(3);
         device.settled.insert(1);
@@ -335,6 +351,22 @@ mod tests {
     }
 
     #[test]
+    fn the_epoch_of_another_store_is_never_issued_again_here() {
+        for (own, foreign, issued) in [(0, 1, 2), (1, 1, 2), (5, 1, 6), (1, 5, 6)] {
+            let mut device = device_in_epoch(own);
+            let claim = Claim {
+                epoch: foreign,
+                oldest_unsent_seq: 90,
+                last_acked: 100,
+                is_foreign: true,
+            };
+            assert_eq!(device.admit(claim), Admission::NewEpoch);
+            assert_eq!(device.epoch, issued, "{own} here, {foreign} there");
+            assert_eq!((device.gaps, &device.settled), (0, &RangeSet::default()));
+        }
+    }
+
+    #[test]
     fn numbers_that_will_never_be_sent_become_a_recorded_gap() {
         let mut device = device_in_epoch(1);
         for seq in [1, 2, 5] {
@@ -344,6 +376,7 @@ mod tests {
             epoch: 1,
             oldest_unsent_seq: 5,
             last_acked: 2,
+            is_foreign: false,
         });
         assert_eq!((device.gaps, device.settled.floor()), (2, 5));
         assert!(device.settled.above().is_empty());

@@ -53,9 +53,13 @@ pub enum Violation {
     /// A stream ended inside a frame.
     #[error("the stream ended inside a frame")]
     Truncated,
-    /// Hello named no lane.
-    #[error("Hello names no lane")]
+    /// Hello named no lane that there is.
+    #[error("Hello names no lane that there is")]
     NoLane,
+    /// The holder asked for a precision that this version does not know. Storing exact positions instead
+    /// would be worse than storing none.
+    #[error("Hello asks for a precision that this gateway does not know")]
+    UnknownPrecision,
     /// Something came before Hello.
     #[error("the first frame of a stream must be Hello")]
     HelloExpected,
@@ -152,7 +156,11 @@ impl Violation {
         match self {
             Self::Frame(FrameError::TooLarge { .. }) => CloseCode::FrameTooLarge,
             Self::Batch(BatchError::TooManyPings { .. }) => CloseCode::BatchTooLarge,
-            Self::Frame(_) | Self::Batch(_) | Self::Truncated | Self::NoLane => CloseCode::BadFrame,
+            Self::Frame(_)
+            | Self::Batch(_)
+            | Self::Truncated
+            | Self::NoLane
+            | Self::UnknownPrecision => CloseCode::BadFrame,
             Self::HelloExpected | Self::HelloRepeated => CloseCode::HelloExpected,
             Self::LaneInUse => CloseCode::LaneInUse,
             Self::Fenced { .. } => CloseCode::FencedEpoch,
@@ -417,20 +425,17 @@ impl Session {
             v1::Lane::Backfill => Lane::Backfill,
             v1::Lane::Unspecified => return Err(Violation::NoLane),
         };
+        if v1::Precision::try_from(hello.precision).is_err() {
+            return Err(Violation::UnknownPrecision);
+        }
         if std::mem::replace(&mut self.open[lane as usize], true) {
             return Err(Violation::LaneInUse);
         }
-        // An epoch of another store names other pings: nothing that the device says of it holds here.
-        let is_of_this_store =
-            hello.incarnation.is_empty() || hello.incarnation == self.incarnation;
-        let claim = if is_of_this_store {
-            Claim {
-                epoch: hello.epoch,
-                oldest_unsent_seq: hello.oldest_unsent_seq,
-                last_acked: hello.last_acked,
-            }
-        } else {
-            Claim::default()
+        let claim = Claim {
+            epoch: hello.epoch,
+            oldest_unsent_seq: hello.oldest_unsent_seq,
+            last_acked: hello.last_acked,
+            is_foreign: !hello.incarnation.is_empty() && hello.incarnation != self.incarnation,
         };
         match (self.epoch, self.is_welcomed) {
             (None, _) => {
@@ -454,8 +459,7 @@ impl Session {
         match self.epoch {
             Some(epoch) if claim.epoch < epoch => Claim {
                 epoch,
-                oldest_unsent_seq: 0,
-                last_acked: 0,
+                ..Claim::default()
             },
             _ => claim,
         }
@@ -648,12 +652,10 @@ mod tests {
     }
 
     #[test]
-    fn the_epoch_of_another_store_means_nothing_here() {
+    fn the_epoch_of_another_store_is_told_as_such() {
         let mut session = session();
         let hello = v1::Hello {
             epoch: 5,
-            last_acked: 100,
-            oldest_unsent_seq: 90,
             incarnation: Bytes::from_static(b"other"),
             lane: v1::Lane::Live.into(),
             ..v1::Hello::default()
@@ -661,10 +663,31 @@ mod tests {
         let frame = v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Hello(hello)),
         };
-        let step = session.handle_frame(None, frame).unwrap();
+        let claim = Claim {
+            epoch: 5,
+            is_foreign: true,
+            ..Claim::default()
+        };
         assert_eq!(
-            step,
-            Step::Ask(Lane::Live, Request::Hello(Claim::default()))
+            session.handle_frame(None, frame),
+            Ok(Step::Ask(Lane::Live, Request::Hello(claim)))
+        );
+    }
+
+    #[test]
+    fn a_precision_of_the_future_is_refused_rather_than_ignored() {
+        let mut session = session();
+        let hello = v1::Hello {
+            precision: 7,
+            lane: v1::Lane::Live.into(),
+            ..v1::Hello::default()
+        };
+        let frame = v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Hello(hello)),
+        };
+        assert_eq!(
+            session.handle_frame(None, frame),
+            Err(Violation::UnknownPrecision)
         );
     }
 

@@ -140,7 +140,10 @@ pub mod freshness_client {
             self.inner.unary(req, path, codec).await
         }
         /// Snapshot and changes in one ordered stream:
-        /// Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Reset)\*
+        /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
+        /// resumed: Header, (Entry | Progress | Coverage | Deadline)\*
+        /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
+        /// Entries of a snapshot come in no particular order.
         /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
         /// user changed since comes, with the latest value. Tokens do not expire.
         pub async fn watch(
@@ -210,7 +213,10 @@ pub mod freshness_server {
             + std::marker::Send
             + 'static;
         /// Snapshot and changes in one ordered stream:
-        /// Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Reset)\*
+        /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
+        /// resumed: Header, (Entry | Progress | Coverage | Deadline)\*
+        /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
+        /// Entries of a snapshot come in no particular order.
         /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
         /// user changed since comes, with the latest value. Tokens do not expire.
         async fn watch(

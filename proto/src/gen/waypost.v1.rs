@@ -41,7 +41,8 @@ pub mod gateway_frame {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Hello {
     /// The epoch that the device's queue belongs to, as issued by an earlier Welcome. 0 asks for a new
-    /// one: a fresh install, or a queue that was wiped.
+    /// one: a fresh install, or a queue that was wiped. On the second lane of a connection say the epoch
+    /// that Welcome named on the first; a Hello that could not wait for it joins the same epoch.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
     /// The lowest sequence number the device may still send. Lower ones that never arrived are given up
@@ -64,7 +65,8 @@ pub struct Hello {
     /// The device's wall clock, in milliseconds since 1970-01-01 UTC. Data only: it orders nothing.
     #[prost(uint64, tag = "7")]
     pub device_wall_ms: u64,
-    /// How exact stored positions may be.
+    /// How exact stored positions may be. One that the gateway does not know is BAD_FRAME, so that nothing
+    /// is ever stored more exactly than the holder wants.
     #[prost(enumeration = "Precision", tag = "8")]
     pub precision: i32,
     /// The lane that this stream carries.
@@ -79,9 +81,14 @@ pub struct Hello {
 /// Delta columns hold, for each value, its difference to the value before it in the same column,
 /// starting from 0. The differences are exact integers; sint fields are ZigZag-coded as in protobuf.
 ///
-/// Optional columns come with a presence list: how many pings in a row have the value, then how many
-/// lack it, then how many have it, and so on, beginning with those that have it (so a leading 0 says
-/// that the first ping lacks it). An empty presence list beside a filled column means that all have it.
+/// `time`, `latitude` and `longitude` have one value for each ping. Optional columns come with a presence
+/// list: how many pings in a row have the value, then how many lack it, then how many have it, and so on,
+/// beginning with those that have it (so a leading 0 says that the first ping lacks it), the last run
+/// included: the runs add up to `count`, and those that have the value to the column's length. An empty
+/// presence list beside a filled column means that all have it. A batch whose columns do not fit this is
+/// refused ping by ping with SCHEMA.
+///
+/// An optional value out of its range is read as if it was not there; the ping is stored without it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PingBatch {
     /// The current epoch, from Welcome. Another one is FENCED_EPOCH.
@@ -91,7 +98,7 @@ pub struct PingBatch {
     #[prost(uint64, tag = "2")]
     pub first_seq: u64,
     /// For each ping after the first: its sequence number minus that of the ping before it, minus 1.
-    /// Left empty when all are consecutive. Sequence numbers grow within a batch; gaps are legal, but the
+    /// Left empty when all are consecutive, else it has count - 1 values. Sequence numbers grow within a batch; gaps are legal, but the
     /// last number must be less than 2^32 above the first. Anything else is BAD_FRAME.
     #[prost(uint32, repeated, tag = "3")]
     pub seq_gap: ::prost::alloc::vec::Vec<u32>,
@@ -115,17 +122,17 @@ pub struct PingBatch {
     /// Factor of latitude and longitude; 0 means 1. A receiver with five decimals says 100.
     #[prost(uint32, tag = "9")]
     pub degree_scale: u32,
-    /// Radius of 68 % confidence, in decimetres. Deltas.
+    /// Radius of 68 % confidence, in decimetres, 0 to 2^32 - 1. Deltas.
     #[prost(sint64, repeated, tag = "10")]
     pub accuracy_dm: ::prost::alloc::vec::Vec<i64>,
     #[prost(uint32, repeated, tag = "11")]
     pub accuracy_present: ::prost::alloc::vec::Vec<u32>,
-    /// Height above the WGS 84 ellipsoid, in decimetres. Deltas.
+    /// Height above the WGS 84 ellipsoid, in decimetres, within 32 bits. Deltas.
     #[prost(sint64, repeated, tag = "12")]
     pub altitude_dm: ::prost::alloc::vec::Vec<i64>,
     #[prost(uint32, repeated, tag = "13")]
     pub altitude_present: ::prost::alloc::vec::Vec<u32>,
-    /// Speed over ground, in centimetres per second. Deltas.
+    /// Speed over ground, in centimetres per second, 0 to 2^32 - 1. Deltas.
     #[prost(sint64, repeated, tag = "14")]
     pub speed_cm_per_s: ::prost::alloc::vec::Vec<i64>,
     #[prost(uint32, repeated, tag = "15")]
@@ -146,8 +153,9 @@ pub struct PingBatch {
     pub battery_percent: ::prost::alloc::vec::Vec<i64>,
     #[prost(uint32, repeated, tag = "21")]
     pub battery_present: ::prost::alloc::vec::Vec<u32>,
-    /// Where each position came from, as runs: how many pings in a row, then their Source, and so on.
-    /// Left empty when it is unspecified for all.
+    /// Where each position came from, as runs: how many pings in a row, then their Source, and so on. The
+    /// runs add up to `count`. Left empty when it is unspecified for all; a Source that the gateway does
+    /// not know is read as unspecified.
     #[prost(uint32, repeated, tag = "22")]
     pub source_runs: ::prost::alloc::vec::Vec<u32>,
 }
@@ -210,7 +218,7 @@ pub mod control_result {
     pub enum Outcome {
         Unspecified = 0,
         Done = 1,
-        /// this gateway's version does not do this yet; nothing was changed
+        /// this gateway's version does not know how, or no action was named;
         NotSupported = 2,
     }
     impl Outcome {
@@ -248,7 +256,7 @@ pub struct SeqRange {
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Welcome {
     /// The epoch to use from now on. When it differs from Hello.epoch, the device numbers what it still
-    /// holds anew, from 1.
+    /// holds anew, from 1, and its last_acked and dropped_total begin again at 0.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
     /// What the gateway has settled already in this epoch beyond `durable_upto`: skip it.
@@ -285,7 +293,8 @@ pub struct Limits {
 /// Back-pressure, told. It is enforced by QUIC flow control as well.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Flow {
-    /// How many pings may be sent beyond what is acknowledged, on both lanes together.
+    /// How many pings may be sent beyond what is acknowledged, on both lanes together. The gateway reads no
+    /// more while that many wait for their commit, and QUIC flow control then holds the device back.
     #[prost(uint32, tag = "1")]
     pub credit: u32,
     /// Send no more often than this, in milliseconds; 0 for no limit.
@@ -325,7 +334,8 @@ pub struct Ack {
     pub filtered: u64,
     #[prost(uint64, tag = "9")]
     pub rejected: u64,
-    /// Pings of the batch this Ack answers that were refused. Exceptions only.
+    /// Pings of the batches this Ack answers that were refused. Exceptions only, and told once: resent after
+    /// the Ack was lost, a ping that was refused for ever comes back as a duplicate.
     #[prost(message, repeated, tag = "10")]
     pub rejects: ::prost::alloc::vec::Vec<Reject>,
     /// When the gateway received the newest of what this Ack answers, and the time stamp of the commit
@@ -561,7 +571,7 @@ impl Level {
 /// How fresh one user is: the newest over all of the user's devices.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Entry {
-    /// 16 bytes, the user's UUID.
+    /// The user's UUID: 16 bytes in the order in which they are written, as in RFC 9562.
     #[prost(bytes = "bytes", tag = "1")]
     pub user: ::prost::bytes::Bytes,
     /// When the gateway last heard from the user at all, be it a duplicate, a refused ping or a
@@ -632,7 +642,8 @@ pub struct WatchRequest {
     /// with Reset and a snapshot.
     #[prost(bytes = "bytes", tag = "1")]
     pub token: ::prost::bytes::Bytes,
-    /// Only these users; empty for all that the checker may see. At most 10,000.
+    /// Only these users; empty for all that the checker may see. At most 10,000. Those who were never seen
+    /// come in the snapshot as NEVER_SEEN.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub user_ids: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
     /// Only entries in these states; empty for all.
@@ -676,7 +687,8 @@ pub struct Header {
     /// Names the store that speaks.
     #[prost(bytes = "bytes", tag = "1")]
     pub incarnation: ::prost::bytes::Bytes,
-    /// Where this stream starts: changes after this position follow (a resumed stream), or 0 (a snapshot).
+    /// Where this stream starts: changes after this position follow (a resumed stream), or 0: a snapshot
+    /// follows. A token of an empty store is at 0 too.
     #[prost(uint64, tag = "2")]
     pub position: u64,
 }
