@@ -17,3 +17,4 @@
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod clock;
+pub mod metrics;

@@ -1,0 +1,1101 @@
+//! Pings as columns: the only door between [`v1::PingBatch`] and [`Ping`], and the place where ranges
+//! are checked.
+//!
+//! Knows the column format that `waypost/v1/device.proto` describes. Must not know epochs, duplicates
+//! or the clock: a ping that is valid here may still be refused later.
+
+use std::iter;
+
+use crate::{
+    ping::{
+        COURSE_CIRCLE_DDEG, HEADING_CIRCLE_DEG, MAX_LATITUDE_E7, MAX_LONGITUDE_E7, Ping,
+        RejectCode, Source,
+    },
+    v1,
+};
+
+/// What was in a batch. Each of its sequence numbers is in one of the two lists; both are in ascending
+/// order of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DecodedBatch {
+    /// The epoch that the batch names.
+    pub epoch: u32,
+    /// The valid pings.
+    pub pings: Vec<Ping>,
+    /// The sequence numbers of the others, and what is wrong with them.
+    pub malformed: Vec<(u64, RejectCode)>,
+}
+
+/// Why a batch cannot even be refused ping by ping. It closes the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BatchError {
+    /// More pings than the limit.
+    #[error("a batch of {count} pings is over the limit of {limit}; send it in parts")]
+    TooManyPings {
+        /// What the batch says.
+        count: u32,
+        /// What is allowed.
+        limit: usize,
+    },
+    /// It does not say which pings it holds.
+    #[error(
+        "the sequence numbers of a batch cannot be told: count and first_seq are at least 1, seq_gap is \
+         empty or one shorter than count, and the last number is less than 2^32 above the first"
+    )]
+    BadSequence,
+}
+
+/// Makes pings of columns.
+///
+/// A column whose length or presence list does not fit the count says nothing about any ping, so all
+/// are malformed. A value that is out of range costs its own ping only; the next one counts on from
+/// it all the same. Times range from 0 to 2^63 - 1 milliseconds. Work and memory are bounded by
+/// `max_pings` and by the size of the message, whatever it says.
+pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, BatchError> {
+    if usize::try_from(wire.count).map_or(true, |count| max_pings < count) {
+        return Err(BatchError::TooManyPings {
+            count: wire.count,
+            limit: max_pings,
+        });
+    }
+    let seqs = sequence_numbers(wire)?;
+    if !is_readable(wire) {
+        let malformed = seqs.map(|seq| (seq, RejectCode::Schema)).collect();
+        return Ok(DecodedBatch {
+            epoch: wire.epoch,
+            pings: Vec::new(),
+            malformed,
+        });
+    }
+
+    let mut rows = Rows {
+        pings: seqs.map(blank).collect(),
+        malformed: Vec::new(),
+    };
+    let schema = RejectCode::Schema;
+    let unit_ms = i64::from(wire.time_unit_ms.max(1));
+    rows.fill(schema, &[], sums(&wire.time), |ping, time| {
+        ping.time_ms = u64::try_from(i64::try_from(time).ok()?.checked_mul(unit_ms)?).ok()?;
+        Some(())
+    });
+    let scale = i64::from(wire.degree_scale.max(1));
+    rows.fill(
+        RejectCode::BadCoordinates,
+        &[],
+        sums(&wire.latitude),
+        |ping, latitude| {
+            ping.latitude_e7 = degrees_e7(latitude, scale, MAX_LATITUDE_E7)?;
+            Some(())
+        },
+    );
+    rows.fill(
+        RejectCode::BadCoordinates,
+        &[],
+        sums(&wire.longitude),
+        |ping, longitude| {
+            ping.longitude_e7 = degrees_e7(longitude, scale, MAX_LONGITUDE_E7)?;
+            Some(())
+        },
+    );
+    rows.fill(
+        schema,
+        &wire.accuracy_present,
+        sums(&wire.accuracy_dm),
+        |ping, accuracy| {
+            ping.accuracy_dm = Some(u32::try_from(accuracy).ok()?);
+            Some(())
+        },
+    );
+    rows.fill(
+        schema,
+        &wire.altitude_present,
+        sums(&wire.altitude_dm),
+        |ping, altitude| {
+            ping.altitude_dm = Some(i32::try_from(altitude).ok()?);
+            Some(())
+        },
+    );
+    rows.fill(
+        schema,
+        &wire.speed_present,
+        sums(&wire.speed_cm_per_s),
+        |ping, speed| {
+            ping.speed_cm_per_s = Some(u32::try_from(speed).ok()?);
+            Some(())
+        },
+    );
+    let course = turns::<COURSE_CIRCLE_DDEG>(&wire.course_ddeg);
+    rows.fill(schema, &wire.course_present, course, |ping, course| {
+        ping.course_ddeg = Some(u16::try_from(course).ok()?);
+        Some(())
+    });
+    let heading = turns::<HEADING_CIRCLE_DEG>(&wire.heading_deg);
+    rows.fill(schema, &wire.heading_present, heading, |ping, heading| {
+        ping.heading_deg = Some(u16::try_from(heading).ok()?);
+        Some(())
+    });
+    rows.fill(
+        schema,
+        &wire.battery_present,
+        sums(&wire.battery_percent),
+        |ping, battery| {
+            ping.battery_percent = Some(
+                u8::try_from(battery)
+                    .ok()
+                    .filter(|percent| *percent <= 100)?,
+            );
+            Some(())
+        },
+    );
+    rows.fill_sources(&wire.source_runs);
+    Ok(rows.finish(wire.epoch))
+}
+
+/// Makes columns of valid pings, which must be in ascending order of their sequence numbers, with the
+/// last less than 2^32 above the first. Any pings of one [`DecodedBatch`] are.
+///
+/// The unit of time and the scale of coordinates are the largest that lose nothing.
+///
+/// # Panics
+///
+/// If the order is another.
+#[must_use]
+pub fn encode(epoch: u32, pings: &[Ping]) -> v1::PingBatch {
+    let unit_ms = common_factor(pings, COARSEST_UNIT_MS, |ping| [ping.time_ms]);
+    let scale = common_factor(pings, COARSEST_SCALE, |ping| {
+        [ping.latitude_e7, ping.longitude_e7].map(|degrees_e7| u64::from(degrees_e7.unsigned_abs()))
+    });
+    let time = |ping: &Ping| {
+        // Beyond the range of the column is far enough in the future to be refused just the same.
+        Some(i64::try_from(ping.time_ms / u64::from(unit_ms)).unwrap_or(i64::MAX))
+    };
+    let degrees = |degrees_e7: i32| Some(i64::from(degrees_e7) / i64::from(scale));
+    let (time, _) = column(pings, time, difference);
+    let (latitude, _) = column(pings, |ping| degrees(ping.latitude_e7), difference);
+    let (longitude, _) = column(pings, |ping| degrees(ping.longitude_e7), difference);
+    let (accuracy_dm, accuracy_present) =
+        column(pings, |ping| ping.accuracy_dm.map(i64::from), difference);
+    let (altitude_dm, altitude_present) =
+        column(pings, |ping| ping.altitude_dm.map(i64::from), difference);
+    let (speed_cm_per_s, speed_present) =
+        column(pings, |ping| ping.speed_cm_per_s.map(i64::from), difference);
+    let (course_ddeg, course_present) = column(
+        pings,
+        |ping| ping.course_ddeg.map(i64::from),
+        short_way_round::<COURSE_CIRCLE_DDEG>,
+    );
+    let (heading_deg, heading_present) = column(
+        pings,
+        |ping| ping.heading_deg.map(i64::from),
+        short_way_round::<HEADING_CIRCLE_DEG>,
+    );
+    let (battery_percent, battery_present) = column(
+        pings,
+        |ping| ping.battery_percent.map(i64::from),
+        difference,
+    );
+    v1::PingBatch {
+        epoch,
+        first_seq: pings.first().map_or(0, |ping| ping.seq),
+        seq_gap: sequence_gaps(pings),
+        count: count(pings),
+        time,
+        // 1 is said by saying nothing.
+        time_unit_ms: if unit_ms == 1 { 0 } else { unit_ms },
+        latitude,
+        longitude,
+        degree_scale: if scale == 1 { 0 } else { scale },
+        accuracy_dm,
+        accuracy_present,
+        altitude_dm,
+        altitude_present,
+        speed_cm_per_s,
+        speed_present,
+        course_ddeg,
+        course_present,
+        heading_deg,
+        heading_present,
+        battery_percent,
+        battery_present,
+        source_runs: source_runs(pings),
+    }
+}
+
+/// The pings of a batch while its columns are poured into them.
+struct Rows {
+    pings: Vec<Ping>,
+    /// In the order of columns, a ping once for each of its bad values.
+    malformed: Vec<(u64, RejectCode)>,
+}
+
+impl Rows {
+    /// Sets one field of the pings that have a value in this column. `set` gives `None` for a value out
+    /// of range.
+    fn fill<V>(
+        &mut self,
+        code: RejectCode,
+        present: &[u32],
+        mut values: impl Iterator<Item = V>,
+        set: impl Fn(&mut Ping, V) -> Option<()>,
+    ) {
+        let mut fill_run = |pings: &mut [Ping]| {
+            for (ping, value) in pings.iter_mut().zip(&mut values) {
+                if set(ping, value).is_none() {
+                    self.malformed.push((ping.seq, code));
+                }
+            }
+        };
+        if present.is_empty() {
+            return fill_run(&mut self.pings);
+        }
+        let mut rest = &mut self.pings[..];
+        for (run, has_value) in present.iter().zip([true, false].into_iter().cycle()) {
+            let Some((pings, after)) = rest.split_at_mut_checked(*run as usize) else {
+                return;
+            };
+            if has_value {
+                fill_run(pings);
+            }
+            rest = after;
+        }
+    }
+
+    fn fill_sources(&mut self, source_runs: &[u32]) {
+        let mut pings = self.pings.iter_mut();
+        for run in source_runs.chunks_exact(2) {
+            let source = i32::try_from(run[1])
+                .ok()
+                .and_then(|number| Source::try_from(number).ok());
+            for ping in pings.by_ref().take(run[0] as usize) {
+                match source {
+                    Some(source) => ping.source = source,
+                    None => self.malformed.push((ping.seq, RejectCode::Schema)),
+                }
+            }
+        }
+    }
+
+    /// Parts the valid from the malformed. Of several faults the one in the first column is told.
+    fn finish(self, epoch: u32) -> DecodedBatch {
+        let Self {
+            mut pings,
+            mut malformed,
+        } = self;
+        if !malformed.is_empty() {
+            malformed.sort_by_key(|(seq, _)| *seq);
+            malformed.dedup_by_key(|(seq, _)| *seq);
+            pings.retain(|ping| {
+                malformed
+                    .binary_search_by_key(&ping.seq, |(seq, _)| *seq)
+                    .is_err()
+            });
+        }
+        DecodedBatch {
+            epoch,
+            pings,
+            malformed,
+        }
+    }
+}
+
+/// The sequence number of each ping.
+fn sequence_numbers(wire: &v1::PingBatch) -> Result<impl Iterator<Item = u64>, BatchError> {
+    let steps = u64::from(wire.count)
+        .checked_sub(1)
+        .ok_or(BatchError::BadSequence)?;
+    let gaps = &wire.seq_gap;
+    if !gaps.is_empty() && gaps.len() as u64 != steps {
+        return Err(BatchError::BadSequence);
+    }
+    let span = steps + gaps.iter().copied().map(u64::from).sum::<u64>();
+    // Then any of these pings may stand side by side in another batch: a gap always fits in 32 bits.
+    let is_narrow = span <= u64::from(u32::MAX);
+    if wire.first_seq == 0 || !is_narrow || wire.first_seq.checked_add(span).is_none() {
+        return Err(BatchError::BadSequence);
+    }
+    let mut skipped = 0;
+    let later_gaps = gaps.iter().copied().chain(iter::repeat(0));
+    Ok((0..=steps)
+        .zip(iter::once(0).chain(later_gaps))
+        .map(move |(step, gap)| {
+            skipped += u64::from(gap);
+            wire.first_seq + step + skipped
+        }))
+}
+
+/// Whether all columns fit the count.
+fn is_readable(wire: &v1::PingBatch) -> bool {
+    let count = u64::from(wire.count);
+    let is_full = |column: &[i64]| column.len() as u64 == count;
+    let fits = |column: &[i64], present: &[u32]| {
+        if present.is_empty() {
+            return column.is_empty() || is_full(column);
+        }
+        let runs = |first| {
+            present
+                .iter()
+                .skip(first)
+                .step_by(2)
+                .copied()
+                .map(u64::from)
+                .sum::<u64>()
+        };
+        let (have, lack) = (runs(0), runs(1));
+        column.len() as u64 == have && have + lack == count
+    };
+    let sources = wire.source_runs.chunks_exact(2);
+    is_full(&wire.time)
+        && is_full(&wire.latitude)
+        && is_full(&wire.longitude)
+        && fits(&wire.accuracy_dm, &wire.accuracy_present)
+        && fits(&wire.altitude_dm, &wire.altitude_present)
+        && fits(&wire.speed_cm_per_s, &wire.speed_present)
+        && fits(&wire.course_ddeg, &wire.course_present)
+        && fits(&wire.heading_deg, &wire.heading_present)
+        && fits(&wire.battery_percent, &wire.battery_present)
+        && sources.remainder().is_empty()
+        && (wire.source_runs.is_empty()
+            || sources.map(|run| u64::from(run[0])).sum::<u64>() == count)
+}
+
+fn blank(seq: u64) -> Ping {
+    Ping {
+        seq,
+        time_ms: 0,
+        latitude_e7: 0,
+        longitude_e7: 0,
+        accuracy_dm: None,
+        altitude_dm: None,
+        speed_cm_per_s: None,
+        course_ddeg: None,
+        heading_deg: None,
+        battery_percent: None,
+        source: Source::Unspecified,
+    }
+}
+
+/// The values of a delta column. They are exact: no column is long enough to overflow 128 bits.
+fn sums(deltas: &[i64]) -> impl Iterator<Item = i128> {
+    let mut value = 0;
+    deltas.iter().map(move |delta| {
+        value += i128::from(*delta);
+        value
+    })
+}
+
+/// The values of a delta column that goes round in a circle.
+fn turns<const CIRCLE: u16>(deltas: &[i64]) -> impl Iterator<Item = i64> {
+    let circle = i64::from(CIRCLE);
+    let mut value = 0;
+    deltas.iter().map(move |delta| {
+        value = (value + delta % circle).rem_euclid(circle);
+        value
+    })
+}
+
+fn degrees_e7(scaled: i128, scale: i64, max_e7: i32) -> Option<i32> {
+    let degrees_e7 = i64::try_from(scaled).ok()?.checked_mul(scale)?;
+    i32::try_from(degrees_e7)
+        .ok()
+        .filter(|degrees_e7| (-max_e7..=max_e7).contains(degrees_e7))
+}
+
+fn sequence_gaps(pings: &[Ping]) -> Vec<u32> {
+    let gap = |pair: &[Ping]| {
+        let gap = pair[1]
+            .seq
+            .checked_sub(pair[0].seq)
+            .and_then(|step| step.checked_sub(1));
+        gap.and_then(|gap| u32::try_from(gap).ok())
+            .expect("pings in the order of their numbers, not far apart")
+    };
+    if pings.windows(2).all(|pair| gap(pair) == 0) {
+        return Vec::new();
+    }
+    pings.windows(2).map(gap).collect()
+}
+
+/// The greatest divisor of `coarsest` that divides all values.
+///
+/// A lone ping gets 1: there are no differences to make small, and naming the factor costs more than
+/// it saves.
+fn common_factor<const N: usize>(
+    pings: &[Ping],
+    coarsest: u32,
+    values: impl Fn(&Ping) -> [u64; N],
+) -> u32 {
+    if pings.len() < 2 {
+        return 1;
+    }
+    let mut factor = u64::from(coarsest);
+    for value in pings.iter().flat_map(values) {
+        let mut remainder = value % factor;
+        while remainder != 0 {
+            (factor, remainder) = (remainder, factor % remainder);
+        }
+        if factor == 1 {
+            break;
+        }
+    }
+    u32::try_from(factor).unwrap_or(1)
+}
+
+/// One column and its presence list; both are empty if no ping has the value, and the list is if all
+/// have it.
+fn column(
+    pings: &[Ping],
+    value: impl Fn(&Ping) -> Option<i64>,
+    delta: impl Fn(i64, i64) -> i64,
+) -> (Vec<i64>, Vec<u32>) {
+    let mut deltas = Vec::new();
+    let mut present = Vec::new();
+    let mut before = 0;
+    let mut run_has_value = true;
+    let mut run = 0;
+    for ping in pings {
+        let value = value(ping);
+        if value.is_some() != run_has_value {
+            present.push(run);
+            run_has_value = value.is_some();
+            run = 0;
+        }
+        run += 1;
+        if let Some(value) = value {
+            if deltas.is_empty() {
+                deltas.reserve_exact(pings.len());
+            }
+            deltas.push(delta(before, value));
+            before = value;
+        }
+    }
+    if deltas.is_empty() {
+        present = Vec::new();
+    } else if !present.is_empty() {
+        present.push(run);
+    }
+    (deltas, present)
+}
+
+fn difference(before: i64, value: i64) -> i64 {
+    value - before
+}
+
+fn short_way_round<const CIRCLE: u16>(before: i64, value: i64) -> i64 {
+    let circle = i64::from(CIRCLE);
+    (value - before + circle / 2).rem_euclid(circle) - circle / 2
+}
+
+fn source_runs(pings: &[Ping]) -> Vec<u32> {
+    if pings.iter().all(|ping| ping.source == Source::Unspecified) {
+        return Vec::new();
+    }
+    let runs = pings.chunk_by(|ping, next| ping.source == next.source);
+    runs.flat_map(|run| [count(run), run[0].source as u32])
+        .collect()
+}
+
+fn count(pings: &[Ping]) -> u32 {
+    u32::try_from(pings.len()).expect("sequence numbers of a batch span less than 2^32")
+}
+
+/// An hour. Units that divide it are those that devices sample in.
+const COARSEST_UNIT_MS: u32 = 3_600_000;
+/// A whole degree. Its divisors are the decimals that receivers give.
+const COARSEST_SCALE: u32 = 10_000_000;
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, option, prelude::*, sample};
+    use prost::Message;
+
+    use super::*;
+
+    const LIMIT: usize = 1_000;
+
+    /// Three pings in one place, one second apart; the base that tests change.
+    fn three_pings() -> v1::PingBatch {
+        v1::PingBatch {
+            epoch: 7,
+            first_seq: 1,
+            count: 3,
+            time: vec![1_641_168_000, 1, 1],
+            time_unit_ms: 1_000,
+            latitude: vec![5_990_001, 0, 0],
+            longitude: vec![-1_070_000, 0, 0],
+            degree_scale: 100,
+            ..v1::PingBatch::default()
+        }
+    }
+
+    fn decoded(wire: &v1::PingBatch) -> DecodedBatch {
+        decode(wire, LIMIT).expect("the sequence numbers are good")
+    }
+
+    #[test]
+    fn columns_are_read_as_the_schema_says() {
+        let wire = v1::PingBatch {
+            first_seq: 5,
+            seq_gap: vec![0, 10],
+            latitude: vec![5_990_000, 1, -2],
+            accuracy_dm: vec![50, 5],
+            accuracy_present: vec![0, 1, 2],
+            altitude_dm: vec![-12],
+            altitude_present: vec![1, 2],
+            speed_cm_per_s: vec![514, -14, 0],
+            course_ddeg: vec![-100, 200, -101],
+            heading_deg: vec![359, 1],
+            heading_present: vec![1, 1, 1],
+            battery_percent: vec![100, -100, 1],
+            source_runs: vec![2, 1, 1, 4],
+            ..three_pings()
+        };
+        let first = Ping {
+            seq: 5,
+            time_ms: 1_641_168_000_000,
+            latitude_e7: 599_000_000,
+            longitude_e7: -107_000_000,
+            accuracy_dm: None,
+            altitude_dm: Some(-12),
+            speed_cm_per_s: Some(514),
+            course_ddeg: Some(3_500),
+            heading_deg: Some(359),
+            battery_percent: Some(100),
+            source: Source::Gnss,
+        };
+        let second = Ping {
+            seq: 6,
+            time_ms: 1_641_168_001_000,
+            latitude_e7: 599_000_100,
+            accuracy_dm: Some(50),
+            altitude_dm: None,
+            speed_cm_per_s: Some(500),
+            course_ddeg: Some(100),
+            heading_deg: None,
+            battery_percent: Some(0),
+            ..first
+        };
+        let third = Ping {
+            seq: 17,
+            time_ms: 1_641_168_002_000,
+            latitude_e7: 598_999_900,
+            accuracy_dm: Some(55),
+            course_ddeg: Some(3_599),
+            heading_deg: Some(0),
+            battery_percent: Some(1),
+            source: Source::LastKnown,
+            ..second
+        };
+        let expected = DecodedBatch {
+            epoch: 7,
+            pings: vec![first, second, third],
+            malformed: vec![],
+        };
+        assert_eq!(decoded(&wire), expected);
+        assert_eq!(decoded(&encode(7, &expected.pings)), expected);
+    }
+
+    #[test]
+    fn the_encoder_leaves_out_what_it_can() {
+        let pings = decoded(&three_pings()).pings;
+        assert_eq!(encode(7, &pings), three_pings());
+
+        let [first, second, third] = pings[..] else {
+            panic!("three pings")
+        };
+        let odd = Ping {
+            time_ms: third.time_ms + 1,
+            longitude_e7: 1,
+            ..third
+        };
+        let wire = encode(7, &[first, second, odd]);
+        assert_eq!(
+            (wire.time_unit_ms, wire.degree_scale),
+            (0, 0),
+            "one odd value, units of one"
+        );
+
+        let lone = encode(7, &[first]);
+        assert_eq!(
+            (lone.time_unit_ms, lone.degree_scale),
+            (0, 0),
+            "a lone ping has no differences"
+        );
+        assert_eq!(decoded(&lone).pings, [first]);
+
+        let moving = |course_ddeg, ping| Ping {
+            course_ddeg: Some(course_ddeg),
+            ..ping
+        };
+        let wire = encode(
+            7,
+            &[
+                moving(3_500, first),
+                moving(100, second),
+                moving(3_500, third),
+            ],
+        );
+        assert_eq!(wire.course_ddeg, [-100, 200, -200], "the short way round");
+        assert_eq!(wire.course_present, [0; 0]);
+        let wire = encode(7, &[first, moving(3_500, second), third]);
+        assert_eq!(wire.course_present, [0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn a_batch_that_does_not_say_which_pings_it_holds_is_refused() {
+        let seqs = |first_seq, count, seq_gap: &[u32]| v1::PingBatch {
+            first_seq,
+            count,
+            seq_gap: seq_gap.to_vec(),
+            ..three_pings()
+        };
+        let too_many = |count| {
+            Err(BatchError::TooManyPings {
+                count,
+                limit: LIMIT,
+            })
+        };
+        for (wire, expected) in [
+            (seqs(1, 3, &[]), Ok(3)),
+            (seqs(1, 1_000, &[]), Ok(1_000)),
+            (seqs(1, 1_001, &[]), too_many(1_001)),
+            (seqs(1, u32::MAX, &[]), too_many(u32::MAX)),
+            (seqs(1, 0, &[]), Err(BatchError::BadSequence)),
+            (seqs(0, 3, &[]), Err(BatchError::BadSequence)),
+            (seqs(1, 3, &[1]), Err(BatchError::BadSequence)),
+            (seqs(1, 3, &[1, 1, 1]), Err(BatchError::BadSequence)),
+            (seqs(u64::MAX - 2, 3, &[]), Ok(3)),
+            (seqs(u64::MAX - 1, 3, &[]), Err(BatchError::BadSequence)),
+            (seqs(u64::MAX - 3, 3, &[0, 2]), Err(BatchError::BadSequence)),
+            (seqs(1, 3, &[0, u32::MAX - 2]), Ok(3)),
+            (seqs(1, 3, &[0, u32::MAX - 1]), Err(BatchError::BadSequence)),
+            (
+                seqs(1, 3, &[u32::MAX, u32::MAX]),
+                Err(BatchError::BadSequence),
+            ),
+        ] {
+            let found = decode(&wire, LIMIT).map(|batch| batch.pings.len() + batch.malformed.len());
+            assert_eq!(
+                found, expected,
+                "{} pings from {}, gaps {:?}",
+                wire.count, wire.first_seq, wire.seq_gap
+            );
+        }
+    }
+
+    #[test]
+    fn a_column_that_does_not_fit_the_count_makes_all_pings_malformed() {
+        type Spoil = fn(&mut v1::PingBatch);
+        let spoils: [(&str, Spoil); 12] = [
+            ("no time", |wire| wire.time.clear()),
+            ("a time too many", |wire| wire.time.push(1)),
+            ("a latitude too few", |wire| wire.latitude.truncate(2)),
+            ("no longitude", |wire| wire.longitude.clear()),
+            ("too few speeds", |wire| wire.speed_cm_per_s = vec![1, 2]),
+            ("presence of too few", |wire| {
+                (wire.speed_cm_per_s, wire.speed_present) = (vec![1], vec![1, 1]);
+            }),
+            ("presence of too many", |wire| {
+                (wire.speed_cm_per_s, wire.speed_present) = (vec![1], vec![1, 3]);
+            }),
+            ("gigantic presence", |wire| {
+                (wire.speed_cm_per_s, wire.speed_present) = (vec![1], vec![u32::MAX; 1_000]);
+            }),
+            ("presence without values", |wire| {
+                wire.battery_present = vec![1, 2]
+            }),
+            ("a run without its source", |wire| {
+                wire.source_runs = vec![3, 1, 0]
+            }),
+            ("sources of too few", |wire| wire.source_runs = vec![2, 1]),
+            ("gigantic sources", |wire| {
+                wire.source_runs = vec![u32::MAX, 1, u32::MAX, 1]
+            }),
+        ];
+        for (name, spoil) in spoils {
+            let mut wire = three_pings();
+            spoil(&mut wire);
+            let malformed = [1, 2, 3].map(|seq| (seq, RejectCode::Schema)).to_vec();
+            let expected = DecodedBatch {
+                epoch: 7,
+                pings: vec![],
+                malformed,
+            };
+            assert_eq!(decoded(&wire), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_value_out_of_range_costs_its_own_ping_only() {
+        use RejectCode::{BadCoordinates, Schema};
+        type Spoil = fn(&mut v1::PingBatch);
+        let spoils: [(&str, Spoil, RejectCode); 15] = [
+            ("time below 1970", |wire| wire.time = vec![0, -1, 1], Schema),
+            (
+                "time over 64 bits",
+                |wire| wire.time = vec![0, i64::MAX, -i64::MAX],
+                Schema,
+            ),
+            (
+                "latitude over 90",
+                |wire| wire.latitude = vec![0, 9_000_001, -9_000_001],
+                BadCoordinates,
+            ),
+            (
+                "latitude under -90",
+                |wire| wire.latitude = vec![0, -9_000_001, 9_000_001],
+                BadCoordinates,
+            ),
+            (
+                "longitude over 180",
+                |wire| wire.longitude = vec![1, 18_000_000, -1],
+                BadCoordinates,
+            ),
+            (
+                "longitude under -180",
+                |wire| wire.longitude = vec![-1, -18_000_000, 1],
+                BadCoordinates,
+            ),
+            (
+                "a sum over 64 bits",
+                |wire| wire.latitude = vec![1, i64::MAX, -i64::MAX],
+                BadCoordinates,
+            ),
+            (
+                "a sum under 64 bits",
+                |wire| wire.longitude = vec![-1, i64::MIN, i64::MAX],
+                BadCoordinates,
+            ),
+            (
+                "accuracy below 0",
+                |wire| wire.accuracy_dm = vec![0, -1, 1],
+                Schema,
+            ),
+            (
+                "altitude over 32 bits",
+                |wire| wire.altitude_dm = vec![0, 1 << 31, -1],
+                Schema,
+            ),
+            (
+                "speed over 32 bits",
+                |wire| wire.speed_cm_per_s = vec![0, 1 << 32, -1],
+                Schema,
+            ),
+            (
+                "battery over 100",
+                |wire| wire.battery_percent = vec![100, 1, -1],
+                Schema,
+            ),
+            (
+                "battery over 8 bits",
+                |wire| wire.battery_percent = vec![0, 256, -256],
+                Schema,
+            ),
+            (
+                "a source that is none",
+                |wire| wire.source_runs = vec![1, 1, 1, 5, 1, 1],
+                Schema,
+            ),
+            (
+                "source over 31 bits",
+                |wire| wire.source_runs = vec![1, 1, 1, u32::MAX, 1, 1],
+                Schema,
+            ),
+        ];
+        for (name, spoil, code) in spoils {
+            let mut wire = three_pings();
+            spoil(&mut wire);
+            let batch = decoded(&wire);
+            let seqs: Vec<u64> = batch.pings.iter().map(|ping| ping.seq).collect();
+            assert_eq!(
+                (seqs, batch.malformed),
+                (vec![1, 3], vec![(2, code)]),
+                "{name}"
+            );
+        }
+    }
+
+    #[test]
+    fn huge_units_spare_only_zero() {
+        let wire = v1::PingBatch {
+            time: vec![0, 0, i64::MAX],
+            time_unit_ms: u32::MAX,
+            latitude: vec![0, 1, -1],
+            longitude: vec![0, 0, 0],
+            degree_scale: u32::MAX,
+            ..three_pings()
+        };
+        let batch = decoded(&wire);
+        assert_eq!(batch.pings.len(), 1);
+        assert_eq!(
+            batch.malformed,
+            [(2, RejectCode::BadCoordinates), (3, RejectCode::Schema)]
+        );
+    }
+
+    #[test]
+    fn sums_are_exact_beyond_64_bits() {
+        let wire = v1::PingBatch {
+            // In 64 bits these would come back to 0.
+            latitude: vec![i64::MAX, i64::MAX, 2],
+            course_ddeg: vec![3_599, i64::MAX, i64::MIN],
+            heading_deg: vec![-1, i64::MIN, i64::MAX],
+            ..three_pings()
+        };
+        let malformed = [1, 2, 3].map(|seq| (seq, RejectCode::BadCoordinates));
+        assert_eq!(decoded(&wire).malformed, malformed);
+
+        let batch = decoded(&v1::PingBatch {
+            latitude: vec![0, 0, 0],
+            ..wire
+        });
+        // 2^63 is 1,808 modulo 3,600 and 8 modulo 360.
+        let courses = batch.pings.iter().map(|ping| ping.course_ddeg);
+        assert_eq!(courses.collect::<Vec<_>>(), [3_599, 1_806, 3_598].map(Some));
+        let headings = batch.pings.iter().map(|ping| ping.heading_deg);
+        assert_eq!(headings.collect::<Vec<_>>(), [359, 351, 358].map(Some));
+    }
+
+    #[test]
+    fn of_two_faults_the_first_column_is_told_and_the_ping_is_listed_once() {
+        let wire = v1::PingBatch {
+            time: vec![0, 0, -1],
+            latitude: vec![9_000_001, 0, 0],
+            battery_percent: vec![101, -101, 0],
+            ..three_pings()
+        };
+        let bad = RejectCode::BadCoordinates;
+        let malformed = vec![(1, bad), (2, bad), (3, RejectCode::Schema)];
+        assert_eq!(
+            decoded(&wire),
+            DecodedBatch {
+                epoch: 7,
+                pings: vec![],
+                malformed
+            }
+        );
+    }
+
+    #[test]
+    #[should_panic(expected = "in the order of their numbers")]
+    fn pings_out_of_order_are_not_encoded() {
+        let pings = decoded(&three_pings()).pings;
+        drop(encode(7, &[pings[1], pings[0]]));
+    }
+
+    /// Any valid ping, its number aside. Times and places are often round, as real ones are.
+    fn ping() -> impl Strategy<Value = Ping> {
+        let time_ms = prop_oneof![
+            0..=i64::MAX as u64,
+            (0..2_000_000_000_u64).prop_map(|seconds| seconds * 1_000),
+            (0..5_u64).prop_map(|hours| 1_641_168_000_000 + hours * 3_600_000),
+        ];
+        let place = prop_oneof![
+            (
+                -MAX_LATITUDE_E7..=MAX_LATITUDE_E7,
+                -MAX_LONGITUDE_E7..=MAX_LONGITUDE_E7
+            ),
+            (-90..=90, -180..=180)
+                .prop_map(|(north, east)| (north * 10_000_000, east * 10_000_000)),
+        ];
+        let motion = (
+            option::of(any::<u32>()),
+            option::of(0..COURSE_CIRCLE_DDEG),
+            option::of(0..HEADING_CIRCLE_DEG),
+        );
+        let device = (
+            option::of(any::<u32>()),
+            option::of(any::<i32>()),
+            option::of(0..=100_u8),
+            (0..=4).prop_map(|number| Source::try_from(number).expect("a source")),
+        );
+        (time_ms, place, motion, device).prop_map(|(time_ms, place, motion, device)| Ping {
+            seq: 1,
+            time_ms,
+            latitude_e7: place.0,
+            longitude_e7: place.1,
+            accuracy_dm: device.0,
+            altitude_dm: device.1,
+            speed_cm_per_s: motion.0,
+            course_ddeg: motion.1,
+            heading_deg: motion.2,
+            battery_percent: device.2,
+            source: device.3,
+        })
+    }
+
+    /// Pings that a batch can hold, in ascending order; in some, whole columns are missing or full.
+    fn pings() -> impl Strategy<Value = Vec<Ping>> {
+        let gap = prop_oneof![4 => Just(0), 1 => 0..100_000_000_u64];
+        let same = option::of((any::<bool>(), any::<bool>()));
+        (1..=u64::MAX / 2, vec((ping(), gap), 1..40), same).prop_map(|(first_seq, rows, same)| {
+            let model = rows[0].0;
+            let mut seq = first_seq - 1;
+            let number = |(mut ping, gap): (Ping, u64)| {
+                seq += 1 + gap;
+                ping.seq = seq;
+                if let Some((same_motion, same_device)) = same {
+                    if same_motion {
+                        ping.speed_cm_per_s = model.speed_cm_per_s;
+                        ping.course_ddeg = model.course_ddeg;
+                        ping.heading_deg = model.heading_deg;
+                    }
+                    if same_device {
+                        ping.accuracy_dm = model.accuracy_dm;
+                        ping.altitude_dm = model.altitude_dm;
+                        ping.battery_percent = model.battery_percent;
+                        ping.source = model.source;
+                    }
+                }
+                ping
+            };
+            rows.into_iter().map(number).collect()
+        })
+    }
+
+    /// A column of about the right length, with values from tiny to the ends of the range.
+    fn wire_column(count: usize) -> impl Strategy<Value = Vec<i64>> {
+        let delta = prop_oneof![
+            60 => -50..150_i64,
+            1 => any::<i64>(),
+            1 => sample::select(vec![i64::MIN, i64::MAX, 1 << 31, 1 << 32, 3_600, -360]),
+        ];
+        prop_oneof![
+            1 => vec(delta.clone(), 0..=count + 1),
+            30 => vec(delta, count),
+        ]
+    }
+
+    /// Runs that often fit the count together with the column.
+    fn wire_optional(count: usize) -> impl Strategy<Value = (Vec<i64>, Vec<u32>)> {
+        let runs = vec(prop_oneof![4 => 0..4_u32, 1 => any::<u32>()], 0..6);
+        let fitting =
+            (vec(any::<bool>(), count), vec(-50..150_i64, count)).prop_map(|(present, deltas)| {
+                let mut runs = vec![0];
+                for has_value in &present {
+                    if (runs.len() % 2 == 1) != *has_value {
+                        runs.push(0);
+                    }
+                    *runs.last_mut().expect("one run") += 1;
+                }
+                (
+                    deltas
+                        .into_iter()
+                        .take(present.iter().filter(|has| **has).count())
+                        .collect(),
+                    runs,
+                )
+            });
+        prop_oneof![
+            1 => (wire_column(count), runs),
+            10 => fitting,
+            10 => Just((Vec::new(), Vec::new())),
+            10 => (wire_column(count), Just(Vec::new())),
+        ]
+    }
+
+    fn wire() -> impl Strategy<Value = v1::PingBatch> {
+        (0..12_usize).prop_flat_map(|count| {
+            let said = prop_oneof![
+                8 => Just(u32::try_from(count).expect("small")),
+                1 => 0..20_u32,
+                1 => any::<u32>(),
+            ];
+            let seqs = (
+                prop_oneof![8 => 1..1_000_u64, 1 => any::<u64>(), 1 => u64::MAX - 20..=u64::MAX],
+                prop_oneof![
+                    4 => Just(Vec::new()),
+                    4 => vec(0..5_u32, count.saturating_sub(1)),
+                    1 => vec(any::<u32>(), 0..=count),
+                ],
+                said,
+            );
+            let factor = || prop_oneof![4 => 0..2_000_u32, 1 => any::<u32>()];
+            let places = (
+                (wire_column(count), factor()),
+                (wire_column(count), wire_column(count), factor()),
+            );
+            let optional = vec(wire_optional(count), 6);
+            let sources = prop_oneof![
+                2 => Just(Vec::new()),
+                2 => (0..6_u32).prop_map(move |source| vec![u32::try_from(count).expect("small"), source]),
+                1 => vec(any::<u32>(), 0..4),
+            ];
+            (seqs, places, optional, sources).prop_map(|(seqs, (times, places), optional, sources)| {
+                let mut optional = optional.into_iter();
+                let mut next = || optional.next().expect("six columns");
+                let (accuracy_dm, accuracy_present) = next();
+                let (altitude_dm, altitude_present) = next();
+                let (speed_cm_per_s, speed_present) = next();
+                let (course_ddeg, course_present) = next();
+                let (heading_deg, heading_present) = next();
+                let (battery_percent, battery_present) = next();
+                v1::PingBatch {
+                    epoch: 7,
+                    first_seq: seqs.0,
+                    seq_gap: seqs.1,
+                    count: seqs.2,
+                    time: times.0,
+                    time_unit_ms: times.1,
+                    latitude: places.0,
+                    longitude: places.1,
+                    degree_scale: places.2,
+                    accuracy_dm,
+                    accuracy_present,
+                    altitude_dm,
+                    altitude_present,
+                    speed_cm_per_s,
+                    speed_present,
+                    course_ddeg,
+                    course_present,
+                    heading_deg,
+                    heading_present,
+                    battery_percent,
+                    battery_present,
+                    source_runs: sources,
+                }
+            })
+        })
+    }
+
+    fn is_valid(ping: &Ping) -> bool {
+        ping.seq > 0
+            && ping.latitude_e7.unsigned_abs() <= MAX_LATITUDE_E7.unsigned_abs()
+            && ping.longitude_e7.unsigned_abs() <= MAX_LONGITUDE_E7.unsigned_abs()
+            && ping
+                .course_ddeg
+                .is_none_or(|course| course < COURSE_CIRCLE_DDEG)
+            && ping
+                .heading_deg
+                .is_none_or(|heading| heading < HEADING_CIRCLE_DEG)
+            && ping.battery_percent.is_none_or(|percent| percent <= 100)
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_encoded_is_decoded(epoch: u32, pings in pings()) {
+            let bytes = encode(epoch, &pings).encode_to_vec();
+            let wire = v1::PingBatch::decode(&bytes[..]).expect("a message");
+            let expected = DecodedBatch { epoch, pings, malformed: vec![] };
+            prop_assert_eq!(decode(&wire, LIMIT), Ok(expected));
+        }
+
+        #[test]
+        fn whatever_a_batch_says_each_ping_is_valid_or_refused(wire in wire()) {
+            let Ok(batch) = decode(&wire, 15) else { return Ok(()) };
+            let mut seqs: Vec<u64> = batch.pings.iter().map(|ping| ping.seq).collect();
+            seqs.extend(batch.malformed.iter().map(|(seq, _)| seq));
+            seqs.sort_unstable();
+            prop_assert!(seqs.len() <= 15);
+            prop_assert_eq!(&seqs, &sequence_numbers(&wire).expect("checked").collect::<Vec<_>>());
+            prop_assert!(batch.pings.iter().all(is_valid));
+            prop_assert!(batch.pings.is_sorted_by_key(|ping| ping.seq));
+            prop_assert!(batch.malformed.is_sorted_by_key(|(seq, _)| *seq));
+
+            // What was admitted can be stored: any part of it makes a batch of its own.
+            let kept: Vec<Ping> = batch.pings.into_iter().step_by(2).collect();
+            if !kept.is_empty() {
+                prop_assert_eq!(decoded(&encode(7, &kept)).pings, kept);
+            }
+        }
+    }
+}

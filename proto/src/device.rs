@@ -106,6 +106,19 @@ pub enum Admission {
     Fenced,
 }
 
+impl Admission {
+    /// Its name in metrics.
+    #[must_use]
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::Resumed => "resumed",
+            Self::NewEpoch => "new_epoch",
+            Self::LostAcknowledged => "lost_acknowledged",
+            Self::Fenced => "fenced",
+        }
+    }
+}
+
 /// What became of one batch. The four fates add up to the pings that came in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Judgement {
@@ -223,4 +236,165 @@ fn is_too_dense(ping: &Ping, policy: &Policy, last_stored: Option<LastStored>) -
     let Some(last) = last_stored else { return false };
     ping.time_ms.abs_diff(last.time_ms) < policy.least_interval_ms
         || ping.distance_m(last.latitude_e7, last.longitude_e7) < policy.least_distance_m
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ping::Source;
+
+    const NOW_MS: u64 = 1_700_000_000_000;
+
+    fn policy() -> Policy {
+        Policy {
+            retention_ms: 86_400_000,
+            future_tolerance_ms: 300_000,
+            least_interval_ms: 0,
+            least_distance_m: 0.0,
+        }
+    }
+
+    fn ping(seq: u64, time_ms: u64) -> Ping {
+        Ping {
+            seq,
+            time_ms,
+            latitude_e7: 500_000_000,
+            longitude_e7: 0,
+            accuracy_dm: None,
+            altitude_dm: None,
+            speed_cm_per_s: None,
+            course_ddeg: None,
+            heading_deg: None,
+            battery_percent: None,
+            source: Source::Gnss,
+        }
+    }
+
+    fn device_in_epoch(epoch: u32) -> DeviceRecord {
+        DeviceRecord { epoch, ..DeviceRecord::default() }
+    }
+
+    fn claim(epoch: u32) -> Claim {
+        Claim { epoch, ..Claim::default() }
+    }
+
+    #[test]
+    fn an_epoch_is_issued_once() {
+        let mut device = DeviceRecord::default();
+        assert_eq!(device.admit(claim(0)), Admission::NewEpoch);
+        assert_eq!(device.epoch, 1);
+        assert_eq!(device.admit(claim(0)), Admission::NewEpoch);
+        assert_eq!(device.epoch, 2);
+        assert_eq!(device.admit(claim(1)), Admission::Fenced);
+        assert_eq!(device.admit(claim(2)), Admission::Resumed);
+        assert_eq!(device.epoch, 2);
+    }
+
+    #[test]
+    fn the_last_epoch_is_never_issued_twice() {
+        let mut device = device_in_epoch(u32::MAX);
+        device.settled.insert(1);
+        assert_eq!(device.admit(claim(0)), Admission::Fenced);
+        assert_eq!(device.admit(claim(u32::MAX)), Admission::Resumed);
+        assert!(device.settled.contains(1));
+    }
+
+    #[test]
+    fn a_store_that_remembers_less_than_it_acknowledged_starts_a_new_epoch() {
+        let mut device = device_in_epoch(3);
+        device.settled.insert(1);
+        let forgotten = Claim { epoch: 3, last_acked: 2, ..Claim::default() };
+        assert_eq!(device.admit(forgotten), Admission::LostAcknowledged);
+        assert_eq!(device.epoch, 4);
+        assert_eq!(device.admit(claim(9)), Admission::LostAcknowledged, "an epoch never issued here");
+        assert_eq!(device.epoch, 10);
+        assert_eq!(device.settled, RangeSet::default());
+    }
+
+    #[test]
+    fn numbers_that_will_never_be_sent_become_a_recorded_gap() {
+        let mut device = device_in_epoch(1);
+        for seq in [1, 2, 5] {
+            device.settled.insert(seq);
+        }
+        device.admit(Claim { epoch: 1, oldest_unsent_seq: 5, last_acked: 2 });
+        assert_eq!((device.gaps, device.settled.floor()), (2, 5));
+        assert!(device.settled.above().is_empty());
+    }
+
+    #[test]
+    fn each_ping_has_one_fate_and_every_batch_is_a_contact() {
+        let mut device = device_in_epoch(1);
+        device.contact(NOW_MS);
+        let pings = [
+            ping(1, NOW_MS),
+            ping(1, NOW_MS),
+            ping(2, NOW_MS + 300_001),
+            ping(3, NOW_MS - 86_400_001),
+            ping(4, NOW_MS - 1),
+        ];
+        let malformed = [(5, RejectCode::BadCoordinates)];
+        let judgement = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
+        assert_eq!(judgement.stored, [0, 4]);
+        assert_eq!((judgement.duplicate, judgement.filtered), (1, 0));
+        assert_eq!(
+            judgement.rejects,
+            [(2, RejectCode::TimeInFuture), (3, RejectCode::TooOld), (5, RejectCode::BadCoordinates)]
+        );
+        assert_eq!(device.settled.floor(), 5, "what is refused for ever does not block the queue");
+        assert_eq!(device.clocks.last_sample_ms, NOW_MS);
+
+        let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
+        assert_eq!((again.stored.len(), again.duplicate), (0, 6));
+    }
+
+    #[test]
+    fn no_clock_goes_back() {
+        let mut device = device_in_epoch(1);
+        device.contact(NOW_MS);
+        device.judge(&[ping(9, NOW_MS)], &[], NOW_MS, &policy(), &mut None);
+        let before = device.clocks;
+        device.contact(NOW_MS - 5_000);
+        device.judge(&[ping(1, NOW_MS - 60_000)], &[], NOW_MS, &policy(), &mut None);
+        assert_eq!(device.clocks, before);
+    }
+
+    #[test]
+    fn a_repeated_position_is_a_sample_but_not_a_fix() {
+        let mut device = device_in_epoch(1);
+        let repeated = Ping { source: Source::LastKnown, ..ping(2, NOW_MS) };
+        device.judge(&[ping(1, NOW_MS - 10), repeated], &[], NOW_MS, &policy(), &mut None);
+        assert_eq!(device.clocks.last_sample_ms, NOW_MS);
+        assert_eq!(device.clocks.last_fix_ms, NOW_MS - 10);
+    }
+
+    #[test]
+    fn thinning_leaves_out_what_is_too_close_in_time_or_place() {
+        let policy = Policy { least_interval_ms: 1_000, least_distance_m: 10.0, ..policy() };
+        let metres_north = |metres: i32| 500_000_000 + metres * 90;
+        let at = |seq, after_ms, metres| Ping {
+            latitude_e7: metres_north(metres),
+            ..ping(seq, NOW_MS - 60_000 + after_ms)
+        };
+        let pings = [at(1, 0, 0), at(2, 999, 50), at(3, 1_000, 5), at(4, 1_000, 15), at(5, 2_500, 15)];
+        let mut last_stored = None;
+        let mut device = device_in_epoch(1);
+        let judgement = device.judge(&pings, &[], NOW_MS, &policy, &mut last_stored);
+        assert_eq!(judgement.stored, [0, 3]);
+        assert_eq!(judgement.filtered, 3);
+        assert_eq!(device.settled.floor(), 5, "a filtered ping is settled");
+        assert_eq!(device.clocks.last_sample_ms, NOW_MS - 57_500, "and is a sign of life");
+    }
+
+    #[test]
+    fn a_ping_that_would_be_too_sparse_may_come_again() {
+        let mut device = device_in_epoch(1);
+        let sparse: Vec<Ping> = (1..=65).map(|at| ping(at * 2, NOW_MS)).collect();
+        let judgement = device.judge(&sparse, &[], NOW_MS, &policy(), &mut None);
+        assert_eq!(judgement.rejects, [(130, RejectCode::TooSparse)]);
+        assert!(is_retryable(RejectCode::TooSparse));
+        device.judge(&[ping(1, NOW_MS)], &[], NOW_MS, &policy(), &mut None);
+        let again = device.judge(&sparse[64..], &[], NOW_MS, &policy(), &mut None);
+        assert_eq!(again.stored, [0]);
+    }
 }

@@ -1,0 +1,633 @@
+//! The gateway's half of the device protocol: one connection, from its frames to its acks.
+//!
+//! Knows which frame may come when, and what is answered. Must not know streams, queues or clocks: the
+//! shell passes frames in, takes [`Request`]s to the committer, and brings the answers back. Dedup is
+//! not decided here but in [`crate::device`], once for all connections of a device.
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{
+    batch::{self, BatchError, DecodedBatch},
+    device::{Admission, Claim, is_retryable},
+    frame::FrameError,
+    ping::RejectCode,
+    ranges::{RangeSet, SeqRange},
+    v1,
+};
+
+/// One of a device's two streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// What happens now; served first.
+    Live,
+    /// What has queued up.
+    Backfill,
+}
+
+impl Lane {
+    /// Both, in the order they are served.
+    pub const ALL: [Self; 2] = [Self::Live, Self::Backfill];
+}
+
+/// What the gateway accepts on a connection. Told in Welcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Longest frame, its length prefix not counted.
+    pub frame_bytes: u32,
+    /// Most pings in a batch.
+    pub batch_pings: u32,
+    /// Most pings in flight: read, but not yet committed.
+    pub credit_pings: u32,
+}
+
+/// A breach of the protocol: the connection is closed with its [`CloseCode`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    /// The stream's bytes are no frames.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A batch cannot be attributed to sequence numbers or is too large.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// A stream ended inside a frame.
+    #[error("the stream ended inside a frame")]
+    Truncated,
+    /// Hello named no lane.
+    #[error("Hello names no lane")]
+    NoLane,
+    /// Something came before Hello.
+    #[error("the first frame of a stream must be Hello")]
+    HelloExpected,
+    /// Hello came twice on a stream.
+    #[error("Hello came twice on one stream")]
+    HelloRepeated,
+    /// Another stream of this connection carries the lane.
+    #[error("another stream of this connection carries this lane")]
+    LaneInUse,
+    /// Another queue of this device has a later epoch.
+    #[error("epoch {named} is not the current one")]
+    Fenced {
+        /// The epoch in the frame.
+        named: u32,
+    },
+}
+
+/// Application error codes of the wire contract; see `device.proto`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "documented for device authors in device.proto")]
+pub enum CloseCode {
+    NoError = 0x00,
+    BadFrame = 0x01,
+    FrameTooLarge = 0x02,
+    BatchTooLarge = 0x03,
+    HelloExpected = 0x04,
+    LaneInUse = 0x05,
+    FencedEpoch = 0x06,
+    TakenOver = 0x07,
+    FirstFrameTimeout = 0x08,
+    FrameTimeout = 0x09,
+    BadIdentity = 0x0a,
+    Revoked = 0x0b,
+    Overloaded = 0x0c,
+    ShuttingDown = 0x0d,
+    StorageFailed = 0x0e,
+    NotReading = 0x0f,
+}
+
+impl CloseCode {
+    /// The code for a number read off the wire.
+    #[must_use]
+    pub fn from_number(number: u64) -> Option<Self> {
+        Some(match number {
+            0x00 => Self::NoError,
+            0x01 => Self::BadFrame,
+            0x02 => Self::FrameTooLarge,
+            0x03 => Self::BatchTooLarge,
+            0x04 => Self::HelloExpected,
+            0x05 => Self::LaneInUse,
+            0x06 => Self::FencedEpoch,
+            0x07 => Self::TakenOver,
+            0x08 => Self::FirstFrameTimeout,
+            0x09 => Self::FrameTimeout,
+            0x0a => Self::BadIdentity,
+            0x0b => Self::Revoked,
+            0x0c => Self::Overloaded,
+            0x0d => Self::ShuttingDown,
+            0x0e => Self::StorageFailed,
+            0x0f => Self::NotReading,
+            _ => return None,
+        })
+    }
+
+    /// Its name in metrics and logs: the wire contract's, in lower case.
+    #[must_use]
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::NoError => "no_error",
+            Self::BadFrame => "bad_frame",
+            Self::FrameTooLarge => "frame_too_large",
+            Self::BatchTooLarge => "batch_too_large",
+            Self::HelloExpected => "hello_expected",
+            Self::LaneInUse => "lane_in_use",
+            Self::FencedEpoch => "fenced_epoch",
+            Self::TakenOver => "taken_over",
+            Self::FirstFrameTimeout => "first_frame_timeout",
+            Self::FrameTimeout => "frame_timeout",
+            Self::BadIdentity => "bad_identity",
+            Self::Revoked => "revoked",
+            Self::Overloaded => "overloaded",
+            Self::ShuttingDown => "shutting_down",
+            Self::StorageFailed => "storage_failed",
+            Self::NotReading => "not_reading",
+        }
+    }
+}
+
+impl Violation {
+    /// The code the connection is closed with.
+    #[must_use]
+    pub fn close_code(&self) -> CloseCode {
+        match self {
+            Self::Frame(FrameError::TooLarge { .. }) => CloseCode::FrameTooLarge,
+            Self::Batch(BatchError::TooManyPings { .. }) => CloseCode::BatchTooLarge,
+            Self::Frame(_) | Self::Batch(_) | Self::Truncated | Self::NoLane => CloseCode::BadFrame,
+            Self::HelloExpected | Self::HelloRepeated => CloseCode::HelloExpected,
+            Self::LaneInUse => CloseCode::LaneInUse,
+            Self::Fenced { .. } => CloseCode::FencedEpoch,
+        }
+    }
+}
+
+/// What the committer is asked to do. Each request is a contact.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Request {
+    /// Admit the device's queue; answered with [`Welcomed`].
+    Hello(Claim),
+    /// Judge and store a batch; answered with [`Settled`].
+    Batch {
+        /// Its pings.
+        batch: DecodedBatch,
+        /// The same as a `PingBatch` message: what is stored if every ping is. Made here, where many
+        /// connections can work side by side, and not by the one committer.
+        columns: Vec<u8>,
+    },
+    /// Only a sign of life; answered with [`Settled`].
+    Heartbeat,
+}
+
+/// What follows from a frame.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Ask the committer, on behalf of this lane.
+    Ask(Lane, Request),
+    /// Answer the device on this lane.
+    Answer(Lane, v1::GatewayFrame),
+    /// Hello is kept until the other lane's has been answered; nothing to do.
+    Wait(Lane),
+    /// A kind of frame from the future; it was authentic, so it is a contact, but nothing is answered.
+    Ignore(Lane),
+}
+
+/// The committer's answer to [`Request::Hello`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcomed {
+    /// How the device's claim was taken.
+    pub admission: Admission,
+    /// The epoch that holds from now on.
+    pub epoch: u32,
+    /// What is settled in it.
+    pub settled: RangeSet,
+    /// When Hello was received.
+    pub receive_ms: u64,
+    /// The commit that holds it.
+    pub position: u64,
+}
+
+/// The committer's answer to [`Request::Batch`] and [`Request::Heartbeat`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// How many pings the request held.
+    pub pings: u32,
+    /// How many were stored.
+    pub accepted: u64,
+    /// How many were settled before.
+    pub duplicate: u64,
+    /// How many the thinning rule left out.
+    pub filtered: u64,
+    /// The refused ones.
+    pub rejects: Vec<(u64, RejectCode)>,
+    /// What is settled in the epoch now.
+    pub settled: RangeSet,
+    /// When the request was received.
+    pub receive_ms: u64,
+    /// The commit's time stamp.
+    pub commit_ms: u64,
+    /// The commit.
+    pub position: u64,
+}
+
+/// One connection of a device.
+#[derive(Debug)]
+pub struct Session {
+    limits: Limits,
+    incarnation: Bytes,
+    /// The device's epoch: claimed in Hello, then as Welcome confirmed it.
+    epoch: Option<u32>,
+    /// Whether the first Hello has been answered.
+    is_welcomed: bool,
+    /// The second lane's Hello, if it came before the first one's answer. It must not be judged on its
+    /// own, or a device that asks for an epoch on both lanes would get two.
+    waiting_hello: Option<(Lane, Claim)>,
+    open: [bool; 2],
+    totals: Totals,
+    pings_in_flight: u32,
+    is_going_away: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Totals {
+    accepted: u64,
+    duplicate: u64,
+    filtered: u64,
+    rejected: u64,
+}
+
+impl Session {
+    /// A connection that has said nothing yet.
+    #[must_use]
+    pub fn new(limits: Limits, incarnation: Bytes) -> Self {
+        Self {
+            limits,
+            incarnation,
+            epoch: None,
+            is_welcomed: false,
+            waiting_hello: None,
+            open: [false; 2],
+            totals: Totals::default(),
+            pings_in_flight: 0,
+            is_going_away: false,
+        }
+    }
+
+    /// Takes one frame. `lane` is what the stream's Hello named, `None` before it.
+    ///
+    /// # Errors
+    /// When the frame breaks the protocol; the connection must then be closed.
+    pub fn handle_frame(&mut self, lane: Option<Lane>, frame: v1::DeviceFrame) -> Result<Step, Violation> {
+        use v1::device_frame::Kind;
+        match (lane, frame.kind) {
+            (None, Some(Kind::Hello(hello))) => self.handle_hello(&hello),
+            (None, _) => Err(Violation::HelloExpected),
+            (Some(_), Some(Kind::Hello(_))) => Err(Violation::HelloRepeated),
+            (Some(lane), Some(Kind::Batch(wire))) => {
+                if Some(wire.epoch) != self.epoch {
+                    return Err(Violation::Fenced { named: wire.epoch });
+                }
+                let batch = batch::decode(&wire, self.limits.batch_pings as usize)?;
+                self.pings_in_flight += batch_len(&batch);
+                let columns = wire.encode_to_vec();
+                Ok(Step::Ask(lane, Request::Batch { batch, columns }))
+            }
+            (Some(lane), Some(Kind::Heartbeat(_))) => Ok(Step::Ask(lane, Request::Heartbeat)),
+            (Some(lane), Some(Kind::Control(control))) => Ok(Step::Answer(lane, not_supported(control.id))),
+            (Some(lane), None) => Ok(Step::Ignore(lane)),
+        }
+    }
+
+    /// Takes the answer to a Hello. Returns what to write to the device, and the other lane's Hello if
+    /// it has waited for this.
+    ///
+    /// # Errors
+    /// When the device's queue is fenced.
+    pub fn handle_welcomed(
+        &mut self,
+        welcomed: &Welcomed,
+    ) -> Result<(v1::GatewayFrame, Option<(Lane, Request)>), Violation> {
+        if welcomed.admission == Admission::Fenced {
+            return Err(Violation::Fenced { named: self.epoch.unwrap_or_default() });
+        }
+        self.epoch = Some(welcomed.epoch);
+        self.is_welcomed = true;
+        let waiting = self.waiting_hello.take().map(|(lane, claim)| (lane, Request::Hello(self.join(claim))));
+        let welcome = v1::Welcome {
+            epoch: welcomed.epoch,
+            ranges: to_wire(welcomed.settled.above().iter().copied()),
+            durable_upto: welcomed.settled.floor(),
+            limits: Some(v1::Limits {
+                frame_bytes: self.limits.frame_bytes,
+                batch_pings: self.limits.batch_pings,
+                ranges: u32::try_from(crate::ranges::MAX_RANGES).unwrap_or(u32::MAX),
+            }),
+            flow: Some(self.flow()),
+            server_ms: welcomed.receive_ms,
+            incarnation: self.incarnation.clone(),
+            position: welcomed.position,
+        };
+        Ok((v1::GatewayFrame { kind: Some(v1::gateway_frame::Kind::Welcome(welcome)) }, waiting))
+    }
+
+    /// Takes what one commit settled for one lane, in the order it was asked, and makes one ack of it.
+    /// `None` when there is nothing to acknowledge.
+    pub fn handle_settled(&mut self, settled: Vec<Settled>) -> Option<v1::GatewayFrame> {
+        let mut rejects = Vec::new();
+        let mut is_too_sparse = false;
+        let mut newest: Option<Settled> = None;
+        for mut one in settled {
+            self.pings_in_flight = self.pings_in_flight.saturating_sub(one.pings);
+            self.totals.accepted += one.accepted;
+            self.totals.duplicate += one.duplicate;
+            self.totals.filtered += one.filtered;
+            self.totals.rejected += one.rejects.len() as u64;
+            is_too_sparse |= one.rejects.iter().any(|(_, code)| *code == RejectCode::TooSparse);
+            rejects.extend(one.rejects.drain(..).map(|(seq, code)| v1::Reject {
+                seq,
+                code: code.into(),
+                retryable: is_retryable(code),
+            }));
+            newest = Some(one);
+        }
+        let newest = newest?;
+        let missing = if is_too_sparse { to_wire(newest.settled.missing()) } else { Vec::new() };
+        let ack = v1::Ack {
+            epoch: self.epoch.unwrap_or_default(),
+            incarnation: self.incarnation.clone(),
+            durable_upto: newest.settled.floor(),
+            ranges: to_wire(newest.settled.above().iter().copied()),
+            level: v1::Level::Fsynced.into(),
+            accepted: self.totals.accepted,
+            duplicate: self.totals.duplicate,
+            filtered: self.totals.filtered,
+            rejected: self.totals.rejected,
+            rejects,
+            receive_ms: newest.receive_ms,
+            commit_ms: newest.commit_ms,
+            position: newest.position,
+            flow: Some(self.flow()),
+            missing,
+        };
+        Some(v1::GatewayFrame { kind: Some(v1::gateway_frame::Kind::Ack(ack)) })
+    }
+
+    /// A stream is done: its lane may be opened again.
+    pub fn handle_lane_closed(&mut self, lane: Lane) {
+        self.open[lane as usize] = false;
+    }
+
+    /// From now on every answer tells the device that the gateway is about to stop.
+    pub fn go_away(&mut self) {
+        self.is_going_away = true;
+    }
+
+    /// Whether the device has used up its credit: read no more until something is settled.
+    #[must_use]
+    pub fn is_out_of_credit(&self) -> bool {
+        self.limits.credit_pings <= self.pings_in_flight
+    }
+
+    fn handle_hello(&mut self, hello: &v1::Hello) -> Result<Step, Violation> {
+        let lane = match hello.lane() {
+            v1::Lane::Live => Lane::Live,
+            v1::Lane::Backfill => Lane::Backfill,
+            v1::Lane::Unspecified => return Err(Violation::NoLane),
+        };
+        if std::mem::replace(&mut self.open[lane as usize], true) {
+            return Err(Violation::LaneInUse);
+        }
+        // An epoch of another store names other pings: nothing that the device says of it holds here.
+        let is_of_this_store = hello.incarnation.is_empty() || hello.incarnation == self.incarnation;
+        let claim = if is_of_this_store {
+            Claim {
+                epoch: hello.epoch,
+                oldest_unsent_seq: hello.oldest_unsent_seq,
+                last_acked: hello.last_acked,
+            }
+        } else {
+            Claim::default()
+        };
+        match (self.epoch, self.is_welcomed) {
+            (None, _) => {
+                self.epoch = Some(claim.epoch);
+                Ok(Step::Ask(lane, Request::Hello(claim)))
+            }
+            (Some(_), false) => {
+                self.waiting_hello = Some((lane, claim));
+                Ok(Step::Wait(lane))
+            }
+            (Some(_), true) => {
+                let claim = self.join(claim);
+                Ok(Step::Ask(lane, Request::Hello(claim)))
+            }
+        }
+    }
+
+    /// The claim of a later Hello on a connection that has its epoch. One that was written before the
+    /// device could read Welcome names the old epoch, or none; what it says of that is void.
+    fn join(&self, claim: Claim) -> Claim {
+        match self.epoch {
+            Some(epoch) if claim.epoch < epoch => Claim { epoch, oldest_unsent_seq: 0, last_acked: 0 },
+            _ => claim,
+        }
+    }
+
+    fn flow(&self) -> v1::Flow {
+        v1::Flow {
+            credit: self.limits.credit_pings,
+            min_interval_ms: 0,
+            retry_after_ms: 0,
+            go_away: self.is_going_away,
+        }
+    }
+}
+
+/// How many pings a batch holds, the malformed ones included.
+#[must_use]
+pub fn batch_len(batch: &DecodedBatch) -> u32 {
+    u32::try_from(batch.pings.len() + batch.malformed.len()).unwrap_or(u32::MAX)
+}
+
+fn not_supported(id: u64) -> v1::GatewayFrame {
+    let outcome = v1::control_result::Outcome::NotSupported.into();
+    v1::GatewayFrame {
+        kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult { id, outcome })),
+    }
+}
+
+fn to_wire(ranges: impl Iterator<Item = SeqRange>) -> Vec<v1::SeqRange> {
+    ranges.map(|SeqRange { first, last }| v1::SeqRange { first, last }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn session() -> Session {
+        let limits = Limits { frame_bytes: 65_536, batch_pings: 1_000, credit_pings: 10 };
+        Session::new(limits, Bytes::from_static(b"store"))
+    }
+
+    fn hello(lane: v1::Lane, epoch: u32) -> v1::DeviceFrame {
+        let hello = v1::Hello { epoch, lane: lane.into(), ..v1::Hello::default() };
+        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) }
+    }
+
+    fn batch(epoch: u32, seqs: std::ops::RangeInclusive<u64>) -> v1::DeviceFrame {
+        let pings: Vec<_> = seqs
+            .map(|seq| crate::ping::Ping {
+                seq,
+                time_ms: 1,
+                latitude_e7: 0,
+                longitude_e7: 0,
+                accuracy_dm: None,
+                altitude_dm: None,
+                speed_cm_per_s: None,
+                course_ddeg: None,
+                heading_deg: None,
+                battery_percent: None,
+                source: v1::Source::Unspecified,
+            })
+            .collect();
+        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Batch(batch::encode(epoch, &pings))) }
+    }
+
+    fn welcomed(epoch: u32) -> Welcomed {
+        Welcomed {
+            admission: Admission::Resumed,
+            epoch,
+            settled: RangeSet::default(),
+            receive_ms: 1,
+            position: 1,
+        }
+    }
+
+    fn settled(pings: u32) -> Settled {
+        Settled {
+            pings,
+            accepted: u64::from(pings),
+            duplicate: 0,
+            filtered: 0,
+            rejects: Vec::new(),
+            settled: RangeSet::default(),
+            receive_ms: 2,
+            commit_ms: 3,
+            position: 4,
+        }
+    }
+
+    fn ack(frame: Option<v1::GatewayFrame>) -> v1::Ack {
+        match frame.and_then(|frame| frame.kind) {
+            Some(v1::gateway_frame::Kind::Ack(ack)) => ack,
+            other => panic!("no ack but {other:?}"),
+        }
+    }
+
+    #[test]
+    fn nothing_comes_before_hello_and_hello_comes_once() {
+        let mut session = session();
+        assert_eq!(session.handle_frame(None, batch(1, 1..=1)), Err(Violation::HelloExpected));
+        assert_eq!(session.handle_frame(None, hello(v1::Lane::Unspecified, 0)), Err(Violation::NoLane));
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), hello(v1::Lane::Live, 1)),
+            Err(Violation::HelloRepeated)
+        );
+        assert_eq!(session.handle_frame(None, hello(v1::Lane::Live, 1)), Err(Violation::LaneInUse));
+        session.handle_lane_closed(Lane::Live);
+        assert!(session.handle_frame(None, hello(v1::Lane::Live, 1)).is_ok(), "a closed lane is free");
+    }
+
+    #[test]
+    fn two_lanes_that_ask_for_an_epoch_get_one() {
+        let mut session = session();
+        let first = session.handle_frame(None, hello(v1::Lane::Live, 0)).unwrap();
+        assert_eq!(first, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
+        let second = session.handle_frame(None, hello(v1::Lane::Backfill, 0)).unwrap();
+        assert_eq!(second, Step::Wait(Lane::Backfill));
+        let (_, waiting) = session.handle_welcomed(&welcomed(7)).unwrap();
+        let joined = Claim { epoch: 7, ..Claim::default() };
+        assert_eq!(waiting, Some((Lane::Backfill, Request::Hello(joined))));
+    }
+
+    #[test]
+    fn a_batch_of_another_epoch_is_fenced() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 2)).unwrap();
+        let step = session.handle_frame(Some(Lane::Live), batch(2, 1..=1)).unwrap();
+        assert!(matches!(step, Step::Ask(Lane::Live, Request::Batch { .. })), "no need to wait for Welcome");
+        session.handle_welcomed(&welcomed(2)).unwrap();
+        for epoch in [1, 3] {
+            assert_eq!(
+                session.handle_frame(Some(Lane::Live), batch(epoch, 1..=1)),
+                Err(Violation::Fenced { named: epoch })
+            );
+        }
+        let fenced = Welcomed { admission: Admission::Fenced, ..welcomed(3) };
+        assert!(session.handle_welcomed(&fenced).is_err());
+    }
+
+    #[test]
+    fn the_epoch_of_another_store_means_nothing_here() {
+        let mut session = session();
+        let hello = v1::Hello {
+            epoch: 5,
+            last_acked: 100,
+            oldest_unsent_seq: 90,
+            incarnation: Bytes::from_static(b"other"),
+            lane: v1::Lane::Live.into(),
+            ..v1::Hello::default()
+        };
+        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) };
+        let step = session.handle_frame(None, frame).unwrap();
+        assert_eq!(step, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
+    }
+
+    #[test]
+    fn acks_merge_and_their_totals_add_up() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        session.handle_welcomed(&welcomed(1)).unwrap();
+        session.handle_frame(Some(Lane::Live), batch(1, 1..=4)).unwrap();
+        assert!(!session.is_out_of_credit());
+        session.handle_frame(Some(Lane::Live), batch(1, 5..=10)).unwrap();
+        assert!(session.is_out_of_credit());
+
+        let mut other = settled(6);
+        (other.accepted, other.duplicate, other.filtered) = (2, 1, 2);
+        other.rejects = vec![(9, RejectCode::TooOld)];
+        let first = ack(session.handle_settled(vec![settled(4), other]));
+        assert!(!session.is_out_of_credit());
+        assert_eq!((first.accepted, first.duplicate, first.filtered, first.rejected), (6, 1, 2, 1));
+        assert_eq!(first.rejects.len(), 1);
+        assert!(!first.rejects[0].retryable);
+        let heartbeat = ack(session.handle_settled(vec![settled(0)]));
+        assert_eq!(heartbeat.accepted, 6, "totals run on");
+        assert!(heartbeat.rejects.is_empty());
+        assert_eq!(session.handle_settled(Vec::new()), None);
+    }
+
+    #[test]
+    fn too_sparse_names_what_is_missing() {
+        let mut session = session();
+        let mut one = settled(1);
+        one.rejects = vec![(9, RejectCode::TooSparse)];
+        one.settled.insert(3);
+        let ack = ack(session.handle_settled(vec![one]));
+        assert!(ack.rejects[0].retryable);
+        assert_eq!(ack.missing, [v1::SeqRange { first: 1, last: 2 }]);
+    }
+
+    #[test]
+    fn a_control_is_answered_and_a_frame_of_the_future_is_not() {
+        let mut session = session();
+        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        let control = v1::Control { id: 4, action: Some(v1::control::Action::Pause(v1::control::Pause {})) };
+        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Control(control)) };
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), frame),
+            Ok(Step::Answer(Lane::Live, not_supported(4)))
+        );
+        let unknown = v1::DeviceFrame { kind: None };
+        assert_eq!(session.handle_frame(Some(Lane::Live), unknown), Ok(Step::Ignore(Lane::Live)));
+    }
+}

@@ -91,7 +91,8 @@ pub struct PingBatch {
     #[prost(uint64, tag = "2")]
     pub first_seq: u64,
     /// For each ping after the first: its sequence number minus that of the ping before it, minus 1.
-    /// Left empty when all are consecutive. Sequence numbers grow within a batch; gaps are legal.
+    /// Left empty when all are consecutive. Sequence numbers grow within a batch; gaps are legal, but the
+    /// last number must be less than 2^32 above the first. Anything else is BAD_FRAME.
     #[prost(uint32, repeated, tag = "3")]
     pub seq_gap: ::prost::alloc::vec::Vec<u32>,
     /// How many pings the batch holds: 1 to 1,000.
@@ -327,8 +328,9 @@ pub struct Ack {
     /// Pings of the batch this Ack answers that were refused. Exceptions only.
     #[prost(message, repeated, tag = "10")]
     pub rejects: ::prost::alloc::vec::Vec<Reject>,
-    /// When the gateway received what this Ack answers, and when it was on disk; milliseconds since
-    /// 1970-01-01 UTC by the gateway's clock, which never runs backwards.
+    /// When the gateway received the newest of what this Ack answers, and the time stamp of the commit
+    /// that has it on disk; milliseconds since 1970-01-01 UTC by the gateway's clock, which never runs
+    /// backwards.
     #[prost(uint64, tag = "11")]
     pub receive_ms: u64,
     #[prost(uint64, tag = "12")]
@@ -572,7 +574,7 @@ pub struct Entry {
     /// The newest sample time of a position that was really fixed, not repeated; 0 if none.
     #[prost(uint64, tag = "4")]
     pub last_fix_ms: u64,
-    /// When what this entry says was on disk.
+    /// The time stamp of the commit that has it on disk.
     #[prost(uint64, tag = "5")]
     pub durable_ms: u64,
     #[prost(enumeration = "State", tag = "6")]

@@ -1,0 +1,298 @@
+//! The gateway: builds the parts in the order the data meets them, and owns their tasks.
+//!
+//! Knows every part by its handle and nothing of their insides. The order of stopping is the order of
+//! the data: stop accepting, stop reading, commit what is queued, acknowledge it, close.
+
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use rustc_hash::FxHashMap;
+use serde::Serialize;
+use tokio::{sync::oneshot, task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+use waypost_proto::session::Lane;
+
+use crate::{
+    admin::{Admin, AdminError, Readiness},
+    clock::{Clock, system_now_ms},
+    commit::{CommitHandle, CommitParts, Committer},
+    config::Config,
+    feed::{Feed, FeedError, FeedParts},
+    freshness::Freshness,
+    metrics::{Metrics, StoreFigures},
+    session::SessionParts,
+    store::{CommitError, OpenError, ReadError, Store},
+    takeover::Takeovers,
+    tls::{self, TlsError},
+    worker::{Worker, WorkerError},
+};
+
+/// Why the gateway could not start.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "each variant is the part that failed, and says the rest itself")]
+pub enum BindError {
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    #[error(transparent)]
+    Feed(#[from] FeedError),
+    #[error(transparent)]
+    Admin(#[from] AdminError),
+    /// The addresses could not be read or written.
+    #[error("cannot write {path}: {source}")]
+    Addresses {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The operating system gave no thread or socket.
+    #[error("the operating system refused: {0}")]
+    System(#[from] std::io::Error),
+}
+
+/// Why a running gateway ended.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    /// A commit failed. Nothing was acknowledged after it; a restart recovers what was.
+    #[error("{0}; nothing was acknowledged after this, and a restart recovers everything that was")]
+    Commit(#[from] CommitError),
+    /// A part ended that must not.
+    #[error("the {0} ended unexpectedly; see the log above")]
+    PartEnded(&'static str),
+    /// Draining took longer than it may.
+    #[error("draining took longer than {0:?}; what was not acknowledged will be sent again by the devices")]
+    DrainTimeout(Duration),
+}
+
+/// Where a running gateway can be reached. Written to `addresses.json` in the data folder once it is
+/// ready, for tools that let the system choose ports.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Addresses {
+    /// UDP, for devices.
+    pub devices: SocketAddr,
+    /// TCP, for checkers.
+    pub freshness: SocketAddr,
+    /// TCP, for operators.
+    pub admin: SocketAddr,
+}
+
+/// A gateway that holds its sockets and its store, and serves nobody yet.
+#[derive(Debug)]
+pub struct Gateway {
+    addresses: Addresses,
+    store: Arc<Store>,
+    metrics: Metrics,
+    readiness: Readiness,
+    commit: CommitHandle,
+    committer: Committer,
+    worker: Worker,
+    sessions: SessionParts,
+    feed: Feed,
+    admin: Admin,
+}
+
+impl Gateway {
+    /// Opens the store, rebuilds the freshness index from it, and binds all ports.
+    ///
+    /// # Errors
+    /// When a part cannot start; nothing has been served then.
+    pub fn bind(config: &Config) -> Result<Self, BindError> {
+        let metrics = Metrics::new();
+        let readiness = Readiness::starting();
+        let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone())?;
+        let device_tls = tls::device_server_config(&config.tls)?;
+        let freshness_tls = tls::freshness_tls(&config.tls)?;
+
+        let store = Arc::new(Store::open(&config.data_dir, &config.store, system_now_ms())?);
+        let (devices, recovered) = store.load_devices()?;
+        let clock = Clock::starting_at(recovered.high_water_ms);
+        let freshness = Arc::new(Freshness::restore(
+            devices.iter().map(|(device, record)| (*device, record.clocks, record.position)),
+            clock.now_ms(),
+        ));
+        info!(
+            devices = devices.len(),
+            position = recovered.position,
+            "the store is open"
+        );
+
+        let (commit, committer) = Committer::new(
+            &config.commit,
+            CommitParts {
+                store: Arc::clone(&store),
+                freshness: Arc::clone(&freshness),
+                metrics: metrics.clone(),
+                clock: clock.clone(),
+                devices: FxHashMap::from_iter(devices),
+                position: recovered.position,
+                retention: config.store.retention,
+            },
+        );
+        let worker = Worker::bind(&config.devices, device_tls, &config.tls.trust_domain, metrics.clone())?;
+        let feed = Feed::bind(
+            &config.freshness,
+            freshness_tls,
+            FeedParts {
+                trust_domain: config.tls.trust_domain.clone(),
+                freshness,
+                incarnation: store.incarnation(),
+                token_key: store.token_key(),
+                clock: clock.clone(),
+                metrics: metrics.clone(),
+            },
+        )?;
+        let sessions = SessionParts {
+            config: config.devices.session.clone(),
+            commit: commit.clone(),
+            takeovers: Takeovers::new(metrics.clone()),
+            metrics: metrics.clone(),
+            clock,
+            incarnation: Bytes::copy_from_slice(&store.incarnation()),
+            draining: CancellationToken::new(),
+        };
+        metrics.commits.queue_capacity.set(config.commit.queue_requests as f64);
+        let addresses = Addresses {
+            devices: worker.local_addr()?,
+            freshness: feed.local_addr(),
+            admin: admin.local_addr(),
+        };
+        write_addresses(&config.data_dir, &addresses)?;
+        Ok(Self { addresses, store, metrics, readiness, commit, committer, worker, sessions, feed, admin })
+    }
+
+    /// Where it can be reached.
+    #[must_use]
+    pub fn addresses(&self) -> Addresses {
+        self.addresses
+    }
+
+    /// Serves until `stop` is cancelled, then drains; or until a part fails.
+    ///
+    /// # Errors
+    /// When a commit failed, a part ended by itself, or draining took too long.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
+        let Self { addresses, store, metrics, readiness, commit, committer, worker, sessions, feed, admin } =
+            self;
+        let draining = sessions.draining.clone();
+        let closing = CancellationToken::new();
+        let mut committed = committer.spawn().map_err(|error| {
+            error!(%error, "no thread for the committer");
+            GatewayError::PartEnded("committer")
+        })?;
+
+        let mut parts = JoinSet::new();
+        parts.spawn(named("admin endpoint", admin.run(closing.clone())));
+        parts.spawn(named("freshness service", feed.run(closing.clone())));
+        parts.spawn(named("sampler", sample(store, metrics, commit, draining.clone(), closing.clone())));
+        let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
+
+        readiness.ready();
+        info!(
+            devices = %addresses.devices,
+            freshness = %addresses.freshness,
+            admin = %addresses.admin,
+            "ready"
+        );
+        let ended = tokio::select! {
+            () = stop.cancelled() => Ok(()),
+            result = &mut committed => Err(commit_failed(result)),
+            Some(part) = parts.join_next() => Err(GatewayError::PartEnded(part.unwrap_or("panicked part"))),
+            _ = &mut listener => Err(GatewayError::PartEnded("device listener")),
+        };
+        let result = match ended {
+            Ok(()) => {
+                info!("stopping: no new connections; what is queued is committed and acknowledged");
+                readiness.draining();
+                draining.cancel();
+                timeout(DRAIN_TIMEOUT, async {
+                    drop((&mut listener).await);
+                    // The last handles went with the sessions and the sampler: the committer finishes.
+                    committed.await.map_or(Err(GatewayError::PartEnded("committer")), |end| Ok(end?))
+                })
+                .await
+                .unwrap_or(Err(GatewayError::DrainTimeout(DRAIN_TIMEOUT)))
+            }
+            Err(failure) => {
+                // Sessions learn of it by their answers, which are all lost, and close.
+                readiness.failed(&failure.to_string());
+                error!(%failure, "the gateway stops");
+                draining.cancel();
+                drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
+                Err(failure)
+            }
+        };
+        closing.cancel();
+        drop(timeout(CLOSE_TIMEOUT, async { while parts.join_next().await.is_some() {} }).await);
+        result
+    }
+}
+
+async fn named(name: &'static str, part: impl Future<Output = ()>) -> &'static str {
+    part.await;
+    name
+}
+
+fn commit_failed(result: Result<Result<(), CommitError>, oneshot::error::RecvError>) -> GatewayError {
+    match result {
+        Ok(Err(error)) => GatewayError::Commit(error),
+        // It ended although handles exist, or its thread panicked.
+        Ok(Ok(())) | Err(_) => GatewayError::PartEnded("committer"),
+    }
+}
+
+/// Copies what has to be looked at, rather than counted, into the metrics, once a second.
+async fn sample(
+    store: Arc<Store>,
+    metrics: Metrics,
+    commit: CommitHandle,
+    draining: CancellationToken,
+    closing: CancellationToken,
+) {
+    let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
+    loop {
+        tokio::select! {
+            () = draining.cancelled() => break,
+            _ = ticks.tick() => {}
+        }
+        metrics.commits.queued_live.set(commit.depth(Lane::Live) as f64);
+        metrics.commits.queued_backfill.set(commit.depth(Lane::Backfill) as f64);
+        let statistics = store.statistics();
+        metrics.store(StoreFigures {
+            size_bytes: statistics.size_bytes,
+            write_stopped: statistics.is_write_stopped,
+            delayed_write_bytes_per_second: statistics.delayed_write_bytes_per_second,
+            pending_compaction_bytes: statistics.pending_compaction_bytes,
+            immutable_memtables: statistics.immutable_memtables,
+            background_errors: statistics.background_errors,
+            wal_syncs: statistics.wal_syncs,
+            wal_sync_time: statistics.wal_sync_time,
+        });
+        metrics.upkeep();
+    }
+    // The committer finishes when every handle is gone.
+    drop(commit);
+    closing.cancelled().await;
+}
+
+fn write_addresses(data_dir: &Path, addresses: &Addresses) -> Result<(), BindError> {
+    let path = data_dir.join("addresses.json");
+    let json = serde_json::to_vec(addresses).map_err(std::io::Error::other);
+    json.and_then(|json| std::fs::write(&path, json))
+        .map_err(|source| BindError::Addresses { path: path.display().to_string(), source })
+}
+
+/// How long a stop may take: sessions finish what is in flight, the committer what is queued.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// After a failure there is nothing to finish, only closes to send.
+const FAILED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the last responses of the other ports may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the metrics that are looked at are looked at.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);

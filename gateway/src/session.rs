@@ -1,0 +1,481 @@
+//! One connection of one device: its streams, its timers, its acks.
+//!
+//! The shell of [`waypost_proto::session::Session`]: knows QUIC streams and time, decides nothing about
+//! pings. One task a connection; an idle one holds no buffers.
+//!
+//! # Bounds
+//!
+//! A connection has at most [`SessionConfig::streams`] streams (QUIC refuses more), one partly read
+//! frame on each, and [`SessionConfig::credit_pings`] pings or [`REQUESTS_IN_FLIGHT`] requests waiting
+//! for their commit. At that point its streams are not read, and QUIC flow control holds the device
+//! back. A device that does not read its acks is closed with NOT_READING.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use quinn::{Connection, ReadError, RecvStream, SendStream};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+use waypost_proto::{
+    frame::{FrameReader, encode_frame},
+    id::DeviceId,
+    session::{CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation},
+    v1,
+};
+
+use crate::{
+    commit::{Answer, CommitHandle, Mailbox},
+    metrics::Metrics,
+    takeover::Takeovers,
+};
+
+/// What one connection may do, and how long it may take.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct SessionConfig {
+    /// Longest frame in bytes. A batch of 1,000 pings needs about 12,000.
+    pub frame_bytes: u32,
+    /// Most pings in one batch.
+    pub batch_pings: u32,
+    /// Most pings of a connection that wait for their commit: enough to keep a backlog flowing over a
+    /// long round trip, few enough that ten thousand greedy devices fit into memory.
+    pub credit_pings: u32,
+    /// Most streams at a time: two lanes, and room to replace them.
+    pub streams: u32,
+    /// How long the first frame of a stream may take.
+    #[serde(with = "humantime_serde")]
+    pub first_frame_timeout: Duration,
+    /// How long a frame may take once it has begun, and a write to a device that does not read.
+    #[serde(with = "humantime_serde")]
+    pub frame_timeout: Duration,
+}
+
+impl Default for SessionConfig {
+    fn default() -> Self {
+        Self {
+            frame_bytes: 65_536,
+            batch_pings: 1_000,
+            credit_pings: 4_000,
+            streams: 4,
+            first_frame_timeout: Duration::from_secs(10),
+            frame_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What all sessions share.
+#[derive(Debug)]
+pub struct SessionParts {
+    /// Limits and timeouts.
+    pub config: SessionConfig,
+    /// The way to the disk.
+    pub commit: CommitHandle,
+    /// Who is connected, so that a newer connection ends an older one.
+    pub takeovers: Takeovers,
+    /// What sessions count with.
+    pub metrics: Metrics,
+    /// The gateway's clock.
+    pub clock: crate::clock::Clock,
+    /// Names the store in Welcome and Ack.
+    pub incarnation: Bytes,
+    /// Cancelled when the gateway stops: finish what is in flight, then close.
+    pub draining: CancellationToken,
+}
+
+/// Serves a connection until it ends, and closes it with the reason.
+pub async fn serve(connection: Connection, device: DeviceId, parts: Arc<SessionParts>) {
+    let mut shell = Shell::new(&connection, device, &parts);
+    let end = shell.run().await;
+    drop(shell);
+    parts.takeovers.release(device, connection.stable_id());
+    match end {
+        End::Peer(error) => {
+            debug!(%device, reason = %error, "the device is gone");
+            parts.metrics.connections.closed.of(peer_end_label(&error)).increment(1);
+        }
+        End::Ours { code, reason } => {
+            debug!(%device, code = code.as_label(), %reason, "connection closed");
+            parts.metrics.connections.closed.of(code.as_label()).increment(1);
+            connection.close(u32::from(code as u8).into(), reason.as_bytes());
+        }
+    }
+}
+
+/// How a connection ended.
+enum End {
+    Peer(quinn::ConnectionError),
+    Ours { code: CloseCode, reason: String },
+}
+
+impl End {
+    fn ours(code: CloseCode, reason: impl ToString) -> Self {
+        Self::Ours { code, reason: reason.to_string() }
+    }
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        Self::ours(violation.close_code(), violation)
+    }
+}
+
+struct Stream {
+    send: SendStream,
+    recv: RecvStream,
+    reader: FrameReader,
+    lane: Option<Lane>,
+    /// When the frame that is being read must be complete.
+    deadline: Option<Instant>,
+    /// The device has finished its side; what is in flight is still answered.
+    is_finished: bool,
+}
+
+struct Shell<'a> {
+    connection: &'a Connection,
+    device: DeviceId,
+    parts: &'a Arc<SessionParts>,
+    session: Session,
+    streams: Vec<Stream>,
+    /// Requests at the committer, by lane; a lane may change its stream meanwhile.
+    requests_in_flight: [usize; 2],
+    mailbox: Arc<Mailbox>,
+    taken_over: Option<CancellationToken>,
+    is_draining: bool,
+}
+
+/// What woke the session.
+enum Wake {
+    TakenOver,
+    Draining,
+    Answers(Vec<(Lane, Answer)>),
+    Read(usize, Result<Option<Bytes>, ReadError>),
+    Opened(SendStream, RecvStream),
+    Deadline,
+    Gone(quinn::ConnectionError),
+}
+
+impl<'a> Shell<'a> {
+    fn new(connection: &'a Connection, device: DeviceId, parts: &'a Arc<SessionParts>) -> Self {
+        let limits = Limits {
+            frame_bytes: parts.config.frame_bytes,
+            batch_pings: parts.config.batch_pings,
+            credit_pings: parts.config.credit_pings,
+        };
+        Self {
+            connection,
+            device,
+            parts,
+            session: Session::new(limits, parts.incarnation.clone()),
+            streams: Vec::new(),
+            requests_in_flight: [0; 2],
+            mailbox: Arc::default(),
+            taken_over: None,
+            is_draining: false,
+        }
+    }
+
+    async fn run(&mut self) -> End {
+        // A device that opens no stream at all is held to the same time as one that opens a silent one.
+        let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
+        loop {
+            let result = match self.wake(silent_until).await {
+                Wake::TakenOver => Err(End::ours(CloseCode::TakenOver, "a newer connection took over")),
+                Wake::Draining => {
+                    self.is_draining = true;
+                    self.session.go_away();
+                    Ok(())
+                }
+                Wake::Answers(answers) => self.deliver(answers).await,
+                Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
+                Wake::Read(at, Ok(None)) => self.finished(at),
+                Wake::Read(at, Err(error)) => self.broken(at, &error),
+                Wake::Opened(send, recv) => {
+                    self.opened(send, recv);
+                    Ok(())
+                }
+                Wake::Deadline => Err(self.deadline_passed()),
+                Wake::Gone(error) => return End::Peer(error),
+            };
+            if let Err(end) = result {
+                return end;
+            }
+            if self.is_draining && self.requests_in_flight == [0; 2] {
+                return End::ours(CloseCode::ShuttingDown, "the gateway is stopping");
+            }
+        }
+    }
+
+    /// Waits for the next thing to do, the most urgent first.
+    async fn wake(&mut self, silent_until: Instant) -> Wake {
+        let deadline = self
+            .streams
+            .iter()
+            .filter_map(|stream| stream.deadline)
+            .chain((self.streams.is_empty() && self.taken_over.is_none()).then_some(silent_until))
+            .min();
+        let may_read = !self.is_draining && !self.is_full();
+        let streams = &mut self.streams;
+        let taken_over = self.taken_over.as_ref();
+        tokio::select! {
+            biased;
+            () = async { taken_over.expect("guarded").cancelled().await }, if taken_over.is_some() => Wake::TakenOver,
+            answers = self.mailbox.take() => Wake::Answers(answers),
+            (at, read) = read_any(streams), if may_read => Wake::Read(at, read),
+            opened = self.connection.accept_bi(), if !self.is_draining => match opened {
+                Ok((send, recv)) => Wake::Opened(send, recv),
+                Err(error) => Wake::Gone(error),
+            },
+            error = self.connection.closed() => Wake::Gone(error),
+            () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
+            () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => Wake::Deadline,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        REQUESTS_IN_FLIGHT <= self.requests_in_flight.iter().sum() || self.session.is_out_of_credit()
+    }
+
+    fn opened(&mut self, send: SendStream, recv: RecvStream) {
+        self.streams.push(Stream {
+            send,
+            recv,
+            reader: FrameReader::new(self.parts.config.frame_bytes as usize),
+            lane: None,
+            deadline: Some(Instant::now() + self.parts.config.first_frame_timeout),
+            is_finished: false,
+        });
+    }
+
+    /// Takes bytes of a stream and works through the frames that they complete.
+    async fn receive(&mut self, at: usize, bytes: &[u8]) -> Result<(), End> {
+        self.streams[at].reader.extend(bytes);
+        let mut is_progress = false;
+        while let Some(frame) = self.streams[at].reader.next::<v1::DeviceFrame>().map_err(Violation::from)? {
+            is_progress = true;
+            self.handle_frame(at, frame).await?;
+        }
+        let stream = &mut self.streams[at];
+        if !stream.reader.is_inside_frame() {
+            if stream.lane.is_some() {
+                stream.deadline = None;
+            }
+        } else if stream.deadline.is_none() || (is_progress && stream.lane.is_some()) {
+            stream.deadline = Some(Instant::now() + self.parts.config.frame_timeout);
+        }
+        Ok(())
+    }
+
+    async fn handle_frame(&mut self, at: usize, frame: v1::DeviceFrame) -> Result<(), End> {
+        self.count(&frame);
+        let step = self.session.handle_frame(self.streams[at].lane, frame)?;
+        match step {
+            Step::Ask(lane, request) => {
+                self.bind(at, lane);
+                self.ask(lane, request).await
+            }
+            Step::Answer(lane, frame) => self.write(lane, &frame).await,
+            Step::Wait(lane) => {
+                self.bind(at, lane);
+                Ok(())
+            }
+            Step::Ignore(lane) => self.ask(lane, Request::Heartbeat).await,
+        }
+    }
+
+    fn count(&self, frame: &v1::DeviceFrame) {
+        use v1::device_frame::Kind;
+        let metrics = &self.parts.metrics.sessions;
+        let kind = match &frame.kind {
+            Some(Kind::Hello(_)) => "hello",
+            Some(Kind::Batch(batch)) => {
+                metrics.batch_size_pings.record(f64::from(batch.count));
+                "batch"
+            }
+            Some(Kind::Heartbeat(_)) => "heartbeat",
+            Some(Kind::Control(_)) => "control",
+            None => "unknown",
+        };
+        metrics.frames_received.of(kind).increment(1);
+    }
+
+    /// Hello has named the stream's lane; with the first one the device becomes this connection's.
+    fn bind(&mut self, at: usize, lane: Lane) {
+        self.streams[at].lane = Some(lane);
+        if self.taken_over.is_none() {
+            self.taken_over = Some(self.parts.takeovers.claim(self.device, self.connection.stable_id()));
+        }
+    }
+
+    async fn ask(&mut self, lane: Lane, request: Request) -> Result<(), End> {
+        self.requests_in_flight[lane as usize] += 1;
+        self.parts
+            .commit
+            .submit(self.device, lane, request, &self.mailbox)
+            .await
+            .map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
+    }
+
+    /// Writes what a commit has settled: one ack per lane, however many requests it answered.
+    async fn deliver(&mut self, answers: Vec<(Lane, Answer)>) -> Result<(), End> {
+        let mut settled: [Vec<Settled>; 2] = Default::default();
+        for (lane, answer) in answers {
+            self.requests_in_flight[lane as usize] -= 1;
+            match answer {
+                Answer::Welcomed(welcomed) => {
+                    let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
+                    self.write(lane, &frame).await?;
+                    if let Some((lane, request)) = waiting {
+                        self.ask(lane, request).await?;
+                    }
+                }
+                Answer::Settled(one) => settled[lane as usize].push(one),
+                Answer::Fenced => {
+                    return Err(End::ours(CloseCode::FencedEpoch, "the epoch ended while the batch waited"));
+                }
+                Answer::Lost => {
+                    return Err(End::ours(CloseCode::StorageFailed, "the gateway could not write"));
+                }
+            }
+        }
+        for (lane, settled) in Lane::ALL.into_iter().zip(settled) {
+            let received_ms = settled.first().map(|first| first.receive_ms);
+            if let Some(frame) = self.session.handle_settled(settled) {
+                self.write(lane, &frame).await?;
+                let waited_ms = self.parts.clock.now_ms().saturating_sub(received_ms.unwrap_or_default());
+                let metrics = &self.parts.metrics.sessions;
+                metrics.acks_sent.increment(1);
+                metrics.ack_latency.record(Duration::from_millis(waited_ms));
+            }
+        }
+        self.close_finished();
+        Ok(())
+    }
+
+    async fn write(&mut self, lane: Lane, frame: &v1::GatewayFrame) -> Result<(), End> {
+        let frame_timeout = self.parts.config.frame_timeout;
+        // The device may have reset its side; then nobody wants the answer.
+        let Some(stream) = self.stream_of(lane) else { return Ok(()) };
+        let mut bytes = BytesMut::new();
+        encode_frame(frame, &mut bytes);
+        match timeout(frame_timeout, stream.send.write_chunk(bytes.freeze())).await {
+            Ok(Ok(())) => Ok(()),
+            // A stopped stream loses its acks and nothing else; a lost connection shows up by itself.
+            Ok(Err(error)) => {
+                debug!(device = %self.device, %error, "an answer could not be written");
+                Ok(())
+            }
+            Err(_) => Err(End::ours(CloseCode::NotReading, "the device does not read its answers")),
+        }
+    }
+
+    /// The device has finished its side of a stream.
+    fn finished(&mut self, at: usize) -> Result<(), End> {
+        let stream = &mut self.streams[at];
+        if stream.reader.is_inside_frame() {
+            return Err(Violation::Truncated.into());
+        }
+        if stream.lane.is_none() {
+            return Err(Violation::HelloExpected.into());
+        }
+        stream.is_finished = true;
+        stream.deadline = None;
+        self.close_finished();
+        Ok(())
+    }
+
+    /// A stream was reset, or the connection with it.
+    fn broken(&mut self, at: usize, error: &ReadError) -> Result<(), End> {
+        debug!(device = %self.device, %error, "a stream broke off");
+        match error {
+            ReadError::ConnectionLost(error) => Err(End::Peer(error.clone())),
+            _ => {
+                let stream = self.streams.swap_remove(at);
+                if let Some(lane) = stream.lane {
+                    self.session.handle_lane_closed(lane);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Ends our side of streams that the device has finished and that have all their answers.
+    fn close_finished(&mut self) {
+        let (session, in_flight) = (&mut self.session, self.requests_in_flight);
+        self.streams.retain_mut(|stream| {
+            let Some(lane) = stream.lane.filter(|lane| in_flight[*lane as usize] == 0) else { return true };
+            if stream.is_finished {
+                // An error means that the device has stopped reading: it is done as well.
+                drop(stream.send.finish());
+                session.handle_lane_closed(lane);
+            }
+            !stream.is_finished
+        });
+    }
+
+    fn deadline_passed(&self) -> End {
+        let now = Instant::now();
+        let has_silent_lane = self
+            .streams
+            .iter()
+            .any(|stream| stream.lane.is_some() && stream.deadline.is_some_and(|deadline| deadline <= now));
+        if has_silent_lane {
+            End::ours(CloseCode::FrameTimeout, "a frame was begun and not finished in time")
+        } else {
+            End::ours(CloseCode::FirstFrameTimeout, "no Hello in time")
+        }
+    }
+
+    fn stream_of(&mut self, lane: Lane) -> Option<&mut Stream> {
+        self.streams.iter_mut().find(|stream| stream.lane == Some(lane))
+    }
+}
+
+/// Reads from whichever stream has something, LIVE before BACKFILL before those that have not said.
+async fn read_any(streams: &mut [Stream]) -> (usize, Result<Option<Bytes>, ReadError>) {
+    poll_fn(|context| {
+        for lane in [Some(Lane::Live), Some(Lane::Backfill), None] {
+            for (at, stream) in streams.iter_mut().enumerate() {
+                if stream.lane == lane
+                    && !stream.is_finished
+                    && let Poll::Ready(read) = poll_read(&mut stream.recv, context)
+                {
+                    return Poll::Ready((at, read));
+                }
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+/// The future of a read holds no state of its own, so it can be made anew for each poll.
+fn poll_read(recv: &mut RecvStream, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ReadError>> {
+    let read = pin!(recv.read_chunk(READ_BYTES, true));
+    Future::poll(read as Pin<&mut _>, context).map_ok(|chunk| chunk.map(|chunk| chunk.bytes))
+}
+
+fn peer_end_label(error: &quinn::ConnectionError) -> &'static str {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(_) | quinn::ConnectionError::ConnectionClosed(_) => {
+            "peer_closed"
+        }
+        quinn::ConnectionError::TimedOut => "timed_out",
+        quinn::ConnectionError::LocallyClosed => "locally_closed",
+        _ => "transport_error",
+    }
+}
+
+/// How many requests of one connection may wait for their commit. Tiny batches reach it before the
+/// credit does.
+const REQUESTS_IN_FLIGHT: usize = 64;
+
+/// Most bytes taken from a stream at once, so that one lane cannot hold up the other.
+const READ_BYTES: usize = 16_384;

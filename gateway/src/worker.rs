@@ -1,0 +1,271 @@
+//! The QUIC endpoint: who may connect, and one session task for each who does.
+//!
+//! Knows quinn's settings and the handshake. Must not know pings.
+//!
+//! # Bounds
+//!
+//! At most [`DevicesConfig::connections`] are open or shaking hands; more are refused before any
+//! cryptography is spent on them. quinn's own buffers are bounded by the settings below; what a
+//! connection may hold is in [`crate::session`].
+
+use std::{
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
+
+use quinn::{
+    Endpoint, EndpointConfig, Incoming, TokioRuntime, TransportConfig, VarInt,
+    crypto::rustls::QuicServerConfig,
+};
+use rustls::pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{debug, info, warn};
+use waypost_proto::{
+    id::{DeviceId, Identity},
+    session::CloseCode,
+};
+
+use crate::{
+    metrics::Metrics,
+    session::{self, SessionConfig, SessionParts},
+    tls::{self, Refusal},
+};
+
+/// Where devices connect, and what one of them may do.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
+#[serde(deny_unknown_fields, default)]
+pub struct DevicesConfig {
+    /// The UDP address that devices connect to. Loopback until somebody decides otherwise.
+    pub listen: SocketAddr,
+    /// How many connections may be open or shaking hands. Each takes about 45 KB of memory.
+    pub connections: usize,
+    /// How long a handshake may take.
+    #[serde(with = "humantime_serde")]
+    pub handshake_timeout: Duration,
+    /// How long a connection may be silent before it is given up. Devices keep theirs alive every 20 s.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Size that is asked of the kernel for the socket's buffers. A burst from many devices is lost
+    /// where it does not fit; the kernel caps it at net.core.rmem_max.
+    pub socket_buffer_bytes: usize,
+    /// Limits and timeouts of each connection.
+    pub session: SessionConfig,
+}
+
+impl Default for DevicesConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 4433)),
+            connections: 100_000,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(90),
+            socket_buffer_bytes: 8 << 20,
+            session: SessionConfig::default(),
+        }
+    }
+}
+
+/// Why the endpoint could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The address is taken, not ours, or not allowed.
+    #[error("cannot listen for devices on udp {listen}: {source}; is another gateway running, or is devices.listen wrong?")]
+    Bind {
+        /// The address.
+        listen: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The idle timeout is more than QUIC can say.
+    #[error("devices.idle_timeout is too long for QUIC: {0}")]
+    IdleTimeout(#[from] quinn::VarIntBoundsExceeded),
+    /// The TLS settings cannot be used for QUIC.
+    #[error("the TLS settings cannot be used for QUIC: {0}")]
+    Tls(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+}
+
+/// The endpoint and the sessions on it.
+#[derive(Debug)]
+pub struct Worker {
+    endpoint: Endpoint,
+    config: DevicesConfig,
+    trust_domain: Arc<str>,
+    metrics: Metrics,
+}
+
+impl Worker {
+    /// Opens the socket. Nothing is accepted before [`Self::run`].
+    ///
+    /// # Errors
+    /// When the address cannot be bound, or the settings do not fit QUIC.
+    pub fn bind(
+        config: &DevicesConfig,
+        tls: Arc<rustls::ServerConfig>,
+        trust_domain: &str,
+        metrics: Metrics,
+    ) -> Result<Self, WorkerError> {
+        let bind_error = |source| WorkerError::Bind { listen: config.listen, source };
+        let socket = UdpSocket::bind(config.listen).map_err(bind_error)?;
+        grow_buffers(&socket, config.socket_buffer_bytes);
+        let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+        server
+            .transport_config(Arc::new(transport(config)?))
+            .max_incoming(4_096)
+            .incoming_buffer_size(32 << 10)
+            .incoming_buffer_size_total(16 << 20);
+        let endpoint =
+            Endpoint::new(EndpointConfig::default(), Some(server), socket, Arc::new(TokioRuntime))
+                .map_err(bind_error)?;
+        Ok(Self { endpoint, config: config.clone(), trust_domain: trust_domain.into(), metrics })
+    }
+
+    /// Where devices connect.
+    ///
+    /// # Errors
+    /// When the socket is broken.
+    pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Accepts connections until `draining`, then waits for the sessions to end.
+    pub async fn run(self, parts: Arc<SessionParts>, draining: CancellationToken) {
+        let sessions = TaskTracker::new();
+        loop {
+            let incoming = tokio::select! {
+                biased;
+                () = draining.cancelled() => break,
+                incoming = self.endpoint.accept() => incoming,
+            };
+            let Some(incoming) = incoming else { break };
+            if self.config.connections <= sessions.len() {
+                self.metrics.connections.refused.of("overloaded").increment(1);
+                incoming.refuse();
+                continue;
+            }
+            sessions.spawn(accept(
+                incoming,
+                self.config.handshake_timeout,
+                Arc::clone(&self.trust_domain),
+                Arc::clone(&parts),
+            ));
+        }
+        self.endpoint.set_server_config(None);
+        sessions.close();
+        sessions.wait().await;
+        // Let the last CONNECTION_CLOSE frames leave, within reason.
+        self.endpoint.close(u32::from(CloseCode::ShuttingDown as u8).into(), b"the gateway is stopping");
+        drop(timeout(CLOSE_TIMEOUT, self.endpoint.wait_idle()).await);
+    }
+}
+
+/// From the first packet to the end of the session.
+async fn accept(
+    incoming: Incoming,
+    handshake_timeout: Duration,
+    trust_domain: Arc<str>,
+    parts: Arc<SessionParts>,
+) {
+    let metrics = &parts.metrics;
+    let remote = incoming.remote_address();
+    let started = Instant::now();
+    metrics.connections.handshakes_in_progress.increment(1.0);
+    let connection = match incoming.accept() {
+        Ok(connecting) => timeout(handshake_timeout, connecting).await,
+        Err(error) => Ok(Err(error)),
+    };
+    metrics.connections.handshakes_in_progress.decrement(1.0);
+    let connection = match connection {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            match Refusal::from_connection_error(&error) {
+                Some(refusal) => refused(metrics, remote, &refusal),
+                None => {
+                    debug!(%remote, %error, "a handshake broke off");
+                    metrics.connections.refused.of("handshake_broken").increment(1);
+                }
+            }
+            return;
+        }
+        Err(_) => {
+            debug!(%remote, "a handshake took too long");
+            metrics.connections.refused.of("timed_out").increment(1);
+            return;
+        }
+    };
+    match device_of(&connection, &trust_domain) {
+        Ok(device) => {
+            debug!(%device, %remote, "connected");
+            let metrics = metrics.clone();
+            metrics.connections.handshake_duration.record(started.elapsed());
+            metrics.connections.accepted.increment(1);
+            metrics.connections.open.increment(1.0);
+            session::serve(connection, device, parts).await;
+            metrics.connections.open.decrement(1.0);
+        }
+        Err(refusal) => {
+            refused(metrics, remote, &refusal);
+            let code = u32::from(CloseCode::BadIdentity as u8);
+            connection.close(code.into(), refusal.to_string().as_bytes());
+        }
+    }
+}
+
+fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal) {
+    info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
+    metrics.connections.refused.of(refusal.as_label()).increment(1);
+}
+
+fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {
+    let chain = connection
+        .peer_identity()
+        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
+        .ok_or(Refusal::NoCertificate)?;
+    match tls::identity_of(&chain, trust_domain)? {
+        Identity::Device(device) => Ok(device),
+        Identity::Checker(_) => Err(Refusal::NotADevice),
+    }
+}
+
+/// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream
+/// and byte of window is memory that every one of them may claim.
+fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError> {
+    let window = |bytes: u32| VarInt::from_u32(bytes);
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(VarInt::from_u32(config.session.streams))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(window(128 << 10))
+        .receive_window(window(256 << 10))
+        .send_window(64 << 10)
+        .datagram_receive_buffer_size(None)
+        .crypto_buffer_size(8 << 10)
+        .max_idle_timeout(Some(config.idle_timeout.try_into()?))
+        // Keeping alive is the device's business: it knows what its battery can bear.
+        .keep_alive_interval(None)
+        .mtu_discovery_config(None)
+        .allow_spin(false);
+    Ok(transport)
+}
+
+fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
+    let socket = socket2::SockRef::from(socket);
+    for (name, result, granted) in [
+        ("net.core.rmem_max", socket.set_recv_buffer_size(wanted_bytes), socket.recv_buffer_size()),
+        ("net.core.wmem_max", socket.set_send_buffer_size(wanted_bytes), socket.send_buffer_size()),
+    ] {
+        let granted_bytes = granted.unwrap_or_default();
+        if result.is_err() || granted_bytes < wanted_bytes {
+            warn!(
+                wanted_bytes,
+                granted_bytes,
+                "the kernel grants a smaller socket buffer, and bursts may lose packets; raise {name}"
+            );
+        }
+    }
+}
+
+/// How long a stopping endpoint waits for its peers to acknowledge that it closes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
