@@ -32,6 +32,8 @@ pub struct Report {
     pub rejected: u64,
     /// Pings acknowledged after a broken connection, without word of their fate.
     pub untold: u64,
+    /// Pings that devices had to drop, because the gateway took too few for too long.
+    pub dropped: u64,
     /// Pings acknowledged, but not in the store; absent when the store was not checked.
     pub lost: Option<u64>,
     /// Pings found in the store.
@@ -191,8 +193,10 @@ impl fmt::Display for Report {
             Count(self.filtered),
             Count(self.rejected),
         )?;
-        if 0 < self.untold {
-            write!(f, "   untold {}", Count(self.untold))?;
+        for (what, count) in [("untold", self.untold), ("dropped", self.dropped), ("unchecked", self.unchecked)] {
+            if 0 < count {
+                write!(f, "   {what} {}", Count(count))?;
+            }
         }
         writeln!(f)?;
         writeln!(
@@ -300,6 +304,7 @@ mod tests {
             filtered: 0,
             rejected: 0,
             untold: 0,
+            dropped: 0,
             lost: Some(0),
             stored: Some(99_999),
             stored_twice: Some(0),

@@ -10,7 +10,7 @@ use waypost_proto::{
     ping::Ping,
 };
 
-use crate::{replay::Replay, steady::Steady};
+use crate::{replay::Replay, report::Count, steady::Steady};
 
 /// A load test, before it runs.
 #[derive(Debug)]
@@ -39,6 +39,29 @@ impl Scenario {
         match self {
             Self::Replay(_) => "replay",
             Self::Steady(_) => "steady",
+        }
+    }
+
+    /// What is about to happen, in one line.
+    #[must_use]
+    pub fn title(&self) -> String {
+        match self {
+            Self::Replay(replay) => {
+                let pings = Count(replay.len());
+                let pace = replay.speed_up.map_or_else(
+                    || "as fast as acknowledged".to_owned(),
+                    |speed_up| format!("{speed_up} times as fast as recorded"),
+                );
+                let passes = if 1 < replay.passes { format!(", {} times", replay.passes) } else { String::new() };
+                format!("replay: {pings} pings of {} devices, {pace}{passes}", Count(replay.devices().len() as u64))
+            }
+            Self::Steady(Steady { devices, pings_per_s, duration, seed }) => {
+                let length = duration.map_or_else(
+                    || "until Ctrl-C".to_owned(),
+                    |duration| format!("for {}", humantime::format_duration(duration)),
+                );
+                format!("steady: {} devices, {pings_per_s} pings/s, {length}, seed {seed}", Count((*devices).into()))
+            }
         }
     }
 

@@ -6,14 +6,14 @@ use anyhow::Context;
 use rustc_hash::FxHashMap;
 use waypost_gateway::store::Store;
 use waypost_proto::{
-    id::DeviceId,
+    id::{DeviceId, UserId},
     ping::Ping,
     v1::{Entry, State},
 };
 
 use crate::{
-    checker::Answer,
-    ledger::{DeviceLedger, Fate, Newest, digest},
+    checker::{Answer, Seen},
+    ledger::{DeviceLedger, Fate, Newest, Sent, digest},
 };
 
 /// What the store holds, against what was acknowledged.
@@ -61,34 +61,84 @@ pub fn check_store(store: &Store, ledgers: &mut [DeviceLedger]) -> anyhow::Resul
     Ok(check.finish())
 }
 
-/// Compares what a checker was told of each device's user with the books. `before` is what it was told
-/// when the run began: of an earlier run, perhaps.
+/// What a checker must be told of a device's user, at least.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// The user.
+    pub user: UserId,
+    /// What the device knows.
+    pub newest: Newest,
+    /// Whether every ping was answered, so that the gateway cannot know more than that.
+    pub is_complete: bool,
+}
+
+impl From<&DeviceLedger> for Expected {
+    fn from(ledger: &DeviceLedger) -> Self {
+        let is_complete = ledger.open() == 0 && ledger.dropped == 0;
+        Self { user: ledger.device.user, newest: ledger.newest, is_complete }
+    }
+}
+
+impl Expected {
+    /// A gateway that never answered a device has promised nothing of its user.
+    fn is_promised(&self) -> bool {
+        0 < self.newest.position
+    }
+}
+
+/// Compares what a checker was told with what the devices knew before it asked. `before` is what it was
+/// told when the run began: of an earlier run, perhaps.
 #[must_use]
-pub fn check_freshness(ledgers: &[DeviceLedger], before: &[Entry], answer: &Answer) -> FreshnessFindings {
+pub fn check_freshness(expected: &[Expected], before: &[Entry], answer: &Answer) -> FreshnessFindings {
     let mut findings = FreshnessFindings::default();
-    for ((ledger, before), entry) in ledgers.iter().zip(before).zip(&answer.entries) {
-        if ledger.newest.position == 0 {
-            // The gateway never answered this device, so nothing is promised of its user.
-            continue;
-        }
+    let promised = expected.iter().zip(before).zip(&answer.entries).filter(|((expected, _), _)| expected.is_promised());
+    for ((expected, before), entry) in promised {
         findings.checked += 1;
-        if let Some(fault) = fault_of(ledger, before, entry, answer.at_most_ms) {
+        if let Some(fault) = fault_of(expected, before, entry, answer.at_most_ms) {
             findings.wrong += 1;
-            example(&mut findings.examples, || format!("user {}: {fault}", ledger.device.user));
+            example(&mut findings.examples, || format!("user {}: {fault}", expected.user));
         }
     }
     findings
 }
 
-fn fault_of(ledger: &DeviceLedger, before: &Entry, entry: &Entry, at_most_ms: u64) -> Option<String> {
-    let Newest { receive_ms, sample_ms, fix_ms, position } = ledger.newest;
-    let is_complete = ledger.open() == 0 && ledger.dropped == 0;
+/// Compares what the stream has said with what the devices knew. `level` is the position up to which the
+/// stream says that it is complete, if that is far enough; `faults` are those of its order.
+#[must_use]
+pub fn check_stream(
+    expected: &[Expected],
+    seen: impl Fn(UserId) -> Option<Seen>,
+    level: Option<u64>,
+    faults: (u64, Option<String>),
+) -> FreshnessFindings {
+    let mut findings = FreshnessFindings { wrong: faults.0, ..FreshnessFindings::default() };
+    findings.examples.extend(faults.1);
+    if level.is_none() {
+        findings.wrong += 1;
+        example(&mut findings.examples, || "the stream did not come level with what was acknowledged".to_owned());
+        return findings;
+    }
+    for expected in expected.iter().filter(|expected| expected.is_promised()) {
+        findings.checked += 1;
+        let seen = seen(expected.user).unwrap_or_default();
+        let Newest { receive_ms, sample_ms, position, .. } = expected.newest;
+        if seen.position < position || seen.contact_ms < receive_ms || seen.sample_ms < sample_ms {
+            findings.wrong += 1;
+            example(&mut findings.examples, || {
+                format!("user {}: the stream ended with {seen:?}, not {:?}", expected.user, expected.newest)
+            });
+        }
+    }
+    findings
+}
+
+fn fault_of(expected: &Expected, before: &Entry, entry: &Entry, at_most_ms: u64) -> Option<String> {
+    let Newest { receive_ms, sample_ms, fix_ms, position } = expected.newest;
     let differs = |told_ms: u64, before_ms: u64, known_ms: u64| {
         let least_ms = known_ms.max(before_ms);
-        // A ping without an answer may have arrived, so the gateway may know more than its device.
-        told_ms < least_ms || (is_complete && told_ms != least_ms)
+        told_ms < least_ms || (expected.is_complete && told_ms != least_ms)
     };
-    if entry.user.as_ref() != ledger.device.user.0 {
+    if entry.user.as_ref() != expected.user.0 {
         Some("the entry is another user's".to_owned())
     } else if entry.state() != State::Active {
         Some(format!("the state is {:?}", entry.state()))
@@ -150,7 +200,7 @@ impl<'a> StoreCheck<'a> {
         let mut findings = self.findings;
         let some_are_not_stored = self.ledgers.iter().any(|ledger| 0 < ledger.fates.filtered + ledger.fates.rejected);
         for ledger in self.ledgers {
-            let is_missing = |sent: &&crate::ledger::Sent| sent.fate == Fate::Settled && !sent.is_found;
+            let is_missing = |sent: &&Sent| sent.fate == Fate::Settled && !sent.is_found;
             let missing = ledger.epochs.iter().flat_map(|epoch| &epoch.sent).filter(is_missing).count() as u64;
             // An acknowledgement counts filtered pings but does not name them. One whose acknowledgement
             // was lost may have been filtered or refused as well, if this gateway does such a thing.
@@ -179,7 +229,6 @@ const MAX_EXAMPLES: usize = 5;
 mod tests {
     use bytes::Bytes;
     use waypost_proto::{
-        id::UserId,
         outbox::{Event, Totals},
         ping::Source,
         ranges::SeqRange,
@@ -269,7 +318,7 @@ mod tests {
         let mut ledger = ledger(0);
         ledger.book(&Event::Settled(SeqRange { first: 4, last: 5 }), |_| ());
         let answer = Answer { entries: vec![entry], at_most_ms: 70 };
-        let findings = check_freshness(&[ledger], &[Entry::default()], &answer);
+        let findings = check_freshness(&[Expected::from(&ledger)], &[Entry::default()], &answer);
         assert_eq!(findings.checked, 1);
         findings.wrong
     }
@@ -285,5 +334,40 @@ mod tests {
         assert_eq!(wrong(|entry| entry.position = 8), 1);
         assert_eq!(wrong(|entry| entry.state = State::NeverSeen.into()), 1);
         assert_eq!(wrong(|entry| entry.user = Bytes::from_static(&[8; 16])), 1);
+    }
+
+    #[test]
+    fn an_unanswered_ping_may_have_arrived() {
+        let expected = Expected::from(&ledger(0));
+        assert!(!expected.is_complete);
+        let entry = |sample_ms| Entry { last_sample_ms: sample_ms, ..Entry::default() };
+        let fault = |sample_ms| {
+            let told = Entry {
+                user: Bytes::copy_from_slice(&DEVICE.user.0),
+                last_contact_ms: 60,
+                last_fix_ms: sample_ms,
+                state: State::Active.into(),
+                position: 10,
+                ..entry(sample_ms)
+            };
+            fault_of(&expected, &Entry::default(), &told, 70)
+        };
+        assert_eq!(fault(3_000), None);
+        assert_eq!(fault(5_000), None);
+        assert!(fault(2_000).is_some());
+    }
+
+    #[test]
+    fn each_fault_of_the_stream_is_found() {
+        let expected = [Expected::from(&ledger(0))];
+        let level = Seen { position: 9, contact_ms: 50, sample_ms: 3_000 };
+        let wrong = |seen: Seen| check_stream(&expected, |_| Some(seen), Some(9), (0, None)).wrong;
+        assert_eq!(wrong(level), 0);
+        assert_eq!(wrong(Seen { position: 8, ..level }), 1);
+        assert_eq!(wrong(Seen { contact_ms: 49, ..level }), 1);
+        assert_eq!(wrong(Seen { sample_ms: 2_999, ..level }), 1);
+        assert_eq!(check_stream(&expected, |_| None, Some(9), (0, None)).wrong, 1);
+        assert_eq!(check_stream(&expected, |_| Some(level), None, (0, None)).wrong, 1);
+        assert_eq!(check_stream(&expected, |_| Some(level), Some(9), (2, Some(String::new()))).wrong, 2);
     }
 }
