@@ -363,7 +363,6 @@ impl Committer {
         self.store.commit(judged.batch)?;
         self.metrics.commits.duration.record(started.elapsed());
         self.position = position;
-        self.store.note_position(position);
 
         self.resolved_ms = resolved_ms;
         self.freshness.publish(position, resolved_ms, &judged.changes);

@@ -14,7 +14,7 @@ use tracing::{error, info};
 use waypost_proto::session::Lane;
 
 use crate::{
-    admin::{Admin, AdminError, Readiness},
+    admin::{Admin, AdminError, Readiness, Stage},
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
@@ -103,10 +103,10 @@ impl Gateway {
     ///
     /// # Errors
     /// When a part cannot start; nothing has been served then.
-    pub fn bind(config: &Config) -> Result<Self, BindError> {
+    pub async fn bind(config: &Config) -> Result<Self, BindError> {
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
-        let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone())?;
+        let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
         let device_tls = tls::device_server_config(&config.tls)?;
         let freshness_tls = tls::freshness_tls(&config.tls)?;
 
@@ -193,7 +193,7 @@ impl Gateway {
         parts.spawn(named("sampler", sample(store, metrics, commit, draining.clone(), closing.clone())));
         let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
 
-        readiness.ready();
+        readiness.advance(Stage::Ready);
         info!(
             devices = %addresses.devices,
             freshness = %addresses.freshness,
@@ -209,7 +209,7 @@ impl Gateway {
         let result = match ended {
             Ok(()) => {
                 info!("stopping: no new connections; what is queued is committed and acknowledged");
-                readiness.draining();
+                readiness.advance(Stage::Draining);
                 draining.cancel();
                 timeout(DRAIN_TIMEOUT, async {
                     drop((&mut listener).await);
@@ -221,7 +221,7 @@ impl Gateway {
             }
             Err(failure) => {
                 // Sessions learn of it by their answers, which are all lost, and close.
-                readiness.failed(&failure.to_string());
+                readiness.advance(Stage::StorageFailed(failure.to_string()));
                 error!(%failure, "the gateway stops");
                 draining.cancel();
                 drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
@@ -274,7 +274,6 @@ async fn sample(
             wal_syncs: statistics.wal_syncs,
             wal_sync_time: statistics.wal_sync_time,
         });
-        metrics.upkeep();
     }
     // The committer finishes when every handle is gone.
     drop(commit);

@@ -11,6 +11,8 @@
     reason = "this is the one place that names metrics"
 )]
 
+pub mod snapshot;
+
 use std::{
     fmt::Write as _,
     ops::Deref,
@@ -186,7 +188,7 @@ pub const ADMISSIONS: [&str; 4] = ["resumed", "new_epoch", "lost_acknowledged", 
 pub const RESETS: [&str; 4] = ["other_store", "other_selector", "bad_token", "markers_gone"];
 
 /// Reject codes in the order of [`Fates::rejected`], with their labels.
-const REJECTS: [(RejectCode, &str); 9] = [
+pub const REJECTS: [(RejectCode, &str); 9] = [
     (RejectCode::BadCoordinates, "bad_coordinates"),
     (RejectCode::TimeInFuture, "time_in_future"),
     (RejectCode::TooOld, "too_old"),
@@ -207,7 +209,8 @@ pub struct Fates {
     pub duplicate: u64,
     /// Left out by the thinning rule.
     pub filtered: u64,
-    rejected: [u64; REJECTS.len()],
+    /// Refused, by code in the order of [`REJECTS`]; counted with [`Fates::reject`].
+    pub rejected: [u64; REJECTS.len()],
 }
 
 impl Fates {
@@ -380,6 +383,9 @@ impl Metrics {
     }
 
     /// All metrics as Prometheus reads them: text format 0.0.4, in alphabetical order.
+    ///
+    /// What histograms observe takes memory until it is moved to their buckets here, so this is called
+    /// every second or so, whether or not anybody scrapes: [`crate::admin`] sees to it.
     #[must_use]
     pub fn render(&self) -> String {
         let page = self.inner.page.lock();
@@ -401,12 +407,6 @@ impl Metrics {
         write_sync_time(&mut text, &store);
         write_process(&mut text, page.started_ms);
         in_order(&text)
-    }
-
-    /// Moves what histograms have gathered into their buckets. Until then every observation takes
-    /// memory, so this is called every second, whether or not anybody scrapes.
-    pub fn upkeep(&self) {
-        self.inner.page.lock().exporter.run_upkeep();
     }
 }
 
@@ -1065,10 +1065,14 @@ mod tests {
     }
 
     #[test]
-    fn observations_reach_their_buckets_by_upkeep_or_by_a_scrape() {
+    fn observations_stay_in_their_buckets_from_scrape_to_scrape() {
         let metrics = Metrics::new();
         metrics.commits.duration.record(Duration::from_millis(2));
-        metrics.upkeep();
+        assert!(
+            metrics
+                .render()
+                .contains("waypost_commit_duration_seconds_count 1\n")
+        );
         metrics.commits.duration.record(Duration::from_millis(2));
         let page = series(&metrics.render());
         assert_eq!(

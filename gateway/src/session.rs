@@ -12,7 +12,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::{Pin, pin},
+    pin::pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -459,7 +459,7 @@ async fn read_any(streams: &mut [Stream]) -> (usize, Result<Option<Bytes>, ReadE
 /// The future of a read holds no state of its own, so it can be made anew for each poll.
 fn poll_read(recv: &mut RecvStream, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ReadError>> {
     let read = pin!(recv.read_chunk(READ_BYTES, true));
-    Future::poll(read as Pin<&mut _>, context).map_ok(|chunk| chunk.map(|chunk| chunk.bytes))
+    read.poll(context).map(|read| Ok(read?.map(|chunk| chunk.bytes)))
 }
 
 fn peer_end_label(error: &quinn::ConnectionError) -> &'static str {

@@ -1,0 +1,10 @@
+//! The promises of Waypost, end to end. One binary, so that RocksDB is linked once.
+
+mod crash;
+mod freshness;
+mod hostile;
+mod identity;
+mod ingest;
+mod operations;
+mod replay;
+mod shutdown;

@@ -1,0 +1,128 @@
+//! The harness: real gateways, real certificates, devices that say exactly what a test wants.
+//!
+//! [`World`] runs a gateway inside the test process; [`Process`] runs the real binary, to be signalled
+//! and killed. Both have their own data folder and ports. [`link`] is a device without manners: it is
+//! written against the wire alone, so that it does not share a mistake with the load test's device.
+#![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
+
+pub mod link;
+mod metrics_page;
+mod process;
+mod prometheus;
+mod world;
+
+use std::path::{Path, PathBuf};
+
+use waypost_gateway::{clock::system_now_ms, pki::Credentials, store::Store};
+use waypost_proto::{
+    id::{DeviceId, UserId},
+    ping::{Ping, Source},
+    session::Lane,
+    v1,
+};
+
+pub use link::{Attempt, Link, Stream};
+pub use metrics_page::MetricsPage;
+pub use process::Process;
+pub use prometheus::Prometheus;
+pub use world::World;
+
+/// A device with its certificate.
+#[derive(Clone, Debug)]
+pub struct Device {
+    pub id: DeviceId,
+    pub credentials: std::sync::Arc<Credentials>,
+}
+
+impl Device {
+    /// Another device of the same user.
+    pub fn sibling(&self, world: &World, device: u32) -> Self {
+        let id = DeviceId { user: self.id.user, device };
+        Self { id, credentials: std::sync::Arc::new(world.authority.issue_device(id).unwrap()) }
+    }
+}
+
+/// The device 1 of a user that a test knows by a number.
+pub(crate) fn device_id(number: u32) -> DeviceId {
+    let mut user = [0x11; 16];
+    user[12..].copy_from_slice(&number.to_be_bytes());
+    DeviceId { user: UserId(user), device: 1 }
+}
+
+/// A ping sampled `seq` seconds after a fixed moment of today, so that later numbers are later samples.
+pub fn ping(seq: u64) -> Ping {
+    ping_at(seq, base_ms() + seq * 1_000)
+}
+
+/// A ping with a time of its own.
+pub fn ping_at(seq: u64, time_ms: u64) -> Ping {
+    Ping {
+        seq,
+        time_ms,
+        latitude_e7: 541_000_000 + i32::try_from(seq).unwrap_or_default() * 100,
+        longitude_e7: -45_000_000,
+        accuracy_dm: Some(40),
+        altitude_dm: None,
+        speed_cm_per_s: Some(150),
+        course_ddeg: None,
+        heading_deg: None,
+        battery_percent: None,
+        source: Source::Gnss,
+    }
+}
+
+/// An hour ago when the process began: within any retention, never in the future.
+fn base_ms() -> u64 {
+    static BASE_MS: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+    *BASE_MS.get_or_init(|| system_now_ms() / 1_000 * 1_000 - 3_600_000)
+}
+
+pub fn hello(lane: Lane, epoch: u32) -> v1::Hello {
+    let lane = match lane {
+        Lane::Live => v1::Lane::Live,
+        Lane::Backfill => v1::Lane::Backfill,
+    };
+    v1::Hello { epoch, lane: lane.into(), ..v1::Hello::default() }
+}
+
+/// Every `(epoch, seq)` that the store holds of a device, in key order, as often as it holds it.
+pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
+    let mut seqs: Vec<_> = store
+        .rows_of(device.id.user)
+        .unwrap()
+        .map(Result::unwrap)
+        .filter(|row| row.key.device == device.id)
+        .flat_map(|row| row.record.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
+        .collect();
+    seqs.sort_unstable();
+    seqs
+}
+
+/// A binary of this workspace. `make test` builds them before it runs the tests.
+pub fn binary(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let built = test.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(built.exists(), "{} is not built: run `make test`, or `cargo build --workspace --bins`", built.display());
+    built
+}
+
+/// A program that `.ci/prometheus` fetches, or that the system has.
+pub fn tool(name: &str) -> PathBuf {
+    let fetched = root().join("target/tools/usr/bin").join(name);
+    if fetched.exists() { fetched } else { name.into() }
+}
+
+/// The real AIS day, or `None` with a message where it is not at hand.
+pub fn ais_file() -> Option<PathBuf> {
+    let file = std::env::var_os("WAYPOST_AIS")
+        .map_or_else(|| root().join("../shared/data/ais-2022-01-03.csv.gz"), PathBuf::from);
+    if file.exists() {
+        return Some(file);
+    }
+    eprintln!("skipped: there is no AIS file at {}; set WAYPOST_AIS to one", file.display());
+    None
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}

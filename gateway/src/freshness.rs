@@ -1,0 +1,335 @@
+//! How fresh every user is, in memory: written by the committer, read by the feed.
+//!
+//! Knows users, clocks and positions. Must not know where commits come from, who reads, or what the time
+//! is; has no task of its own. What is published here is durable already.
+
+mod index;
+
+use std::collections::BTreeMap;
+
+use parking_lot::RwLock;
+use tokio::sync::watch;
+use waypost_proto::{
+    device::Clocks,
+    id::{DeviceId, UserId},
+};
+
+use self::index::{BLOCK, Index};
+pub use self::index::{Head, LastSeen, Reader, Step};
+
+/// The freshness of every user, and the head that readers wait for.
+#[derive(Debug)]
+pub struct Freshness {
+    /// Held for a commit by the writer and for a block by readers.
+    index: RwLock<Index>,
+    /// A copy of the index's head, advanced after it.
+    head: watch::Sender<Head>,
+}
+
+/// Some of the users who have been silent, longest silence first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StalePage {
+    /// They have not been heard since, as far as `head` knows.
+    pub users: Vec<LastSeen>,
+    /// Continue after this one; none on the last page.
+    pub next: Option<Silence>,
+    /// The state the page is complete for: taken before it was gathered.
+    pub head: Head,
+}
+
+/// A place in the order of silence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Silence {
+    /// When the user was last heard.
+    pub last_contact_ms: u64,
+    /// The user, to tell apart those who fell silent in the same millisecond.
+    pub user: UserId,
+}
+
+impl Freshness {
+    /// The state of a store: its devices in any order, and the moment up to which it holds every
+    /// contact.
+    #[must_use]
+    pub fn restore(
+        devices: impl Iterator<Item = (DeviceId, Clocks, u64)>,
+        resolved_ms: u64,
+    ) -> Self {
+        let mut index = Index::new(BLOCK);
+        index.restore(
+            devices.map(|(id, clocks, position)| (id.user, clocks, position)),
+            resolved_ms,
+        );
+        let head = watch::Sender::new(index.head());
+        Self {
+            index: RwLock::new(index),
+            head,
+        }
+    }
+
+    /// Makes a durable commit visible. Called by the committer alone, with ascending positions; every
+    /// contact received up to `resolved_ms` is in this commit or an earlier one.
+    pub fn publish(&self, position: u64, resolved_ms: u64, changes: &[(UserId, Clocks)]) {
+        let head = {
+            let mut index = self.index.write();
+            index.publish(position, resolved_ms, changes);
+            index.head()
+        };
+        self.head.send_replace(head);
+    }
+
+    /// Every contact up to `resolved_ms` has been published. Called by the committer when it is idle.
+    pub fn resolve(&self, resolved_ms: u64) {
+        let head = {
+            let mut index = self.index.write();
+            index.resolve(resolved_ms);
+            index.head()
+        };
+        self.head.send_replace(head);
+    }
+
+    /// How far the state has come.
+    #[must_use]
+    pub fn head(&self) -> Head {
+        self.index.read().head()
+    }
+
+    /// Tells of every new head. When it is told, what belongs to it can be read.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Head> {
+        self.head.subscribe()
+    }
+
+    /// How many users have ever been seen.
+    #[must_use]
+    pub fn users(&self) -> usize {
+        self.index.read().users().len()
+    }
+
+    /// These users as they were at one head; none for a user that was never seen.
+    #[must_use]
+    pub fn get(&self, users: &[UserId]) -> (Vec<Option<LastSeen>>, Head) {
+        let index = self.index.read();
+        (
+            users.iter().map(|user| index.find(user).copied()).collect(),
+            index.head(),
+        )
+    }
+
+    /// Up to `limit` users without contact since `older_than_ms`, from `after` on, longest silence
+    /// first. Looks at every user, a block at a time.
+    #[must_use]
+    pub fn stale(&self, older_than_ms: u64, after: Option<Silence>, limit: usize) -> StalePage {
+        let head = self.head();
+        let mut longest = BTreeMap::new();
+        for first in (0..self.users()).step_by(BLOCK) {
+            let index = self.index.read();
+            for &seen in index.users()[first..].iter().take(BLOCK) {
+                let last_contact_ms = seen.clocks.last_contact_ms;
+                let silence = Silence {
+                    last_contact_ms,
+                    user: seen.user,
+                };
+                if older_than_ms <= last_contact_ms || after.is_some_and(|after| silence <= after) {
+                    continue;
+                }
+                // One more than asked for, to know whether there is a next page.
+                if longest.len() <= limit {
+                    longest.insert(silence, seen);
+                } else if longest
+                    .last_key_value()
+                    .is_some_and(|(last, _)| silence < *last)
+                {
+                    longest.pop_last();
+                    longest.insert(silence, seen);
+                }
+            }
+        }
+        let has_more = limit < longest.len();
+        if has_more {
+            longest.pop_last();
+        }
+        let next = longest
+            .last_key_value()
+            .map(|(&last, _)| last)
+            .filter(|_| has_more);
+        StalePage {
+            users: longest.into_values().collect(),
+            next,
+            head,
+        }
+    }
+
+    /// A reader that is handed the state of every user and then what changes.
+    #[must_use]
+    pub fn reader_from_start(&self) -> Reader {
+        self.index.read().reader_from_start()
+    }
+
+    /// A reader that is handed every user changed after `position`, once, and then what changes.
+    #[must_use]
+    pub fn reader_after(&self, position: u64) -> Reader {
+        self.index.read().reader_after(position)
+    }
+
+    /// Lets a reader that does not get level by following do so in one pass over all users.
+    pub fn sweep(&self, reader: &mut Reader) {
+        self.index.read().sweep(reader);
+    }
+
+    /// Appends to `entries` the next few that the reader has not had and that are `wanted`. Looks at a
+    /// bounded number, so it may append none and still be [`Step::Behind`].
+    pub fn read(
+        &self,
+        reader: &mut Reader,
+        wanted: impl Fn(&LastSeen) -> bool,
+        entries: &mut Vec<LastSeen>,
+    ) -> Step {
+        self.index.read().read(reader, wanted, entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(n: u8) -> UserId {
+        UserId([n; 16])
+    }
+
+    fn heard(at_ms: u64) -> Clocks {
+        Clocks {
+            last_contact_ms: at_ms,
+            durable_ms: at_ms,
+            ..Clocks::default()
+        }
+    }
+
+    fn empty() -> Freshness {
+        Freshness::restore(std::iter::empty(), 0)
+    }
+
+    #[test]
+    fn a_user_is_as_fresh_as_its_freshest_device() {
+        let device = |n, device| DeviceId {
+            user: user(n),
+            device,
+        };
+        let old = Clocks {
+            last_contact_ms: 10,
+            last_sample_ms: 9,
+            last_fix_ms: 3,
+            durable_ms: 11,
+        };
+        let new = Clocks {
+            last_contact_ms: 20,
+            last_sample_ms: 5,
+            last_fix_ms: 4,
+            durable_ms: 21,
+        };
+        let freshness = Freshness::restore(
+            [
+                (device(1, 7), new, 5),
+                (device(2, 1), old, 2),
+                (device(1, 8), old, 3),
+            ]
+            .into_iter(),
+            40,
+        );
+        assert_eq!(freshness.users(), 2);
+        let (found, head) = freshness.get(&[user(1), user(9)]);
+        let clocks = Clocks {
+            last_contact_ms: 20,
+            last_sample_ms: 9,
+            last_fix_ms: 4,
+            durable_ms: 21,
+        };
+        assert_eq!(
+            found,
+            [
+                Some(LastSeen {
+                    user: user(1),
+                    clocks,
+                    position: 5
+                }),
+                None
+            ]
+        );
+        assert_eq!(
+            head,
+            Head {
+                position: 5,
+                resolved_ms: 40
+            }
+        );
+    }
+
+    #[test]
+    fn nothing_goes_back() {
+        let freshness = empty();
+        freshness.publish(1, 100, &[(user(1), heard(90))]);
+        freshness.publish(2, 80, &[(user(1), heard(50))]);
+        freshness.resolve(70);
+        assert_eq!(
+            freshness.head(),
+            Head {
+                position: 2,
+                resolved_ms: 100
+            }
+        );
+        let (found, _) = freshness.get(&[user(1)]);
+        assert_eq!(
+            found[0].map(|seen| (seen.clocks, seen.position)),
+            Some((heard(90), 2))
+        );
+    }
+
+    #[test]
+    fn subscribers_hear_of_commits_and_of_idle_time() {
+        let freshness = empty();
+        let mut heads = freshness.subscribe();
+        freshness.publish(1, 10, &[(user(1), heard(10))]);
+        assert!(heads.has_changed().unwrap());
+        assert_eq!(
+            *heads.borrow_and_update(),
+            Head {
+                position: 1,
+                resolved_ms: 10
+            }
+        );
+        freshness.resolve(20);
+        assert_eq!(
+            *heads.borrow_and_update(),
+            Head {
+                position: 1,
+                resolved_ms: 20
+            }
+        );
+    }
+
+    #[test]
+    fn the_silent_are_listed_longest_first_in_pages_that_do_not_overlap() {
+        let freshness = empty();
+        // Users 1 and 2 fell silent in the same millisecond; 9 is not silent at all.
+        let contacts = [(5, 300), (2, 100), (1, 100), (7, 200), (9, 500)];
+        let changes: Vec<_> = contacts.map(|(n, at_ms)| (user(n), heard(at_ms))).into();
+        freshness.publish(1, 600, &changes);
+
+        let mut after = None;
+        let mut listed = Vec::new();
+        let mut pages = 0;
+        loop {
+            let page = freshness.stale(500, after, 2);
+            pages += 1;
+            listed.extend(page.users.iter().map(|seen| seen.user));
+            assert_eq!(page.head.resolved_ms, 600);
+            after = page.next;
+            if after.is_none() {
+                break;
+            }
+            // The one who speaks up between two pages is not listed; nobody else is moved.
+            freshness.publish(1 + pages, 600, &[(user(5), heard(550))]);
+        }
+        assert_eq!(listed, [user(1), user(2), user(7)]);
+        assert_eq!(pages, 2);
+    }
+}

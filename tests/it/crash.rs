@@ -1,0 +1,46 @@
+//! SIGKILL in mid-replay: no acknowledged ping is lost, and the devices finish by themselves.
+
+use std::process::Command;
+
+use waypost_tests::{Process, ais_file, binary};
+
+/// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
+/// the store against it at the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_gateway_has_everything_it_acknowledged() {
+    let Some(ais) = ais_file() else { return };
+    let mut gateway = Process::start(&[]).await;
+    let report = gateway.data_dir().join("report.json");
+    let replay = Command::new(binary("loadtest"))
+        .arg("replay")
+        .arg(ais)
+        .args(["--speed-up", "4000", "--addr", &gateway.addresses().devices.to_string()])
+        .args(["--freshness", &gateway.addresses().freshness.to_string()])
+        .args(["--admin", &gateway.addresses().admin.to_string()])
+        .arg("--pki")
+        .arg(gateway.data_dir().join("pki"))
+        .arg("--data")
+        .arg(gateway.data_dir())
+        .arg("--json")
+        .arg(&report)
+        .spawn()
+        .unwrap();
+    for stored_pings in [10_000.0, 50_000.0] {
+        gateway.metrics_until(|metrics| stored_pings <= metrics.value("waypost_pings_total{fate=\"accepted\"}")).await;
+        gateway.kill();
+        // The counters begin again with the process; the pings stored so far do not come again.
+        gateway.restart().await;
+        if stored_pings > 10_000.0 {
+            break;
+        }
+    }
+    let output = tokio::task::spawn_blocking(|| replay.wait_with_output()).await.unwrap().unwrap();
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    assert!(output.status.success(), "{report:#}");
+    assert_eq!(report["lost"], 0);
+    assert_eq!(report["stored_twice"], 0);
+    assert_eq!(report["freshness_wrong"], 0);
+    assert_eq!(report["stored"], 99_999);
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+}
