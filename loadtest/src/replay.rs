@@ -136,6 +136,7 @@ impl Replay {
 }
 
 impl Row {
+    #[expect(clippy::cast_possible_truncation, reason = "the values are below a full circle")]
     fn to_ping(&self, seq: u64) -> anyhow::Result<Ping> {
         let time = humantime::parse_rfc3339_weak(&self.time)
             .with_context(|| format!("{:?} is not a time like 2022-01-03T00:00:00Z", self.time))?;
@@ -156,6 +157,7 @@ impl Row {
     }
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "checked on the same line")]
 fn degrees_e7(degrees: f64, limit_e7: i32) -> Option<i32> {
     let e7 = (degrees * 1e7).round();
     (e7.abs() <= f64::from(limit_e7)).then_some(e7 as i32)
@@ -163,6 +165,7 @@ fn degrees_e7(degrees: f64, limit_e7: i32) -> Option<i32> {
 
 /// A value of AIS in another unit, rounded. From `not_available` on, AIS says that there is none: 511
 /// for a heading, 360 for a course, 102.3 for a speed (ITU-R M.1371-5, table 46).
+#[expect(clippy::cast_possible_truncation, reason = "all limits are small")]
 fn whole_below(value: Option<f64>, not_available: f64, factor: f64) -> Option<u32> {
     value.filter(|value| (0.0..not_available).contains(value)).map(|value| (value * factor).round() as u32)
 }

@@ -183,7 +183,7 @@ impl fmt::Display for Report {
             Count(self.sent),
             Count(self.acked),
             Seconds(self.seconds),
-            Count(self.pings_per_s.round() as u64),
+            Count::of(self.pings_per_s),
         )?;
         write!(
             f,
@@ -242,6 +242,13 @@ fn unknown() -> String {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Count(pub(crate) u64);
 
+impl Count {
+    #[expect(clippy::cast_possible_truncation, reason = "for people; casts of floats saturate")]
+    pub(crate) fn of(number: f64) -> Self {
+        Self(number.round() as u64)
+    }
+}
+
 impl fmt::Display for Count {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let digits = self.0.to_string();
@@ -264,7 +271,7 @@ impl fmt::Display for Ms {
         match self.0 {
             ms if ms < 10.0 => write!(f, "{ms:.2} ms"),
             ms if ms < 100.0 => write!(f, "{ms:.1} ms"),
-            ms if ms < 10_000.0 => write!(f, "{} ms", Count(ms.round() as u64)),
+            ms if ms < 10_000.0 => write!(f, "{} ms", Count::of(ms)),
             ms => write!(f, "{}", Seconds(ms / 1_000.0)),
         }
     }
@@ -279,7 +286,8 @@ impl fmt::Display for Seconds {
         if self.0 < 600.0 {
             write!(f, "{:.1} s", self.0)
         } else {
-            write!(f, "{}", humantime::format_duration(Duration::from_secs(self.0 as u64)))
+            let whole = Duration::from_secs(Duration::from_secs_f64(self.0).as_secs());
+            write!(f, "{}", humantime::format_duration(whole))
         }
     }
 }

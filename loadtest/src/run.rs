@@ -207,7 +207,7 @@ fn hand_out(fleet: &Fleet, scenario: &Scenario, pass: u32, stop: &CancellationTo
 
 fn live_line(fleet: &Fleet, watch: Option<&Watch>, per_s: f64) -> String {
     let recent = fleet.take_recent_latencies();
-    let mut line = format!("{}/s", Count(per_s.round() as u64));
+    let mut line = format!("{}/s", Count::of(per_s));
     if !recent.is_empty() {
         let (p50, p99) = (Ms(recent.quantile_ms(0.5)), Ms(recent.quantile_ms(0.99)));
         line += &format!("  ack p50 {p50} p99 {p99}");

@@ -102,6 +102,7 @@ pub async fn get(admin: SocketAddr, path: &str) -> anyhow::Result<String> {
     Ok(body.to_owned())
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "Prometheus writes whole numbers as floats, too")]
 fn parse(page: &str) -> GatewayUse {
     let value = |name: &str| -> Option<f64> {
         page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())

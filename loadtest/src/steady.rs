@@ -46,6 +46,7 @@ impl Steady {
 
     /// How many pings will be sent; `None` without a duration.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "a count of pings; casts of floats saturate")]
     pub fn pings_in_total(&self) -> Option<u64> {
         self.duration.map(|duration| (duration.as_secs_f64() * self.pings_per_s).ceil() as u64)
     }
@@ -78,6 +79,7 @@ impl Wanderer {
         }
     }
 
+    #[expect(clippy::cast_possible_truncation, reason = "all values are small; casts of floats saturate")]
     fn step(&mut self, due: Duration, start_ms: u64, dice: &mut StdRng) -> Ping {
         let elapsed_s = (due - self.due).as_secs_f64();
         self.due = due;
