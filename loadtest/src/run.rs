@@ -97,14 +97,14 @@ async fn load(
     let fleet = Arc::new(Fleet::enrol(&devices, target, keep_each, progress).await?);
     fleet.connect(progress, stop).await?;
     let watch = checker.as_ref().map(Checker::watch);
-    let started = Instant::now();
+    let begun_us = fleet.now_us();
     for pass in 1..=scenario.passes() {
         if 1 < pass && !stop.is_cancelled() {
             fleet.reconnect(progress, stop).await?;
         }
         send(&fleet, &scenario, pass, watch.as_ref(), progress, stop).await?;
     }
-    let seconds = fleet.last_acked().map_or(0.0, |last| (last - started).as_secs_f64());
+    let took_us = fleet.last_acked_us().map_or(0, |last_us| last_us.saturating_sub(begun_us));
 
     progress.begin("checking", None);
     let expected = fleet.expected();
@@ -118,13 +118,14 @@ async fn load(
     };
     let gateway = usage.as_ref().map(UseWatch::most).unwrap_or_default();
     let ack_latencies = fleet.ack_latencies();
+    let fleet = Arc::into_inner(fleet).context("a sender still holds the fleet")?;
     let ledgers = fleet.close().await;
     progress.end();
     Ok(Outcome {
         scenario: scenario.name(),
         seed: scenario.seed(),
         passes: scenario.passes(),
-        seconds,
+        seconds: Duration::from_micros(took_us).as_secs_f64(),
         ack_latencies,
         freshness_latencies: watch.map(|watch| watch.latencies()),
         gateway,
@@ -153,7 +154,7 @@ async fn send(
     });
     let mut ticks = interval(LIVE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut rate = Rate::new(fleet.acked());
+    let mut live = Live::new(fleet.acked());
     let mut is_sent = false;
     let mut moved = (fleet.acked(), Instant::now());
     loop {
@@ -172,8 +173,7 @@ async fn send(
         if is_sent && (fleet.open() == 0 || SETTLE_PATIENCE <= moved.1.elapsed()) {
             return Ok(());
         }
-        let per_s = rate.at(acked);
-        progress.at(acked - acked_before, || live_line(fleet, watch, per_s));
+        progress.at(acked - acked_before, || live.line(fleet, watch));
     }
 }
 
@@ -205,22 +205,41 @@ fn hand_out(fleet: &Fleet, scenario: &Scenario, pass: u32, stop: &CancellationTo
     }
 }
 
-fn live_line(fleet: &Fleet, watch: Option<&Watch>, per_s: f64) -> String {
-    let recent = fleet.take_recent_latencies();
-    let mut line = format!("{}/s", Count::of(per_s));
-    if !recent.is_empty() {
-        let (p50, p99) = (Ms(recent.quantile_ms(0.5)), Ms(recent.quantile_ms(0.99)));
-        line += &format!("  ack p50 {p50} p99 {p99}");
+/// The live line; its numbers are of about the last second.
+struct Live {
+    since: Instant,
+    acked: u64,
+    recent: String,
+}
+
+impl Live {
+    fn new(acked: u64) -> Self {
+        Self { since: Instant::now(), acked, recent: String::new() }
     }
-    if let Some(watch) = watch {
-        line += &format!("  freshness lag {} ms", Count(watch.lag_ms()));
+
+    fn line(&mut self, fleet: &Fleet, watch: Option<&Watch>) -> String {
+        let elapsed = self.since.elapsed();
+        if Duration::from_secs(1) <= elapsed {
+            let acked = fleet.acked();
+            let per_s = Count::of((acked - self.acked) as f64 / elapsed.as_secs_f64());
+            let recent = fleet.take_recent_latencies();
+            self.recent = format!("{per_s}/s");
+            if !recent.is_empty() {
+                let (p50, p99) = (Ms(recent.quantile_ms(0.5)), Ms(recent.quantile_ms(0.99)));
+                self.recent += &format!("  ack p50 {p50} p99 {p99}");
+            }
+            (self.since, self.acked) = (Instant::now(), acked);
+        }
+        let mut line = self.recent.clone();
+        if let Some(watch) = watch {
+            line += &format!("  freshness lag {} ms", Count(watch.lag_ms()));
+        }
+        line += &format!("  {} devices", Count(fleet.connected()));
+        match fleet.open() {
+            0 => line,
+            open => line + &format!("  {} open", Count(open)),
+        }
     }
-    let (connected, open) = (fleet.connected(), fleet.open());
-    line += &format!("  {} devices", Count(connected));
-    if 0 < open {
-        line += &format!("  {} open", Count(open));
-    }
-    line
 }
 
 /// The stream must have told of each user what is known now, in the promised order.
@@ -251,28 +270,6 @@ async fn check_store(
     *ledgers = taken;
     progress.end();
     Ok(Some(findings))
-}
-
-/// Acknowledgements a second over about the last second.
-struct Rate {
-    since: Instant,
-    acked: u64,
-    per_s: f64,
-}
-
-impl Rate {
-    fn new(acked: u64) -> Self {
-        Self { since: Instant::now(), acked, per_s: 0.0 }
-    }
-
-    fn at(&mut self, acked: u64) -> f64 {
-        let elapsed = self.since.elapsed();
-        if Duration::from_secs(1) <= elapsed {
-            self.per_s = (acked - self.acked) as f64 / elapsed.as_secs_f64();
-            (self.since, self.acked) = (Instant::now(), acked);
-        }
-        self.per_s
-    }
 }
 
 /// How many pings are remembered for the check of the store: about a gigabyte.
