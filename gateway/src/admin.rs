@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// Where operators find the gateway.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminConfig {
     /// Address and port of `/metrics`, `/healthz`, `/readyz` and the status page. Loopback, because

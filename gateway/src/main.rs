@@ -1,1 +1,61 @@
-fn main(){}
+//! The `waypost` command: names its subcommands, and turns how they end into an exit code.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use waypost_gateway::{
+    cli::{self, CheckConfigArgs, Failure, ServeArgs},
+    inspect::{self, InspectArgs},
+    pki::command::{self as pki, PkiArgs},
+    watch::WatchArgs,
+};
+
+/// Takes location pings over QUIC, acknowledges what is on disk, and tells how fresh each user's last
+/// sign of life is.
+#[derive(Parser)]
+#[command(
+    name = "waypost",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
+Try it:
+  waypost serve --dev      a gateway on this machine, with certificates of its own
+  waypost COMMAND --help   examples for each command"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the gateway
+    Serve(ServeArgs),
+    /// Check the configuration and print what is in effect
+    CheckConfig(CheckConfigArgs),
+    /// Make certificates for the gateway, devices and checkers
+    Pki(PkiArgs),
+    /// Follow how fresh each user's last sign of life is
+    Watch(WatchArgs),
+    /// Show what is in a store: counts and times, never positions
+    Inspect(InspectArgs),
+}
+
+fn main() -> ExitCode {
+    let ended = match Cli::parse().command {
+        Command::Serve(args) => cli::serve(&args),
+        Command::CheckConfig(args) => cli::check_config(&args),
+        Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Watch(args) => cli::watch(args),
+        Command::Inspect(args) => {
+            inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            cli::report(&failure);
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}

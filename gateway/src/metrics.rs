@@ -136,7 +136,7 @@ impl FreshnessMetrics {
 }
 
 /// Why a peer was refused before it was served: by TLS, by its certificate, or for want of room.
-pub const REFUSALS: [&str; 14] = [
+pub const REFUSALS: [&str; 17] = [
     "no_certificate",
     "bad_certificate",
     "unknown_issuer",
@@ -145,9 +145,12 @@ pub const REFUSALS: [&str; 14] = [
     "revoked",
     "no_identity",
     "bad_identity",
+    "not_a_device",
+    "not_a_checker",
     "other_trust_domain",
     "not_allowed",
     "no_shared_protocol",
+    "handshake_broken",
     "overloaded",
     "timed_out",
     "shutting_down",

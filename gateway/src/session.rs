@@ -208,6 +208,7 @@ impl<'a> Shell<'a> {
                 return end;
             }
             if self.is_draining && self.requests_in_flight == [0; 2] {
+                self.flush().await;
                 return End::ours(CloseCode::ShuttingDown, "the gateway is stopping");
             }
         }
@@ -286,7 +287,6 @@ impl<'a> Shell<'a> {
                 self.bind(at, lane);
                 Ok(())
             }
-            Step::Ignore(lane) => self.ask(lane, Request::Heartbeat).await,
         }
     }
 
@@ -374,6 +374,19 @@ impl<'a> Shell<'a> {
             }
             Err(_) => Err(End::ours(CloseCode::NotReading, "the device does not read its answers")),
         }
+    }
+
+    /// Waits until the device has received the last acks: closing a connection drops what is not yet
+    /// delivered.
+    async fn flush(&mut self) {
+        let delivered = async {
+            for stream in &mut self.streams {
+                if stream.send.finish().is_ok() {
+                    drop(stream.send.stopped().await);
+                }
+            }
+        };
+        drop(timeout(FLUSH_TIMEOUT, delivered).await);
     }
 
     /// The device has finished its side of a stream.
@@ -476,6 +489,10 @@ fn peer_end_label(error: &quinn::ConnectionError) -> &'static str {
 /// How many requests of one connection may wait for their commit. Tiny batches reach it before the
 /// credit does.
 const REQUESTS_IN_FLIGHT: usize = 64;
+
+/// How long a device may take to receive its last acks when the gateway stops. It gets them again as
+/// ranges in its next Welcome.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Most bytes taken from a stream at once, so that one lane cannot hold up the other.
 const READ_BYTES: usize = 16_384;

@@ -23,10 +23,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
-use waypost_proto::{
-    id::{DeviceId, Identity},
-    session::CloseCode,
-};
+use waypost_proto::{id::DeviceId, session::CloseCode};
 
 use crate::{
     metrics::Metrics,
@@ -173,13 +170,16 @@ async fn accept(
     let started = Instant::now();
     metrics.connections.handshakes_in_progress.increment(1.0);
     let connection = match incoming.accept() {
-        Ok(connecting) => timeout(handshake_timeout, connecting).await,
-        Err(error) => Ok(Err(error)),
+        Ok(connecting) => tokio::select! {
+            connection = timeout(handshake_timeout, connecting) => Some(connection),
+            () = parts.draining.cancelled() => None,
+        },
+        Err(error) => Some(Ok(Err(error))),
     };
     metrics.connections.handshakes_in_progress.decrement(1.0);
     let connection = match connection {
-        Ok(Ok(connection)) => connection,
-        Ok(Err(error)) => {
+        Some(Ok(Ok(connection))) => connection,
+        Some(Ok(Err(error))) => {
             match Refusal::from_connection_error(&error) {
                 Some(refusal) => refused(metrics, remote, &refusal),
                 None => {
@@ -189,9 +189,13 @@ async fn accept(
             }
             return;
         }
-        Err(_) => {
+        Some(Err(_)) => {
             debug!(%remote, "a handshake took too long");
             metrics.connections.refused.of("timed_out").increment(1);
+            return;
+        }
+        None => {
+            metrics.connections.refused.of("shutting_down").increment(1);
             return;
         }
     };
@@ -223,10 +227,7 @@ fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<Devic
         .peer_identity()
         .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
         .ok_or(Refusal::NoCertificate)?;
-    match tls::identity_of(&chain, trust_domain)? {
-        Identity::Device(device) => Ok(device),
-        Identity::Checker(_) => Err(Refusal::NotADevice),
-    }
+    tls::device_of(&chain, trust_domain)
 }
 
 /// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream

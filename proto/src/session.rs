@@ -186,8 +186,6 @@ pub enum Step {
     Answer(Lane, v1::GatewayFrame),
     /// Hello is kept until the other lane's has been answered; nothing to do.
     Wait(Lane),
-    /// A kind of frame from the future; it was authentic, so it is a contact, but nothing is answered.
-    Ignore(Lane),
 }
 
 /// The committer's answer to [`Request::Hello`].
@@ -290,9 +288,9 @@ impl Session {
                 let columns = wire.encode_to_vec();
                 Ok(Step::Ask(lane, Request::Batch { batch, columns }))
             }
-            (Some(lane), Some(Kind::Heartbeat(_))) => Ok(Step::Ask(lane, Request::Heartbeat)),
+            // A kind of frame from the future says at least that somebody is there.
+            (Some(lane), Some(Kind::Heartbeat(_)) | None) => Ok(Step::Ask(lane, Request::Heartbeat)),
             (Some(lane), Some(Kind::Control(control))) => Ok(Step::Answer(lane, not_supported(control.id))),
-            (Some(lane), None) => Ok(Step::Ignore(lane)),
         }
     }
 
@@ -618,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn a_control_is_answered_and_a_frame_of_the_future_is_not() {
+    fn a_control_is_answered_and_a_frame_of_the_future_is_a_sign_of_life() {
         let mut session = session();
         session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
         let control = v1::Control { id: 4, action: Some(v1::control::Action::Pause(v1::control::Pause {})) };
@@ -628,6 +626,6 @@ mod tests {
             Ok(Step::Answer(Lane::Live, not_supported(4)))
         );
         let unknown = v1::DeviceFrame { kind: None };
-        assert_eq!(session.handle_frame(Some(Lane::Live), unknown), Ok(Step::Ignore(Lane::Live)));
+        assert_eq!(session.handle_frame(Some(Lane::Live), unknown), Ok(Step::Ask(Lane::Live, Request::Heartbeat)));
     }
 }

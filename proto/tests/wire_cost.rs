@@ -1,6 +1,6 @@
 //! What a ping costs on the wire, measured on a day of real ship movements.
 //!
-//! The file is not part of the repository: `WAYPOST_AIS` names it, or it lies where the project keeps
+//! The file is not part of the repository: `AIS_FILE` names it, or it lies where the project keeps
 //! it. Without it the measurement says so and is skipped; the lone ping is always measured.
 
 #![expect(
@@ -31,7 +31,7 @@ const LEAST_PINGS: usize = 10;
 /// Each vessel's day as one batch, split at the limit: what a device sends that has been out of reach.
 #[test]
 fn a_vessels_day_costs_at_most_12_bytes_a_ping() {
-    let path = env::var_os("WAYPOST_AIS").map_or_else(
+    let path = env::var_os("AIS_FILE").map_or_else(
         || {
             PathBuf::from(concat!(
                 env!("CARGO_MANIFEST_DIR"),
@@ -42,7 +42,7 @@ fn a_vessels_day_costs_at_most_12_bytes_a_ping() {
     );
     let Ok(file) = File::open(&path) else {
         println!(
-            "SKIPPED: no AIS file at {}; name one with WAYPOST_AIS",
+            "SKIPPED: no AIS file at {}; name one with AIS_FILE",
             path.display()
         );
         return;

@@ -124,7 +124,7 @@ async fn numbers_that_will_never_come_close_the_hole() {
     let mut live = link.open(oldest).await;
     let welcome = live.welcome().await;
     assert_eq!((welcome.durable_upto, welcome.ranges.len()), (10, 0));
-    assert_eq!(world.metrics().await.value("waypost_given_up_seqs_total"), 9.0);
+    assert_eq!(world.metrics().await.value("waypost_pings_given_up_total"), 9.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

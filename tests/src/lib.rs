@@ -23,7 +23,7 @@ use waypost_proto::{
 
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
-pub use process::Process;
+pub use process::{Addresses, Process};
 pub use prometheus::Prometheus;
 pub use world::World;
 
@@ -89,7 +89,6 @@ pub fn hello(lane: Lane, epoch: u32) -> v1::Hello {
 pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
     let mut seqs: Vec<_> = store
         .rows_of(device.id.user)
-        .unwrap()
         .map(Result::unwrap)
         .filter(|row| row.key.device == device.id)
         .flat_map(|row| row.record.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
@@ -114,12 +113,12 @@ pub fn tool(name: &str) -> PathBuf {
 
 /// The real AIS day, or `None` with a message where it is not at hand.
 pub fn ais_file() -> Option<PathBuf> {
-    let file = std::env::var_os("WAYPOST_AIS")
+    let file = std::env::var_os("AIS_FILE")
         .map_or_else(|| root().join("../shared/data/ais-2022-01-03.csv.gz"), PathBuf::from);
     if file.exists() {
         return Some(file);
     }
-    eprintln!("skipped: there is no AIS file at {}; set WAYPOST_AIS to one", file.display());
+    eprintln!("skipped: there is no AIS file at {}; set AIS_FILE to one", file.display());
     None
 }
 

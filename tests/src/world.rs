@@ -117,7 +117,7 @@ impl World {
 
     pub async fn checker_with(&self, credentials: &Credentials) -> FreshnessClient<Channel> {
         client::connect(
-            &self.addresses().freshness.to_string(),
+            &format!("https://{}", self.addresses().freshness),
             self.authority.certificate_pem(),
             &credentials.certificate_pem,
             &credentials.private_key_pem,

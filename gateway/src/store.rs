@@ -1,0 +1,897 @@
+//! What is on disk: pings, device records and the few facts about the store itself, in RocksDB.
+//!
+//! Knows column families, rows and RocksDB's failures; no other file but those under `store/` names
+//! RocksDB. Must not know who sends, who waits, or what a record means.
+//!
+//! # Families
+//!
+//! - `meta`: format version, incarnation, token key, and the last position, which every commit writes.
+//! - `devices`: one record a device ([`record::encode_device`]).
+//! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
+//!   a whole when retention is over.
+//!
+//! A commit writes all of its rows at once and synced: after a crash they are all there or none is.
+
+use std::{
+    collections::BTreeSet,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use ring::rand::{SecureRandom, SystemRandom};
+use rocksdb::{
+    BoundColumnFamily, ColumnFamilyDescriptor, DB, DBIteratorWithThreadMode, ErrorKind,
+    IteratorMode, PrefixRange, WriteBatch,
+    properties::{
+        ACTUAL_DELAYED_WRITE_RATE, BACKGROUND_ERRORS, ESTIMATE_PENDING_COMPACTION_BYTES,
+        IS_WRITE_STOPPED, LIVE_SST_FILES_SIZE, NUM_IMMUTABLE_MEM_TABLE,
+    },
+    statistics::Histogram,
+};
+use tracing::{info, warn};
+use waypost_proto::{
+    device::DeviceRecord,
+    id::{DeviceId, UserId},
+};
+
+mod folder;
+mod keys;
+pub mod record;
+mod settings;
+mod watermark;
+
+use folder::{Folder, Lock};
+use record::{PingRecord, RecordError};
+use settings::Settings;
+use watermark::Watermark;
+
+pub use keys::{Day, PingKey};
+pub use settings::StoreConfig;
+
+/// The open store. The gateway has it open for writing, alone; any number of readers may be beside it.
+pub struct Store {
+    // Fields are dropped in this order: the database is closed before the lock is given back.
+    db: DB,
+    settings: Settings,
+    days: Mutex<BTreeSet<Day>>,
+    facts: Facts,
+    /// The first failure. It is final, whatever RocksDB would say to another attempt.
+    failure: OnceLock<CommitError>,
+    folder: Folder,
+    writer: Option<Writer>,
+}
+
+/// What only the writer has.
+struct Writer {
+    watermark: Watermark,
+    _lock: Lock,
+}
+
+/// What `meta` said when the store was opened.
+struct Facts {
+    incarnation: [u8; 16],
+    token_key: [u8; 32],
+    position: u64,
+}
+
+/// Rows that are to be written together. Nothing of them exists before [`Store::commit`].
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Keys and values, one after the other.
+    bytes: Vec<u8>,
+    puts: Vec<Put>,
+    position: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Put {
+    family: Family,
+    /// Where its key ends and its value begins; the key begins where the put before it ends.
+    key_end: usize,
+    value_end: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    Devices,
+    Day(Day),
+}
+
+/// What the device records say of the store as a whole.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// The last commit; 0 before the first. The next one takes the number after it.
+    pub position: u64,
+    /// The newest time of the gateway's clock that the store remembers, in milliseconds since
+    /// 1970-01-01 UTC.
+    pub high_water_ms: u64,
+}
+
+/// One row of pings, decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PingRow {
+    /// The day on which it was received.
+    pub day: Day,
+    /// Whose pings, and where they begin.
+    pub key: PingKey,
+    /// When they were received, in which commit, and the pings.
+    pub record: PingRecord,
+}
+
+/// How the store is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statistics {
+    /// Bytes on disk: table files and the write-ahead log.
+    pub size_bytes: u64,
+    /// Whether RocksDB has stopped writes until it has caught up.
+    pub is_write_stopped: bool,
+    /// The rate that RocksDB has slowed writes to; 0 when it has not.
+    pub delayed_write_bytes_per_second: u64,
+    /// Bytes that compaction has yet to rewrite, by RocksDB's estimate.
+    pub pending_compaction_bytes: u64,
+    /// Memtables that wait to be flushed.
+    pub immutable_memtables: u64,
+    /// Errors of background work since the store was opened.
+    pub background_errors: u64,
+    /// Syncs of the write-ahead log since the store was opened.
+    pub wal_syncs: u64,
+    /// The time they took together.
+    pub wal_sync_time: Duration,
+}
+
+/// Why the store cannot be opened. The messages are for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The folder cannot be used at all.
+    #[error(
+        "cannot use {path} for the store: {source}; it must be a folder that this user may write to"
+    )]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Somebody else writes to it.
+    #[error(
+        "another gateway has the store in {path} open; stop it first, or use another data folder"
+    )]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// There is nothing to read.
+    #[error("there is no store in {path}; a gateway makes one when it starts")]
+    NoStore {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A later version wrote it.
+    #[error(
+        "the store in {path} has format {found}; this version knows format {FORMAT} only, so use a later one"
+    )]
+    LaterFormat {
+        /// The folder.
+        path: PathBuf,
+        /// The store's format.
+        found: u32,
+    },
+    /// A later version wrote it, or another program.
+    #[error(
+        "the store in {path} has a part named {name:?} that this version does not know; use the version that wrote it"
+    )]
+    UnknownFamily {
+        /// The folder.
+        path: PathBuf,
+        /// The column family's name.
+        name: String,
+    },
+    /// What is there contradicts itself.
+    #[error("the store in {path} is damaged: {text}; restore it from a backup")]
+    Damaged {
+        /// The folder.
+        path: PathBuf,
+        /// RocksDB's text, or ours.
+        text: String,
+    },
+    /// Any other failure of RocksDB, of the disk most likely.
+    #[error("the store in {path} cannot be opened: {text}")]
+    RocksDb {
+        /// The folder.
+        path: PathBuf,
+        /// RocksDB's text.
+        text: String,
+    },
+    /// Acknowledged pings are missing.
+    #[error(
+        "the store has lost acknowledged data: it holds commits up to {recovered}, but commits up to \
+         {watermark} were known to be on disk. The write-ahead log was damaged or cut short, or an older \
+         copy of the folder was put in place. Restore a backup that is newer, or look for the log as the \
+         last stop left it in {}. To go on without the lost data, delete {}: devices that were acknowledged \
+         more than the store remembers are told so and send again what they still hold",
+        .store.display(), .file.display()
+    )]
+    BehindWatermark {
+        /// The last commit that is there.
+        recovered: u64,
+        /// The last commit that must be there.
+        watermark: u64,
+        /// The folder that holds `recovery-*`.
+        store: PathBuf,
+        /// The file that says so.
+        file: PathBuf,
+    },
+    /// Whether acknowledged pings are missing cannot be told.
+    #[error(
+        "cannot read {}: {source}. It says how far commits were known to be on disk; without it a loss would \
+         go unnoticed. Look at the disk, then delete the file to go on", .file.display()
+    )]
+    Watermark {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// The system gave no random numbers for a new store's keys.
+    #[error("the system gives no random numbers")]
+    NoRandomness,
+}
+
+/// A failed commit. It is final: nothing after it is durable for sure, and every later commit of this
+/// store fails with the same error.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// RocksDB could not write.
+    #[error("the store could not write: {0}")]
+    RocksDb(String),
+    /// Pings of a day whose family is not there; [`Store::open_day`] comes first.
+    #[error("the store was given pings of {0}, a day that is not open")]
+    DayNotOpen(Day),
+    /// The store was opened for reading.
+    #[error("the store is open for reading only")]
+    ReadOnly,
+}
+
+/// A failed read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// RocksDB could not read.
+    #[error("the store could not be read: {0}")]
+    RocksDb(String),
+    /// A key is not of the form it must have.
+    #[error("a key of {family} is damaged: {key}; restore the store from a backup")]
+    Key {
+        /// The column family.
+        family: String,
+        /// The key in hexadecimal digits.
+        key: String,
+    },
+    /// A value cannot be decoded.
+    #[error("a row of {family} is damaged: {source} (key {key}); restore the store from a backup")]
+    Value {
+        /// The column family.
+        family: String,
+        /// The key in hexadecimal digits.
+        key: String,
+        /// What is wrong with the value.
+        source: RecordError,
+    },
+}
+
+/// The format of the store as a whole: its families and keys. Values have their own.
+const FORMAT: u32 = 1;
+const META: &str = "meta";
+const DEVICES: &str = "devices";
+/// RocksDB's own, which cannot be left out; nothing is in it.
+const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
+const META_FORMAT: &[u8] = b"format";
+const META_INCARNATION: &[u8] = b"incarnation";
+const META_TOKEN_KEY: &[u8] = b"token_key";
+const META_POSITION: &[u8] = b"position";
+/// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
+const PUT_OVERHEAD_BYTES: usize = 8;
+/// How often a reader tries to open beside a writer that deletes old files at the same moment.
+const READER_ATTEMPTS: u32 = 5;
+
+impl Store {
+    /// Opens the store of a data folder for writing, makes it if there is none, drops the days whose
+    /// retention is over, and opens the current one.
+    ///
+    /// # Errors
+    /// When it is in use, damaged, of a later version, or has lost acknowledged data.
+    pub fn open(data_dir: &Path, config: &StoreConfig, now_ms: u64) -> Result<Self, OpenError> {
+        let folder = Folder::of_data_dir(data_dir);
+        let unusable = |source| OpenError::Folder {
+            path: folder.path().to_owned(),
+            source,
+        };
+        let lock = folder
+            .lock()
+            .map_err(unusable)?
+            .ok_or_else(|| OpenError::Locked {
+                path: data_dir.to_owned(),
+            })?;
+        let watermark = watermark::read(&folder.watermark())
+            .map_err(|source| OpenError::Watermark {
+                file: folder.watermark(),
+                source,
+            })?
+            .unwrap_or(0);
+        if !folder.holds_database() && 0 < watermark {
+            return Err(behind(&folder, 0, watermark));
+        }
+        folder.keep_log_of_unclean_stop(now_ms).map_err(unusable)?;
+
+        let failed = |error| open_error(data_dir, error);
+        let settings = Settings::writer(config).map_err(failed)?;
+        let days = days_of(data_dir, &folder, &settings)?;
+        let db = DB::open_cf_descriptors(
+            &settings.database,
+            folder.database(),
+            families(&settings, &days),
+        )
+        .map_err(failed)?;
+        let facts = match read_facts(&db, data_dir)? {
+            Some(facts) => facts,
+            None => write_new_facts(&db, data_dir)?,
+        };
+        if facts.position < watermark {
+            return Err(behind(&folder, facts.position, watermark));
+        }
+        folder.mark_running().map_err(unusable)?;
+        let watermark = Watermark::start(folder.watermark(), facts.position).map_err(unusable)?;
+        let store = Self {
+            db,
+            settings,
+            days: Mutex::new(days),
+            facts,
+            failure: OnceLock::new(),
+            folder,
+            writer: Some(Writer {
+                watermark,
+                _lock: lock,
+            }),
+        };
+        let failed = |error: CommitError| OpenError::RocksDb {
+            path: data_dir.to_owned(),
+            text: error.to_string(),
+        };
+        store
+            .drop_days_before(config.first_kept_day(now_ms))
+            .map_err(failed)?;
+        store.open_day(Day::of_ms(now_ms)).map_err(failed)?;
+        Ok(store)
+    }
+
+    /// Opens the store of a data folder for reading: everything that was committed before now. Works
+    /// beside a gateway that has it open; what is committed later is not seen.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged or of a later version.
+    pub fn open_read_only(data_dir: &Path) -> Result<Self, OpenError> {
+        let folder = Folder::of_data_dir(data_dir);
+        if !folder.holds_database() {
+            return Err(OpenError::NoStore {
+                path: data_dir.to_owned(),
+            });
+        }
+        let mut attempt = 1;
+        loop {
+            match Self::open_read_only_once(data_dir, &folder) {
+                // The writer may delete a file between our reading its name and opening it.
+                Err(OpenError::RocksDb { .. } | OpenError::Damaged { .. })
+                    if attempt < READER_ATTEMPTS =>
+                {
+                    attempt += 1;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn open_read_only_once(data_dir: &Path, folder: &Folder) -> Result<Self, OpenError> {
+        let failed = |error| open_error(data_dir, error);
+        let settings = Settings::reader().map_err(failed)?;
+        let days = days_of(data_dir, folder, &settings)?;
+        let db = DB::open_cf_descriptors_read_only(
+            &settings.database,
+            folder.database(),
+            families(&settings, &days),
+            false, // a log file is no error: the newest commits are in it
+        )
+        .map_err(failed)?;
+        let facts = read_facts(&db, data_dir)?.ok_or_else(|| OpenError::NoStore {
+            path: data_dir.to_owned(),
+        })?;
+        let (days, failure, folder) = (Mutex::new(days), OnceLock::new(), folder.clone());
+        Ok(Self {
+            db,
+            settings,
+            days,
+            facts,
+            failure,
+            folder,
+            writer: None,
+        })
+    }
+
+    /// Names this store: random, made with it.
+    #[must_use]
+    pub fn incarnation(&self) -> [u8; 16] {
+        self.facts.incarnation
+    }
+
+    /// The secret that resume tokens are sealed with: random, made with the store, so that tokens
+    /// outlive the process.
+    #[must_use]
+    pub fn token_key(&self) -> [u8; 32] {
+        self.facts.token_key
+    }
+
+    /// All device records, and what they say of the store as a whole.
+    ///
+    /// # Errors
+    /// When a record cannot be read: dedup cannot go on without it.
+    pub fn load_devices(&self) -> Result<(Vec<(DeviceId, DeviceRecord)>, Recovered), ReadError> {
+        // The position is kept apart from the records, so that none is used twice even if the record
+        // that had the last one is gone.
+        let mut recovered = Recovered {
+            position: self.facts.position,
+            high_water_ms: 0,
+        };
+        let devices = self.devices().collect::<Result<Vec<_>, _>>()?;
+        for (_, record) in &devices {
+            recovered.position = recovered.position.max(record.position);
+            let heard_ms = record.clocks.last_contact_ms.max(record.clocks.durable_ms);
+            recovered.high_water_ms = recovered.high_water_ms.max(heard_ms);
+        }
+        Ok((devices, recovered))
+    }
+
+    /// All device records, by user and device.
+    pub fn devices(&self) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
+        self.devices_within(None)
+    }
+
+    /// The device records of one user.
+    pub fn devices_of(
+        &self,
+        user: UserId,
+    ) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
+        self.devices_within(Some(user))
+    }
+
+    /// All rows of pings: by day, and within a day by user, device, epoch and sequence number.
+    pub fn rows(&self) -> impl Iterator<Item = Result<PingRow, ReadError>> {
+        self.rows_within(None)
+    }
+
+    /// The rows of pings of one user, in the same order.
+    pub fn rows_of(&self, user: UserId) -> impl Iterator<Item = Result<PingRow, ReadError>> {
+        self.rows_within(Some(user))
+    }
+
+    /// The days that have a family, in order.
+    #[must_use]
+    pub fn days(&self) -> Vec<Day> {
+        self.days.lock().iter().copied().collect()
+    }
+
+    /// An empty batch.
+    #[must_use]
+    pub fn batch(&self) -> Batch {
+        Batch::default()
+    }
+
+    /// Writes a batch, all of it or nothing, and returns when it is on disk.
+    ///
+    /// # Errors
+    /// When that is not sure. No later commit succeeds either.
+    pub fn commit(&self, batch: Batch) -> Result<(), CommitError> {
+        let writer = self.writer()?;
+        self.write(&batch).map_err(|error| self.fail(error))?;
+        writer.watermark.note(batch.position);
+        Ok(())
+    }
+
+    /// Makes the family of a day, if there is none.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn open_day(&self, day: Day) -> Result<(), CommitError> {
+        self.writer()?;
+        let mut days = self.days.lock();
+        if !days.contains(&day) {
+            self.db
+                .create_cf(day.family_name(), &self.settings.day)
+                .map_err(|error| self.fail(CommitError::RocksDb(error.into_string())))?;
+            days.insert(day);
+        }
+        Ok(())
+    }
+
+    /// Drops all days before one, with all of their pings, and says how many those were. A batch with
+    /// pings of such a day can no longer be committed, so this is for the committer, between batches.
+    ///
+    /// # Errors
+    /// As [`Self::commit`].
+    pub fn drop_days_before(&self, first_kept: Day) -> Result<usize, CommitError> {
+        self.writer()?;
+        let mut days = self.days.lock();
+        let kept = days.split_off(&first_kept);
+        let dropped = std::mem::replace(&mut *days, kept);
+        for day in &dropped {
+            self.db
+                .drop_cf(&day.family_name())
+                .map_err(|error| self.fail(CommitError::RocksDb(error.into_string())))?;
+            info!(%day, "the day's retention is over; its pings were dropped");
+        }
+        if let Err(error) = self.folder.drop_recoveries_before(first_kept) {
+            warn!(%error, "a kept log of an earlier recovery could not be deleted, although its retention is over");
+        }
+        Ok(dropped.len())
+    }
+
+    /// How the store is doing, now.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        let mut families = vec![self.family(META), self.family(DEVICES)];
+        families.extend(
+            self.days()
+                .iter()
+                .filter_map(|day| self.db.cf_handle(&day.family_name())),
+        );
+        // A property that RocksDB does not know reads 0; the tests would see it.
+        let of_store = |name| self.db.property_int_value(name).ok().flatten().unwrap_or(0);
+        let of_family = |family, name| {
+            self.db
+                .property_int_value_cf(family, name)
+                .ok()
+                .flatten()
+                .unwrap_or(0)
+        };
+        let sum = |name| {
+            families
+                .iter()
+                .map(|family| of_family(family, name))
+                .sum::<u64>()
+        };
+        let syncs = self
+            .settings
+            .database
+            .get_histogram_data(Histogram::WalFileSyncMicros);
+        Statistics {
+            size_bytes: sum(LIVE_SST_FILES_SIZE) + self.folder.log_bytes(),
+            is_write_stopped: of_store(IS_WRITE_STOPPED) != 0,
+            delayed_write_bytes_per_second: of_store(ACTUAL_DELAYED_WRITE_RATE),
+            pending_compaction_bytes: sum(ESTIMATE_PENDING_COMPACTION_BYTES),
+            immutable_memtables: sum(NUM_IMMUTABLE_MEM_TABLE),
+            background_errors: sum(BACKGROUND_ERRORS),
+            wal_syncs: syncs.count(),
+            wal_sync_time: Duration::from_micros(syncs.sum()),
+        }
+    }
+
+    fn write(&self, batch: &Batch) -> Result<(), CommitError> {
+        if batch.puts.is_empty() {
+            return Ok(());
+        }
+        let devices = self.family(DEVICES);
+        // The family of the day that was seen last: nearly always the only one.
+        let mut open_day: Option<(Day, Arc<BoundColumnFamily<'_>>)> = None;
+        let mut writes = WriteBatch::with_capacity_bytes(
+            batch.bytes.len() + PUT_OVERHEAD_BYTES * batch.puts.len(),
+        );
+        let mut key_start = 0;
+        for put in &batch.puts {
+            let key = &batch.bytes[key_start..put.key_end];
+            let value = &batch.bytes[put.key_end..put.value_end];
+            key_start = put.value_end;
+            match put.family {
+                Family::Devices => writes.put_cf(&devices, key, value),
+                Family::Day(day) => {
+                    let family = match open_day.take() {
+                        Some((open, family)) if open == day => family,
+                        _ => self
+                            .db
+                            .cf_handle(&day.family_name())
+                            .ok_or(CommitError::DayNotOpen(day))?,
+                    };
+                    writes.put_cf(&family, key, value);
+                    open_day = Some((day, family));
+                }
+            }
+        }
+        if 0 < batch.position {
+            writes.put_cf(
+                &self.family(META),
+                META_POSITION,
+                batch.position.to_be_bytes(),
+            );
+        }
+        self.db
+            .write_opt(writes, &settings::synced())
+            .map_err(|error| CommitError::RocksDb(error.into_string()))
+    }
+
+    fn writer(&self) -> Result<&Writer, CommitError> {
+        match self.failure.get() {
+            Some(failure) => Err(failure.clone()),
+            None => self.writer.as_ref().ok_or(CommitError::ReadOnly),
+        }
+    }
+
+    fn fail(&self, error: CommitError) -> CommitError {
+        self.failure.get_or_init(|| error).clone()
+    }
+
+    fn devices_within(
+        &self,
+        user: Option<UserId>,
+    ) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
+        self.scan(&self.family(DEVICES), user).map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            let device = keys::device_of_key(&key).ok_or_else(|| bad_key(DEVICES, &key))?;
+            let record =
+                record::decode_device(&value).map_err(|source| bad_value(DEVICES, &key, source))?;
+            Ok((device, record))
+        })
+    }
+
+    fn rows_within(
+        &self,
+        user: Option<UserId>,
+    ) -> impl Iterator<Item = Result<PingRow, ReadError>> {
+        self.days().into_iter().flat_map(move |day| {
+            let name = day.family_name();
+            // A day that was dropped in the meantime has no rows.
+            let rows = self
+                .db
+                .cf_handle(&name)
+                .map(|family| self.scan(&family, user));
+            rows.into_iter().flatten().map(move |row| {
+                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+                let record = record::decode_pings(&value)
+                    .map_err(|source| bad_value(&name, &key, source))?;
+                let key = PingKey::from_bytes(&key).ok_or_else(|| bad_key(&name, &key))?;
+                Ok(PingRow { day, key, record })
+            })
+        })
+    }
+
+    fn scan(
+        &self,
+        family: &Arc<BoundColumnFamily<'_>>,
+        user: Option<UserId>,
+    ) -> DBIteratorWithThreadMode<'_, DB> {
+        let mut options = settings::scan();
+        if let Some(user) = user {
+            options.set_iterate_range(PrefixRange(user.0));
+        }
+        self.db
+            .iterator_cf_opt(family, options, IteratorMode::Start)
+    }
+
+    fn family(&self, name: &str) -> Arc<BoundColumnFamily<'_>> {
+        permanent_family(&self.db, name)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        // After a failure the store was not closed in order, whatever follows.
+        if self.writer.is_some()
+            && self.failure.get().is_none()
+            && let Err(error) = self.folder.unmark_running()
+        {
+            warn!(%error, "the store's folder still says that a gateway runs");
+        }
+    }
+}
+
+impl fmt::Debug for Store {
+    /// Without the token key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store")
+            .field("folder", &self.folder.path())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Batch {
+    /// Adds a row of pings, as [`record::encode_pings`] made it.
+    pub fn put_pings(&mut self, day: Day, key: &PingKey, value: &[u8]) {
+        self.bytes.extend_from_slice(&key.to_bytes());
+        let key_end = self.bytes.len();
+        self.bytes.extend_from_slice(value);
+        self.puts.push(Put {
+            family: Family::Day(day),
+            key_end,
+            value_end: self.bytes.len(),
+        });
+    }
+
+    /// Replaces a device's record. The newest position of these is the one that the commit makes
+    /// durable.
+    pub fn put_device(&mut self, device: &DeviceId, record: &DeviceRecord) {
+        self.bytes.extend_from_slice(&keys::device_key(device));
+        let key_end = self.bytes.len();
+        record::encode_device(record, &mut self.bytes);
+        self.puts.push(Put {
+            family: Family::Devices,
+            key_end,
+            value_end: self.bytes.len(),
+        });
+        self.position = self.position.max(record.position);
+    }
+
+    /// How large its keys and values are.
+    #[must_use]
+    pub fn size_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescriptor> {
+    let mut families = vec![
+        ColumnFamilyDescriptor::new(UNUSED, settings.meta.clone()),
+        ColumnFamilyDescriptor::new(META, settings.meta.clone()),
+        ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
+    ];
+    families.extend(
+        days.iter()
+            .map(|day| ColumnFamilyDescriptor::new(day.family_name(), settings.day.clone())),
+    );
+    families
+}
+
+/// The days that the store on disk has a family for.
+fn days_of(
+    data_dir: &Path,
+    folder: &Folder,
+    settings: &Settings,
+) -> Result<BTreeSet<Day>, OpenError> {
+    let mut days = BTreeSet::new();
+    if folder.holds_database() {
+        let names = DB::list_cf(&settings.database, folder.database())
+            .map_err(|error| open_error(data_dir, error))?;
+        for name in names {
+            if let Some(day) = Day::of_family_name(&name) {
+                days.insert(day);
+            } else if ![UNUSED, META, DEVICES].contains(&name.as_str()) {
+                return Err(OpenError::UnknownFamily {
+                    path: data_dir.to_owned(),
+                    name,
+                });
+            }
+        }
+    }
+    Ok(days)
+}
+
+/// `Ok(None)` when the store has just been made.
+fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
+    let meta = permanent_family(db, META);
+    let read = |key| {
+        db.get_cf(&meta, key)
+            .map_err(|error| open_error(data_dir, error))
+    };
+    let damaged = |what: &str| OpenError::Damaged {
+        path: data_dir.to_owned(),
+        text: format!("{what} is missing"),
+    };
+    let Some(format) = read(META_FORMAT)? else {
+        // All facts are written at once and before anything else.
+        let is_new = db
+            .iterator_cf(&permanent_family(db, DEVICES), IteratorMode::Start)
+            .next()
+            .is_none();
+        return if is_new {
+            Ok(None)
+        } else {
+            Err(damaged("its format"))
+        };
+    };
+    let found = fixed(format)
+        .map(u32::from_be_bytes)
+        .ok_or_else(|| damaged("its format"))?;
+    if found != FORMAT {
+        return Err(OpenError::LaterFormat {
+            path: data_dir.to_owned(),
+            found,
+        });
+    }
+    Ok(Some(Facts {
+        incarnation: read(META_INCARNATION)?
+            .and_then(fixed)
+            .ok_or_else(|| damaged("its incarnation"))?,
+        token_key: read(META_TOKEN_KEY)?
+            .and_then(fixed)
+            .ok_or_else(|| damaged("its token key"))?,
+        position: read(META_POSITION)?
+            .and_then(fixed)
+            .map(u64::from_be_bytes)
+            .ok_or_else(|| damaged("its position"))?,
+    }))
+}
+
+fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
+    let mut facts = Facts {
+        incarnation: [0; 16],
+        token_key: [0; 32],
+        position: 0,
+    };
+    let random = SystemRandom::new();
+    random
+        .fill(&mut facts.incarnation)
+        .map_err(|_| OpenError::NoRandomness)?;
+    random
+        .fill(&mut facts.token_key)
+        .map_err(|_| OpenError::NoRandomness)?;
+    let meta = permanent_family(db, META);
+    let mut writes = WriteBatch::default();
+    writes.put_cf(&meta, META_FORMAT, FORMAT.to_be_bytes());
+    writes.put_cf(&meta, META_INCARNATION, facts.incarnation);
+    writes.put_cf(&meta, META_TOKEN_KEY, facts.token_key);
+    writes.put_cf(&meta, META_POSITION, facts.position.to_be_bytes());
+    db.write_opt(writes, &settings::synced())
+        .map_err(|error| open_error(data_dir, error))?;
+    Ok(facts)
+}
+
+fn permanent_family<'a>(db: &'a DB, name: &str) -> Arc<BoundColumnFamily<'a>> {
+    db.cf_handle(name)
+        .expect("opened with the store and never dropped")
+}
+
+fn fixed<const BYTES: usize>(value: Vec<u8>) -> Option<[u8; BYTES]> {
+    value.try_into().ok()
+}
+
+fn behind(folder: &Folder, recovered: u64, watermark: u64) -> OpenError {
+    OpenError::BehindWatermark {
+        recovered,
+        watermark,
+        store: folder.path().to_owned(),
+        file: folder.watermark(),
+    }
+}
+
+fn open_error(data_dir: &Path, error: rocksdb::Error) -> OpenError {
+    let path = data_dir.to_owned();
+    match error.kind() {
+        ErrorKind::Corruption => OpenError::Damaged {
+            path,
+            text: error.into_string(),
+        },
+        _ => OpenError::RocksDb {
+            path,
+            text: error.into_string(),
+        },
+    }
+}
+
+fn bad_key(family: &str, key: &[u8]) -> ReadError {
+    ReadError::Key {
+        family: family.to_owned(),
+        key: hex(key),
+    }
+}
+
+fn bad_value(family: &str, key: &[u8], source: RecordError) -> ReadError {
+    ReadError::Value {
+        family: family.to_owned(),
+        key: hex(key),
+        source,
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;

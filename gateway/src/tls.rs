@@ -1,0 +1,783 @@
+//! Who may speak to the gateway: TLS 1.3 with a client certificate, and the identity in it.
+//!
+//! Knows certificate files, rustls and the alerts of a failed handshake. Must not know connections or
+//! what an identity may do.
+
+use std::{
+    fmt, fs, io,
+    path::{self, Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::{
+    AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore,
+    SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::{CryptoProvider, ring},
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
+    server::{
+        NoServerSessionStorage, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
+use serde::{Deserialize, Serialize};
+use waypost_proto::{
+    ALPN,
+    id::{DeviceId, Identity, IdentityError},
+};
+use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+
+/// The files and the name that the gateway proves itself with and checks its peers against.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TlsConfig {
+    /// The gateway's certificate chain, PEM, its own certificate first. A relative path, here and in
+    /// the two below, starts at the data folder.
+    pub certificate: PathBuf,
+    /// The private key of that certificate, PEM.
+    pub private_key: PathBuf,
+    /// The authorities whose devices and checkers are let in, PEM, one or more.
+    pub client_ca: PathBuf,
+    /// The `<trust-domain>` of `spiffe://<trust-domain>/user/<uuid>/device/<u32>`: certificates of any
+    /// other are refused, also when their authority is a known one.
+    pub trust_domain: String,
+}
+
+impl Default for TlsConfig {
+    /// What `waypost pki init` and `waypost pki server` make when they are told nothing else.
+    fn default() -> Self {
+        Self {
+            certificate: "pki/server.pem".into(),
+            private_key: "pki/server.key".into(),
+            client_ca: "pki/ca.pem".into(),
+            trust_domain: "waypost.local".to_owned(),
+        }
+    }
+}
+
+impl TlsConfig {
+    /// Starts the relative paths at the data folder, and makes all absolute: what is printed as being in
+    /// effect can then be read back from anywhere.
+    #[must_use]
+    pub fn under(self, data_dir: &Path) -> Self {
+        let base = path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        Self {
+            certificate: base.join(self.certificate),
+            private_key: base.join(self.private_key),
+            client_ca: base.join(self.client_ca),
+            trust_domain: self.trust_domain,
+        }
+    }
+}
+
+/// Why the gateway cannot prove itself or check its peers.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error(
+        "cannot read {path}, which [tls] {key} names: put it there, or make one with `waypost pki {maker}`"
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The key of the configuration that names it.
+        key: &'static str,
+        /// The subcommand of `waypost pki` that makes such a file.
+        maker: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A file does not hold what it should.
+    #[error("{path}, which [tls] {key} names, holds no {expected} in PEM: is it the right file?")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The key of the configuration that names it.
+        key: &'static str,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// The private key belongs to another certificate, or one of them cannot be used.
+    #[error(
+        "[tls] certificate {certificate} and private_key {private_key} cannot be used together: take both from one `waypost pki server`"
+    )]
+    Unusable {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's file.
+        private_key: PathBuf,
+        /// What the TLS library said.
+        source: rustls::Error,
+    },
+    /// The authorities cannot be used.
+    #[error("{path}, which [tls] client_ca names, holds a certificate that cannot be an authority")]
+    UnusableAuthority {
+        /// The file.
+        path: PathBuf,
+        /// What the TLS library said.
+        source: rustls::Error,
+    },
+    /// The trust domain cannot stand in a URI.
+    #[error(
+        "[tls] trust_domain {0:?} is not one: use 1 to 255 of a-z, 0-9, '-', '_' and '.', such as waypost.example.org"
+    )]
+    BadTrustDomain(String),
+}
+
+/// Whether a text can be a trust domain, as SPIFFE has it.
+#[must_use]
+pub fn is_trust_domain(text: &str) -> bool {
+    (1..=255).contains(&text.len())
+        && text
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.'))
+}
+
+/// The one TLS provider of the gateway and its clients: never the process default, so that no other
+/// crate in the process decides. AES-128 first: it is 8 to 12 % of a handshake cheaper than AES-256, and
+/// QUIC needs it for its first packets anyway. X25519 only: a hybrid group would make two packets of
+/// every first flight.
+#[must_use]
+pub fn provider() -> Arc<CryptoProvider> {
+    Arc::new(CryptoProvider {
+        cipher_suites: vec![
+            ring::cipher_suite::TLS13_AES_128_GCM_SHA256,
+            ring::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+            ring::cipher_suite::TLS13_AES_256_GCM_SHA384,
+        ],
+        kx_groups: vec![ring::kx_group::X25519],
+        ..ring::default_provider()
+    })
+}
+
+/// The server side of TLS for the QUIC port. Every connection does a full handshake: nothing is kept
+/// to resume from, so every certificate is checked every time.
+///
+/// # Errors
+/// When a file cannot be used; the error says which and what to do.
+pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+    let mut server = Files::load(config)?.server_config(config)?;
+    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.session_storage = Arc::new(NoServerSessionStorage {});
+    server.send_tls13_tickets = 0;
+    server.max_early_data_size = 0;
+    Ok(Arc::new(server))
+}
+
+/// The server side of TLS for the gRPC port, in the form that tonic takes.
+///
+/// # Errors
+/// When a file cannot be used; the error says which and what to do.
+pub fn freshness_tls(config: &TlsConfig) -> Result<tonic::transport::ServerTlsConfig, TlsError> {
+    let files = Files::load(config)?;
+    files.server_config(config)?;
+    Ok(tonic::transport::ServerTlsConfig::new()
+        .identity(tonic::transport::Identity::from_pem(
+            &files.certificate_pem,
+            &files.private_key_pem,
+        ))
+        .client_ca_root(tonic::transport::Certificate::from_pem(
+            &files.client_ca_pem,
+        )))
+}
+
+/// Why a peer was turned away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// It showed no certificate.
+    NoCertificate,
+    /// Its certificate is signed by nobody in `client_ca`.
+    UnknownAuthority,
+    /// Its certificate's time is over.
+    Expired,
+    /// Its certificate's time has not come, or the gateway's clock is behind.
+    NotYetValid,
+    /// Its certificate cannot be read, is broken, or is not for clients.
+    BadCertificate,
+    /// It offered no protocol, version or cipher that the gateway has.
+    NoSharedProtocol,
+    /// The handshake failed for a reason that has no name here.
+    OtherTls,
+    /// Its certificate has not exactly one URI.
+    NoUri,
+    /// Its URI belongs to another trust domain.
+    OtherTrustDomain,
+    /// Its URI names neither a device nor a checker.
+    NotAnIdentity,
+    /// It came to the device port and is not a device.
+    NotADevice,
+    /// It came to the freshness port and is not a checker.
+    NotAChecker,
+}
+
+impl Refusal {
+    /// The reason as a label value of metrics.
+    #[must_use]
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::NoCertificate => "no_certificate",
+            Self::UnknownAuthority => "unknown_issuer",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::BadCertificate => "bad_certificate",
+            Self::NoSharedProtocol => "no_shared_protocol",
+            Self::OtherTls => "other",
+            Self::NoUri => "no_identity",
+            Self::OtherTrustDomain => "other_trust_domain",
+            Self::NotAnIdentity => "bad_identity",
+            Self::NotADevice => "not_a_device",
+            Self::NotAChecker => "not_a_checker",
+        }
+    }
+
+    /// The reason for which the gateway's own side of TLS ended a connection; `None` when it did not.
+    #[must_use]
+    pub fn from_connection_error(error: &quinn::ConnectionError) -> Option<Self> {
+        let quinn::ConnectionError::TransportError(error) = error else {
+            return None;
+        };
+        // RFC 9001, 4.8: a TLS alert is the transport error 0x100 plus the alert's number.
+        let alert = u64::from(error.code)
+            .checked_sub(0x100)
+            .and_then(|alert| u8::try_from(alert).ok())?;
+        Some(match AlertDescription::from(alert) {
+            AlertDescription::CertificateRequired => Self::NoCertificate,
+            AlertDescription::UnknownCA => Self::UnknownAuthority,
+            // TLS has one alert for both ends of the validity; rustls' text is all that quinn keeps.
+            AlertDescription::CertificateExpired if error.reason.contains("not valid yet") => {
+                Self::NotYetValid
+            }
+            AlertDescription::CertificateExpired => Self::Expired,
+            AlertDescription::BadCertificate
+            | AlertDescription::UnsupportedCertificate
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::CertificateRevoked
+            | AlertDescription::DecryptError => Self::BadCertificate,
+            AlertDescription::NoApplicationProtocol
+            | AlertDescription::ProtocolVersion
+            | AlertDescription::HandshakeFailure => Self::NoSharedProtocol,
+            _ => Self::OtherTls,
+        })
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoCertificate => "it showed no certificate",
+            Self::UnknownAuthority => "its certificate is of an unknown authority",
+            Self::Expired => "its certificate has expired",
+            Self::NotYetValid => "its certificate is not valid yet",
+            Self::BadCertificate => "its certificate is broken or not one for clients",
+            Self::NoSharedProtocol => {
+                "it offered no protocol, version or cipher that the gateway has"
+            }
+            Self::OtherTls => "the TLS handshake failed",
+            Self::NoUri => "its certificate has not exactly one URI to name it",
+            Self::OtherTrustDomain => "its certificate belongs to another trust domain",
+            Self::NotAnIdentity => "its certificate's URI names neither a device nor a checker",
+            Self::NotADevice => "its certificate is not one of a device",
+            Self::NotAChecker => "its certificate is not one of a checker",
+        })
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Whom a certificate chain speaks for. The chain's signatures and dates are TLS' to check; this reads.
+///
+/// # Errors
+/// When the chain names nobody in the trust domain.
+pub fn identity_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<Identity, Refusal> {
+    let own = chain.first().ok_or(Refusal::NoCertificate)?;
+    let (_, certificate) = parse_x509_certificate(own).map_err(|_| Refusal::BadCertificate)?;
+    let names = certificate
+        .subject_alternative_name()
+        .map_err(|_| Refusal::BadCertificate)?;
+    let mut uris = names
+        .iter()
+        .flat_map(|names| &names.value.general_names)
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(uri),
+            _ => None,
+        });
+    let (Some(uri), None) = (uris.next(), uris.next()) else {
+        return Err(Refusal::NoUri);
+    };
+    Identity::from_uri(uri, trust_domain).map_err(|error| match error {
+        IdentityError::OtherTrustDomain => Refusal::OtherTrustDomain,
+        IdentityError::NotAnIdentity => Refusal::NotAnIdentity,
+    })
+}
+
+/// The device that a certificate chain speaks for.
+///
+/// # Errors
+/// When it speaks for nobody, or for a checker.
+pub fn device_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<DeviceId, Refusal> {
+    match identity_of(chain, trust_domain)? {
+        Identity::Device(device) => Ok(device),
+        Identity::Checker(_) => Err(Refusal::NotADevice),
+    }
+}
+
+/// The checker that a certificate chain speaks for.
+///
+/// # Errors
+/// When it speaks for nobody, or for a device.
+pub fn checker_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<String, Refusal> {
+    match identity_of(chain, trust_domain)? {
+        Identity::Checker(name) => Ok(name),
+        Identity::Device(_) => Err(Refusal::NotAChecker),
+    }
+}
+
+/// The files of a [`TlsConfig`], read.
+struct Files {
+    certificate_pem: Vec<u8>,
+    private_key_pem: Vec<u8>,
+    client_ca_pem: Vec<u8>,
+}
+
+impl Files {
+    fn load(config: &TlsConfig) -> Result<Self, TlsError> {
+        if !is_trust_domain(&config.trust_domain) {
+            return Err(TlsError::BadTrustDomain(config.trust_domain.clone()));
+        }
+        let read = |path: &PathBuf, key, maker| {
+            fs::read(path).map_err(|source| TlsError::Unreadable {
+                path: path.clone(),
+                key,
+                maker,
+                source,
+            })
+        };
+        Ok(Self {
+            certificate_pem: read(&config.certificate, "certificate", "server")?,
+            private_key_pem: read(&config.private_key, "private_key", "server")?,
+            client_ca_pem: read(&config.client_ca, "client_ca", "init")?,
+        })
+    }
+
+    fn server_config(&self, config: &TlsConfig) -> Result<rustls::ServerConfig, TlsError> {
+        let chain = certificates(&self.certificate_pem, &config.certificate, "certificate")?;
+        let key = PrivateKeyDer::from_pem_slice(&self.private_key_pem).map_err(|_| {
+            TlsError::Malformed {
+                path: config.private_key.clone(),
+                key: "private_key",
+                expected: "private key",
+            }
+        })?;
+        let unusable = |source| TlsError::Unusable {
+            certificate: config.certificate.clone(),
+            private_key: config.private_key.clone(),
+            source,
+        };
+        rustls::ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(unusable)?
+            .with_client_cert_verifier(self.client_verifier(config)?)
+            .with_single_cert(chain, key)
+            .map_err(unusable)
+    }
+
+    fn client_verifier(&self, config: &TlsConfig) -> Result<Arc<ClientVerifier>, TlsError> {
+        let unusable = |source| TlsError::UnusableAuthority {
+            path: config.client_ca.clone(),
+            source,
+        };
+        let mut roots = RootCertStore::empty();
+        for authority in certificates(&self.client_ca_pem, &config.client_ca, "client_ca")? {
+            roots.add(authority).map_err(unusable)?;
+        }
+        let webpki = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
+        Ok(Arc::new(ClientVerifier { webpki }))
+    }
+}
+
+/// At least one certificate.
+fn certificates(
+    pem: &[u8],
+    path: &Path,
+    key: &'static str,
+) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<Vec<_>, _>>()
+        .ok()
+        .filter(|certificates| !certificates.is_empty())
+        .ok_or_else(|| TlsError::Malformed {
+            path: path.to_owned(),
+            key,
+            expected: "certificate",
+        })
+}
+
+/// The usual verifier, with one answer made clearer: a certificate that names a known authority and
+/// is not signed by it is one of an unknown authority. Without this the peer and the log would be told
+/// of a decryption error, as for a client that does not have its own private key.
+#[derive(Debug)]
+struct ClientVerifier {
+    webpki: Arc<dyn ClientCertVerifier>,
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.webpki.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.webpki
+            .verify_client_cert(end_entity, intermediates, now)
+            .map_err(|error| match error {
+                rustls::Error::InvalidCertificate(CertificateError::BadSignature) => {
+                    CertificateError::UnknownIssuer.into()
+                }
+                other => other,
+            })
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.webpki
+            .verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.webpki
+            .verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.webpki.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+    use waypost_proto::id::UserId;
+
+    use super::*;
+    use crate::pki::{Authority, Credentials, KeyPair, LOCAL_NAMES, Purpose, SanType, Validity};
+
+    const TRUST_DOMAIN: &str = "waypost.local";
+
+    /// What a client shows.
+    type Shown = (CertificateDer<'static>, PrivateKeyDer<'static>);
+
+    fn shown(credentials: &Credentials) -> Shown {
+        (credentials.certificate_der(), credentials.private_key_der())
+    }
+
+    /// A folder with an authority, the server's certificate and the configuration that names them.
+    struct Fixture {
+        dir: tempfile::TempDir,
+        authority: Authority,
+        config: TlsConfig,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let pki = dir.path().join("pki");
+            let authority = Authority::create(&pki, TRUST_DOMAIN).unwrap();
+            authority
+                .issue_server(&LOCAL_NAMES)
+                .unwrap()
+                .write(&pki, "server")
+                .unwrap();
+            let config = TlsConfig::default().under(dir.path());
+            Self {
+                dir,
+                authority,
+                config,
+            }
+        }
+
+        fn issue(&self, uris: &[&str], purpose: Purpose, validity: Validity) -> Shown {
+            let names = uris
+                .iter()
+                .map(|uri| SanType::URI((*uri).try_into().unwrap()))
+                .collect();
+            shown(
+                &self
+                    .authority
+                    .issue(names, purpose, validity, &KeyPair::generate().unwrap())
+                    .unwrap(),
+            )
+        }
+
+        /// A device's certificate that names this authority and was signed with another key.
+        fn forged(&self) -> Shown {
+            let authority = self.authority.certificate_pem();
+            let forger =
+                rcgen::Issuer::from_ca_cert_pem(authority, KeyPair::generate().unwrap()).unwrap();
+            let key = KeyPair::generate().unwrap();
+            let certificate = rcgen::CertificateParams::default()
+                .signed_by(&key, &forger)
+                .unwrap();
+            (
+                certificate.der().clone(),
+                PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
+            )
+        }
+
+        /// Connects over QUIC on the loopback, and says whom the gateway let in, or why not.
+        async fn handshake(&self, client: Option<Shown>, alpn: &[u8]) -> Result<DeviceId, Refusal> {
+            let server = device_server_config(&self.config).unwrap();
+            let server = quinn::ServerConfig::with_crypto(Arc::new(
+                QuicServerConfig::try_from(server).unwrap(),
+            ));
+            let server = quinn::Endpoint::server(server, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+
+            let mut roots = RootCertStore::empty();
+            roots
+                .add(
+                    CertificateDer::from_pem_slice(self.authority.certificate_pem().as_bytes())
+                        .unwrap(),
+                )
+                .unwrap();
+            let builder = rustls::ClientConfig::builder_with_provider(provider())
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .unwrap()
+                .with_root_certificates(roots);
+            let mut tls = match client {
+                Some((certificate, key)) => builder
+                    .with_client_auth_cert(vec![certificate], key)
+                    .unwrap(),
+                None => builder.with_no_client_auth(),
+            };
+            tls.alpn_protocols = vec![alpn.to_vec()];
+            let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+            client.set_default_client_config(quinn::ClientConfig::new(Arc::new(
+                QuicClientConfig::try_from(tls).unwrap(),
+            )));
+
+            let connecting = client
+                .connect(server.local_addr().unwrap(), "localhost")
+                .unwrap();
+            let accepting = async { server.accept().await.unwrap().await };
+            let (_outgoing, incoming) = tokio::join!(connecting, accepting);
+            let incoming =
+                incoming.map_err(|error| Refusal::from_connection_error(&error).unwrap())?;
+            let chain = incoming
+                .peer_identity()
+                .unwrap()
+                .downcast::<Vec<CertificateDer<'static>>>()
+                .unwrap();
+            device_of(&chain, TRUST_DOMAIN)
+        }
+    }
+
+    fn device() -> DeviceId {
+        DeviceId {
+            user: UserId([7; 16]),
+            device: 3,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_device_is_known_by_its_certificate() {
+        let fixture = Fixture::new();
+        let credentials = fixture.authority.issue_device(device()).unwrap();
+        assert_eq!(
+            fixture.handshake(Some(shown(&credentials)), ALPN).await,
+            Ok(device())
+        );
+    }
+
+    #[tokio::test]
+    async fn every_refusal_has_its_reason() {
+        let fixture = Fixture::new();
+        let now_s = crate::clock::system_now_ms() / 1_000;
+        let over = Validity {
+            not_before_s: now_s - 86_400,
+            not_after_s: now_s - 60,
+        };
+        let to_come = Validity {
+            not_before_s: now_s + 3_600,
+            not_after_s: now_s + 86_400,
+        };
+        let holds = Validity::days(1);
+        let own = Identity::Device(device()).to_uri(TRUST_DOMAIN);
+        let own = own.as_str();
+        let client = |uris: &[&str], validity| Some(fixture.issue(uris, Purpose::Client, validity));
+        let other_dir = tempfile::tempdir().unwrap();
+        let other_authority = Authority::create(other_dir.path(), TRUST_DOMAIN).unwrap();
+        let of_other_authority = shown(&other_authority.issue_device(device()).unwrap());
+        let checker = shown(&fixture.authority.issue_checker("night").unwrap());
+
+        for (name, client, refusal) in [
+            ("none", None, Refusal::NoCertificate),
+            (
+                "other authority",
+                Some(of_other_authority),
+                Refusal::UnknownAuthority,
+            ),
+            ("forged", Some(fixture.forged()), Refusal::UnknownAuthority),
+            ("expired", client(&[own], over), Refusal::Expired),
+            (
+                "not yet valid",
+                client(&[own], to_come),
+                Refusal::NotYetValid,
+            ),
+            (
+                "a server's",
+                Some(fixture.issue(&[own], Purpose::Server, holds)),
+                Refusal::BadCertificate,
+            ),
+            ("without URI", client(&[], holds), Refusal::NoUri),
+            (
+                "two URIs",
+                client(&[own, "spiffe://waypost.local/checker/a"], holds),
+                Refusal::NoUri,
+            ),
+            (
+                "other domain",
+                client(&["spiffe://other/checker/a"], holds),
+                Refusal::OtherTrustDomain,
+            ),
+            (
+                "nobody",
+                client(&["spiffe://waypost.local/nobody"], holds),
+                Refusal::NotAnIdentity,
+            ),
+            ("checker", Some(checker), Refusal::NotADevice),
+        ] {
+            assert_eq!(
+                fixture.handshake(client, ALPN).await,
+                Err(refusal),
+                "{name}"
+            );
+        }
+        assert_eq!(
+            fixture.handshake(client(&[own], holds), b"h3").await,
+            Err(Refusal::NoSharedProtocol)
+        );
+    }
+
+    #[test]
+    fn a_checker_is_not_a_device_and_a_device_no_checker() {
+        let fixture = Fixture::new();
+        let checker = [fixture
+            .authority
+            .issue_checker("night")
+            .unwrap()
+            .certificate_der()];
+        assert_eq!(checker_of(&checker, TRUST_DOMAIN), Ok("night".to_owned()));
+        let device = [fixture
+            .authority
+            .issue_device(device())
+            .unwrap()
+            .certificate_der()];
+        assert_eq!(checker_of(&device, TRUST_DOMAIN), Err(Refusal::NotAChecker));
+        assert_eq!(identity_of(&[], TRUST_DOMAIN), Err(Refusal::NoCertificate));
+        assert_eq!(
+            identity_of(&[vec![0x30].into()], TRUST_DOMAIN),
+            Err(Refusal::BadCertificate)
+        );
+    }
+
+    #[test]
+    fn nothing_is_resumed_and_nothing_comes_early() {
+        let server = device_server_config(&Fixture::new().config).unwrap();
+        assert!(!server.session_storage.can_cache());
+        assert_eq!(
+            (server.send_tls13_tickets, server.max_early_data_size),
+            (0, 0)
+        );
+        assert!(!server.ticketer.enabled());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_named() {
+        let fixture = Fixture::new();
+        let pki = fixture.dir.path().join("pki");
+        let good = || fixture.config.clone();
+        let spare = tempfile::tempdir().unwrap();
+        let spare = fixture
+            .authority
+            .issue_server(&LOCAL_NAMES)
+            .unwrap()
+            .write(spare.path(), "x")
+            .unwrap();
+        for (config, told) in [
+            (
+                TlsConfig {
+                    certificate: pki.join("none.pem"),
+                    ..good()
+                },
+                "none.pem, which [tls] certificate",
+            ),
+            (
+                TlsConfig {
+                    certificate: pki.join("server.key"),
+                    ..good()
+                },
+                "holds no certificate",
+            ),
+            (
+                TlsConfig {
+                    private_key: pki.join("server.pem"),
+                    ..good()
+                },
+                "holds no private key",
+            ),
+            (
+                TlsConfig {
+                    private_key: pki.join("ca.key"),
+                    ..good()
+                },
+                "cannot be used together",
+            ),
+            (
+                TlsConfig {
+                    client_ca: pki.join("ca.key"),
+                    ..good()
+                },
+                "ca.key, which [tls] client_ca",
+            ),
+            (
+                TlsConfig {
+                    client_ca: spare.certificate.join("x"),
+                    ..good()
+                },
+                "waypost pki init",
+            ),
+            (
+                TlsConfig {
+                    trust_domain: "Example.org".to_owned(),
+                    ..good()
+                },
+                "\"Example.org\"",
+            ),
+        ] {
+            for error in [
+                device_server_config(&config).err(),
+                freshness_tls(&config).err(),
+            ] {
+                let text = error.unwrap().to_string();
+                assert!(text.contains(told), "{text}");
+            }
+        }
+        freshness_tls(&good()).unwrap();
+    }
+}
