@@ -6,5 +6,6 @@ mod hostile;
 mod identity;
 mod ingest;
 mod operations;
+mod python;
 mod replay;
 mod shutdown;

@@ -435,6 +435,10 @@ fn a_vanished_database_or_a_damaged_watermark_is_not_a_new_store() {
         ),
         "{refused:?}"
     );
+    assert!(
+        !folder.path().join("store/rocksdb").exists(),
+        "no new store stands where the old one is to be put back"
+    );
     fs::write(folder.path().join("store/watermark"), "1").unwrap();
     let refused = Store::open(folder.path(), &StoreConfig::default(), NOW_MS);
     assert!(
