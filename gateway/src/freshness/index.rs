@@ -378,7 +378,7 @@ mod tests {
         fn at(&self, position: u64) -> BTreeMap<UserId, (u64, u64)> {
             position
                 .checked_sub(1)
-                .map(|at| self.commits[at as usize].clone())
+                .map(|at| self.commits[usize::try_from(at).unwrap()].clone())
                 .unwrap_or_default()
         }
 

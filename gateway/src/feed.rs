@@ -1,0 +1,266 @@
+//! The freshness service: tells checkers how fresh users are, over gRPC.
+//!
+//! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream.
+//! Must not know devices, commits or disks: it reads [`Freshness`].
+//!
+//! # Bounds
+//!
+//! At most [`FreshnessConfig::max_connections`] are open or shaking hands; more are closed at once. At
+//! most [`FreshnessConfig::max_watchers`] streams are open; more are refused with RESOURCE_EXHAUSTED. A
+//! stream that is read slowly holds two messages, and what HTTP/2 and the kernel buffer for any connection,
+//! however much happens meanwhile.
+
+pub mod client;
+mod listener;
+mod service;
+mod token;
+mod watcher;
+mod wire;
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{sync::Semaphore, time::sleep};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::transport::{Server, ServerTlsConfig};
+use tracing::{error, info};
+use waypost_proto::id::is_checker_name;
+
+use self::{rpc::freshness_server::FreshnessServer, service::Service, token::Tokens};
+use crate::{clock::Clock, freshness::Freshness, metrics::Metrics};
+
+/// The generated client and server of `waypost.v1.Freshness`.
+#[allow(
+    missing_docs,
+    missing_debug_implementations,
+    unused_qualifications,
+    unreachable_pub,
+    clippy::all,
+    clippy::pedantic,
+    clippy::restriction
+)]
+pub mod rpc {
+    include!("gen/waypost.v1.rs");
+}
+
+/// Where checkers connect, and who may.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FreshnessConfig {
+    /// The TCP address that checkers connect to. Loopback until somebody decides otherwise.
+    pub listen: SocketAddr,
+    /// The names of the checkers that may call. A certificate alone does not let anybody in, so an
+    /// empty list lets nobody in.
+    pub checkers: Vec<String>,
+    /// How many connections may be open or shaking hands. A checker needs one.
+    pub max_connections: usize,
+    /// How many streams may be open. One that is read slowly holds some 500 KB, most
+    /// of it in HTTP/2's send buffer.
+    pub max_watchers: usize,
+    /// How often a stream says up to when it is complete. The contract says every second, so at most
+    /// that; half of it, so that one that comes late is still in time.
+    #[serde(with = "humantime_serde")]
+    pub progress_interval: Duration,
+}
+
+impl Default for FreshnessConfig {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 4434)),
+            checkers: Vec::new(),
+            max_connections: 512,
+            max_watchers: 256,
+            progress_interval: Duration::from_millis(500),
+        }
+    }
+}
+
+impl FreshnessConfig {
+    /// Whether the settings can be used, before a port is bound.
+    ///
+    /// # Errors
+    /// When one cannot; the error says which.
+    pub fn check(&self) -> Result<(), FeedError> {
+        if let Some(name) = self.checkers.iter().find(|name| !is_checker_name(name)) {
+            return Err(FeedError::CheckerName { name: name.clone() });
+        }
+        if self.progress_interval < LEAST_PROGRESS_INTERVAL
+            || MOST_PROGRESS_INTERVAL < self.progress_interval
+        {
+            return Err(FeedError::ProgressInterval {
+                interval: self.progress_interval,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Why the freshness service cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum FeedError {
+    /// A name that no certificate can have.
+    #[error(
+        "freshness.checkers: {name:?} is no name of a checker: use 1 to 64 of a-z, 0-9, '-', '_' and '.'"
+    )]
+    CheckerName {
+        /// The name.
+        name: String,
+    },
+    /// An interval outside of the contract.
+    #[error("freshness.progress_interval is {interval:?}: set it to between 10ms and 1s")]
+    ProgressInterval {
+        /// What was set.
+        interval: Duration,
+    },
+    /// The address is taken, not ours, or not allowed.
+    #[error(
+        "cannot listen for checkers on tcp {listen}: {source}; is another gateway running, or is freshness.listen wrong?"
+    )]
+    Bind {
+        /// The address.
+        listen: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The TLS settings cannot be used for gRPC.
+    #[error("the TLS settings cannot be used for the freshness service: {0}")]
+    Tls(#[source] tonic::transport::Error),
+}
+
+/// What the service speaks of and with.
+#[derive(Debug)]
+pub struct FeedParts {
+    /// The `<trust-domain>` of `spiffe://<trust-domain>/checker/<name>`.
+    pub trust_domain: String,
+    /// What it reads.
+    pub freshness: Arc<Freshness>,
+    /// The store's name.
+    pub incarnation: [u8; 16],
+    /// The store's key for resume tokens.
+    pub token_key: [u8; 32],
+    /// The gateway's clock.
+    pub clock: Clock,
+    /// What it counts with.
+    pub metrics: Metrics,
+}
+
+/// The bound service.
+#[derive(Debug)]
+pub struct Feed {
+    listener: tokio::net::TcpListener,
+    listen: SocketAddr,
+    server: Server,
+    config: FreshnessConfig,
+    parts: FeedParts,
+}
+
+impl Feed {
+    /// Opens the port, within a runtime. Nothing is served before [`Self::run`].
+    ///
+    /// # Errors
+    /// When a setting cannot be used or the address cannot be bound.
+    pub fn bind(
+        config: &FreshnessConfig,
+        tls: ServerTlsConfig,
+        parts: FeedParts,
+    ) -> Result<Self, FeedError> {
+        config.check()?;
+        let server = Server::builder()
+            .tls_config(tls.timeout(HANDSHAKE_TIMEOUT))
+            .map_err(FeedError::Tls)?
+            .http2_keepalive_interval(Some(KEEP_ALIVE))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE))
+            .max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
+        let bind_error = |source| FeedError::Bind {
+            listen: config.listen,
+            source,
+        };
+        let socket = TcpListener::bind(config.listen).map_err(bind_error)?;
+        socket.set_nonblocking(true).map_err(bind_error)?;
+        let listener = tokio::net::TcpListener::from_std(socket).map_err(bind_error)?;
+        let listen = listener.local_addr().map_err(bind_error)?;
+        Ok(Self {
+            listener,
+            listen,
+            server,
+            config: config.clone(),
+            parts,
+        })
+    }
+
+    /// Where checkers connect.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// Serves until cancelled, or until the listening socket breaks, which is logged. When cancelled,
+    /// streams end with UNAVAILABLE, which tells checkers to come back.
+    pub async fn run(self, cancel: CancellationToken) {
+        let watchers = TaskTracker::new();
+        let metrics = self.parts.metrics.clone();
+        let service = Service {
+            tokens: Tokens::new(self.parts.incarnation, &self.parts.token_key),
+            trust_domain: self.parts.trust_domain,
+            freshness: self.parts.freshness,
+            clock: self.parts.clock,
+            metrics: self.parts.metrics,
+            checkers: self.config.checkers.into_iter().collect(),
+            progress_interval: self.config.progress_interval,
+            room: Arc::new(Semaphore::new(self.config.max_watchers)),
+            watchers: watchers.clone(),
+            cancel: cancel.clone(),
+        };
+        let connections = listener::connections(
+            self.listener,
+            Arc::new(Semaphore::new(self.config.max_connections)),
+            move || metrics.freshness.refused.of("overloaded").increment(1),
+        );
+        let mut server = self.server;
+        let serving = server
+            .add_service(FreshnessServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .serve_with_incoming_shutdown(connections, cancel.clone().cancelled_owned());
+        info!(listen = %self.listen, "freshness service is up");
+        let serving = async {
+            if let Err(error) = serving.await {
+                error!(%error, "the freshness service cannot accept connections any more");
+                return;
+            }
+            watchers.close();
+            watchers.wait().await;
+        };
+        tokio::select! {
+            () = serving => {}
+            // Whoever does not read its farewell is not waited for.
+            () = async { cancel.cancelled().await; sleep(FAREWELL).await } => {}
+        }
+    }
+}
+
+/// More often is only noise; rarer breaks the contract.
+const LEAST_PROGRESS_INTERVAL: Duration = Duration::from_millis(10);
+const MOST_PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Who has not proven itself by then is let go: its place is wanted.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection is asked for a sign of life this often, and closed when none comes in as long again: a
+/// checker that vanished gives its streams back within 20 s.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+/// One stream and a few questions beside it are usual.
+const MAX_CALLS_PER_CONNECTION: u32 = 64;
+
+/// Holds a Watch of 10,000 users, some 180 KB, and a little more.
+const MAX_REQUEST_BYTES: usize = 256 << 10;
+
+/// How long streams have to say that the gateway is shutting down.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests;

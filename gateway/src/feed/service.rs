@@ -1,0 +1,147 @@
+//! The calls of the freshness service.
+//!
+//! Knows who may call and what each call answers. Must not know how a stream goes on; that is
+//! [`super::watcher`].
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{Request, Response, Status};
+use tracing::debug;
+use waypost_proto::{
+    id::UserId,
+    v1::{
+        GetRequest, GetResponse, ListStaleRequest, ListStaleResponse, WatchRequest, WatchResponse,
+    },
+};
+
+use super::{
+    rpc,
+    token::Tokens,
+    watcher::Watcher,
+    wire::{self, Selector},
+};
+use crate::{clock::Clock, freshness::Freshness, metrics::Metrics, tls};
+
+#[derive(Debug)]
+pub(super) struct Service {
+    pub(super) tokens: Tokens,
+    pub(super) trust_domain: String,
+    pub(super) freshness: Arc<Freshness>,
+    pub(super) clock: Clock,
+    pub(super) metrics: Metrics,
+    pub(super) checkers: BTreeSet<String>,
+    pub(super) progress_interval: Duration,
+    /// For the streams that may be open.
+    pub(super) room: Arc<Semaphore>,
+    pub(super) watchers: TaskTracker,
+    pub(super) cancel: CancellationToken,
+}
+
+#[tonic::async_trait]
+impl rpc::freshness_server::Freshness for Service {
+    type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        self.admit(&request)?;
+        let users: Vec<UserId> = wire::get_users(request.get_ref())?;
+        let (seen, head) = self.freshness.get(&users);
+        let entries = users
+            .iter()
+            .zip(&seen)
+            .map(|(user, seen)| {
+                seen.as_ref()
+                    .map_or_else(|| wire::never_seen(user), wire::entry)
+            })
+            .collect();
+        Ok(Response::new(GetResponse {
+            entries,
+            position: head.position,
+            resolved_ms: head.resolved_ms,
+        }))
+    }
+
+    async fn list_stale(
+        &self,
+        request: Request<ListStaleRequest>,
+    ) -> Result<Response<ListStaleResponse>, Status> {
+        self.admit(&request)?;
+        let request = request.get_ref();
+        let page = self.freshness.stale(
+            request.older_than_ms,
+            wire::page_start(request)?,
+            wire::page_size(request)?,
+        );
+        Ok(Response::new(ListStaleResponse {
+            entries: wire::entries(&page.users).collect(),
+            next_page_token: wire::page_token(page.next),
+            position: page.head.position,
+            resolved_ms: page.head.resolved_ms,
+        }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let checker = self.admit(&request)?;
+        let request = request.get_ref();
+        let selector = Selector::new(request)?;
+        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+            self.metrics.freshness.refused.of("overloaded").increment(1);
+            return Err(Status::resource_exhausted(
+                "this gateway has as many watchers as it takes: come back in a while, or raise [freshness] max_watchers",
+            ));
+        };
+        // One message waits while another is on its way; the next is not even made before there is
+        // room, so that it holds what is newest then.
+        let (messages, stream) = mpsc::channel(1);
+        let watcher = Watcher {
+            scope: selector.scope(&checker),
+            selector,
+            tokens: self.tokens.clone(),
+            freshness: Arc::clone(&self.freshness),
+            clock: self.clock.clone(),
+            metrics: self.metrics.clone(),
+            progress_interval: self.progress_interval,
+            cancel: self.cancel.clone(),
+            messages,
+            _room: room,
+        };
+        debug!(%checker, is_resuming = !request.token.is_empty(), "watching");
+        self.watchers.spawn(watcher.run(request.token.clone()));
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+impl Service {
+    /// The name of the checker that calls, if it may.
+    fn admit<T>(&self, request: &Request<T>) -> Result<String, Status> {
+        let chain = request.peer_certs().unwrap_or_default();
+        let checker = tls::checker_of(&chain, &self.trust_domain).map_err(|refusal| {
+            self.metrics
+                .freshness
+                .refused
+                .of(refusal.as_label())
+                .increment(1);
+            debug!(peer = ?request.remote_addr(), %refusal, "refused");
+            Status::permission_denied(format!(
+                "only checkers may ask for freshness, and this peer is not one: {refusal}"
+            ))
+        })?;
+        if !self.checkers.contains(&checker) {
+            self.metrics
+                .freshness
+                .refused
+                .of("not_allowed")
+                .increment(1);
+            debug!(peer = ?request.remote_addr(), %checker, "refused");
+            return Err(Status::permission_denied(format!(
+                "checker {checker:?} is not in this gateway's [freshness] checkers: ask its operator"
+            )));
+        }
+        Ok(checker)
+    }
+}

@@ -1,0 +1,746 @@
+//! The freshness service over real TLS on loopback, with certificates made here.
+
+use std::{collections::BTreeMap, thread};
+
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use tokio::task::JoinHandle;
+use tonic::{
+    Code, Status, Streaming,
+    transport::{Certificate, Channel, Identity},
+};
+use waypost_proto::{
+    device::Clocks,
+    id::UserId,
+    v1::{
+        Entry, GetRequest, Header, ListStaleRequest, Progress, State, WatchEvent, WatchRequest,
+        WatchResponse, reset, watch_event::Kind,
+    },
+};
+
+use bytes::Bytes;
+
+use super::{client::connect, rpc::freshness_client::FreshnessClient, *};
+
+const TRUST_DOMAIN: &str = "test.waypost";
+const OPS: &str = "spiffe://test.waypost/checker/ops";
+const INCARNATION: [u8; 16] = [7; 16];
+
+/// Certificates for one test.
+struct Pki {
+    authority: Issuer<'static, KeyPair>,
+    ca_pem: String,
+}
+
+impl Pki {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().unwrap();
+        let ca_pem = params.self_signed(&key).unwrap().pem();
+        Self {
+            authority: Issuer::new(params, key),
+            ca_pem,
+        }
+    }
+
+    fn issue(&self, name: SanType) -> (String, String) {
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![name];
+        let key = KeyPair::generate().unwrap();
+        (
+            params.signed_by(&key, &self.authority).unwrap().pem(),
+            key.serialize_pem(),
+        )
+    }
+}
+
+/// A served index.
+struct Harness {
+    pki: Pki,
+    address: String,
+    freshness: Arc<Freshness>,
+    metrics: Metrics,
+    cancel: CancellationToken,
+    running: JoinHandle<()>,
+}
+
+impl Harness {
+    fn start() -> Self {
+        Self::with(|_| ())
+    }
+
+    fn with(change: impl FnOnce(&mut FreshnessConfig)) -> Self {
+        let mut config = FreshnessConfig {
+            listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            checkers: vec!["ops".to_owned(), "night".to_owned()],
+            progress_interval: Duration::from_millis(10),
+            ..FreshnessConfig::default()
+        };
+        change(&mut config);
+        let pki = Pki::new();
+        let (certificate, key) = pki.issue(SanType::DnsName("localhost".try_into().unwrap()));
+        let tls = ServerTlsConfig::new()
+            .identity(Identity::from_pem(certificate, key))
+            .client_ca_root(Certificate::from_pem(&pki.ca_pem));
+        let freshness = Arc::new(Freshness::restore(std::iter::empty(), 0));
+        let metrics = Metrics::new();
+        let parts = FeedParts {
+            trust_domain: TRUST_DOMAIN.to_owned(),
+            freshness: Arc::clone(&freshness),
+            incarnation: INCARNATION,
+            token_key: [9; 32],
+            clock: Clock::starting_at(0),
+            metrics: metrics.clone(),
+        };
+        let feed = Feed::bind(&config, tls, parts).unwrap();
+        let address = format!("https://{}", feed.local_addr());
+        let cancel = CancellationToken::new();
+        let running = tokio::spawn(feed.run(cancel.clone()));
+        Self {
+            pki,
+            address,
+            freshness,
+            metrics,
+            cancel,
+            running,
+        }
+    }
+
+    async fn client(&self, uri: &str) -> FreshnessClient<Channel> {
+        let (certificate, key) = self.pki.issue(SanType::URI(uri.try_into().unwrap()));
+        connect(
+            &self.address,
+            &self.pki.ca_pem,
+            certificate,
+            key,
+            "localhost",
+        )
+        .await
+        .unwrap()
+    }
+
+    async fn watch(&self, token: &Bytes) -> Watching {
+        let request = WatchRequest {
+            token: token.clone(),
+            ..WatchRequest::default()
+        };
+        Watching::begin(self.client(OPS).await, request)
+            .await
+            .unwrap()
+    }
+
+    fn publish(&self, position: u64, users: &[u8]) {
+        let changes: Vec<_> = users.iter().map(|&n| (user(n), heard(position))).collect();
+        self.freshness.publish(position, position, &changes);
+    }
+
+    fn metric(&self, line: &str) -> bool {
+        self.metrics
+            .render()
+            .lines()
+            .any(|rendered| rendered == line)
+    }
+}
+
+/// A stream, taken apart into its events.
+struct Watching {
+    // Dropping the client would close its connection.
+    _client: FreshnessClient<Channel>,
+    stream: Streaming<WatchResponse>,
+    events: std::vec::IntoIter<WatchEvent>,
+}
+
+impl Watching {
+    async fn begin(
+        mut client: FreshnessClient<Channel>,
+        request: WatchRequest,
+    ) -> Result<Self, Status> {
+        let stream = client.watch(request).await?.into_inner();
+        Ok(Self {
+            _client: client,
+            stream,
+            events: Vec::new().into_iter(),
+        })
+    }
+
+    async fn next(&mut self) -> Result<Kind, Status> {
+        loop {
+            if let Some(event) = self.events.next() {
+                return Ok(event.kind.unwrap());
+            }
+            let message = self
+                .stream
+                .message()
+                .await?
+                .expect("a stream has no end of its own");
+            self.events = message.events.into_iter();
+        }
+    }
+
+    async fn header(&mut self) -> Header {
+        match self.next().await.unwrap() {
+            Kind::Header(header) => header,
+            other => panic!("a header comes first, not {other:?}"),
+        }
+    }
+
+    /// The entries up to the end of the snapshot, by user, and the token there.
+    async fn snapshot(&mut self) -> (Vec<Entry>, u64, Bytes) {
+        let mut entries = Vec::new();
+        loop {
+            match self.next().await.unwrap() {
+                Kind::Entry(entry) => entries.push(entry),
+                Kind::SnapshotEnd(end) => {
+                    assert_eq!(end.count, entries.len() as u64);
+                    entries.sort_by(|a, b| a.user.cmp(&b.user));
+                    return (entries, end.position, end.token);
+                }
+                other => panic!("{other:?} in a snapshot"),
+            }
+        }
+    }
+
+    /// The entries up to the progress that reaches `position`.
+    async fn until(&mut self, position: u64) -> (Vec<Entry>, Progress) {
+        let mut entries = Vec::new();
+        loop {
+            match self.next().await.unwrap() {
+                Kind::Entry(entry) => entries.push(entry),
+                Kind::Progress(progress) if position <= progress.position => {
+                    return (entries, progress);
+                }
+                Kind::Progress(_) => {}
+                other => panic!("{other:?} among changes"),
+            }
+        }
+    }
+}
+
+fn user(n: u8) -> UserId {
+    UserId([n; 16])
+}
+
+fn heard(at_ms: u64) -> Clocks {
+    Clocks {
+        last_contact_ms: at_ms,
+        last_sample_ms: at_ms + 1,
+        last_fix_ms: at_ms + 2,
+        durable_ms: at_ms + 3,
+    }
+}
+
+fn id(n: u8) -> Bytes {
+    Bytes::copy_from_slice(&user(n).0)
+}
+
+fn entry(n: u8, position: u64) -> Entry {
+    Entry {
+        user: id(n),
+        last_contact_ms: position,
+        last_sample_ms: position + 1,
+        last_fix_ms: position + 2,
+        durable_ms: position + 3,
+        state: State::Active.into(),
+        position,
+        coalesced: 0,
+    }
+}
+
+#[tokio::test]
+async fn a_watch_is_a_snapshot_and_then_changes() {
+    let harness = Harness::start();
+    harness.publish(1, &[1, 2]);
+    harness.publish(2, &[2, 3]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    let header = watching.header().await;
+    assert_eq!(
+        (header.incarnation.as_ref(), header.position),
+        (&INCARNATION[..], 0)
+    );
+    let (entries, position, _) = watching.snapshot().await;
+    assert_eq!(
+        (entries, position),
+        (vec![entry(1, 1), entry(2, 2), entry(3, 2)], 2)
+    );
+
+    harness.publish(3, &[1, 4]);
+    let (entries, progress) = watching.until(3).await;
+    assert_eq!(entries, [entry(1, 3), entry(4, 3)]);
+    assert_eq!((progress.position, progress.resolved_ms), (3, 3));
+    assert!(harness.metric("waypost_freshness_watchers 1"));
+    assert!(harness.metric("waypost_freshness_entries_sent_total 5"));
+}
+
+#[tokio::test]
+async fn a_token_brings_every_user_changed_since_once() {
+    let harness = Harness::start();
+    harness.publish(1, &[1, 2, 3]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let (_, _, at_snapshot) = watching.snapshot().await;
+    harness.publish(2, &[1]);
+    let (_, progress) = watching.until(2).await;
+    drop(watching);
+    harness.publish(3, &[1, 2]);
+    harness.publish(4, &[2]);
+
+    for (token, start, expected) in [
+        (&progress.token, 2, vec![entry(1, 3), entry(2, 4)]),
+        (&at_snapshot, 1, vec![entry(1, 3), entry(2, 4)]),
+    ] {
+        let mut resumed = harness.watch(token).await;
+        assert_eq!(resumed.header().await.position, start);
+        let (entries, _) = resumed.until(4).await;
+        assert_eq!(entries, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_token_of_an_empty_store_begins_with_a_snapshot() {
+    let harness = Harness::start();
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let (entries, position, token) = watching.snapshot().await;
+    assert_eq!((entries, position), (vec![], 0));
+    harness.publish(1, &[1]);
+    let mut resumed = harness.watch(&token).await;
+    assert_eq!(resumed.header().await.position, 0);
+    assert_eq!(resumed.snapshot().await.0, [entry(1, 1)]);
+}
+
+#[tokio::test]
+async fn a_token_that_cannot_be_used_is_answered_with_reset_and_a_snapshot() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let (_, _, token) = watching.snapshot().await;
+
+    let mut forged = token.to_vec();
+    forged[24] ^= 1; // the position
+    let mut foreign = token.to_vec();
+    foreign[1] ^= 1; // the incarnation
+    let all = WatchRequest::default();
+    for (client, request, reason) in [
+        (
+            OPS,
+            WatchRequest {
+                token: forged.into(),
+                ..all.clone()
+            },
+            reset::Reason::BadToken,
+        ),
+        (
+            OPS,
+            WatchRequest {
+                token: foreign.into(),
+                ..all.clone()
+            },
+            reset::Reason::OtherStore,
+        ),
+        (
+            OPS,
+            WatchRequest {
+                token: token.clone(),
+                user_ids: vec![id(1)],
+                ..all.clone()
+            },
+            reset::Reason::OtherSelector,
+        ),
+        (
+            "spiffe://test.waypost/checker/night",
+            WatchRequest {
+                token: token.clone(),
+                ..all
+            },
+            reset::Reason::OtherSelector,
+        ),
+    ] {
+        let client = harness.client(client).await;
+        let mut watching = Watching::begin(client, request).await.unwrap();
+        assert_eq!(watching.header().await.position, 0);
+        match watching.next().await.unwrap() {
+            Kind::Reset(reset) => assert_eq!(reset.reason(), reason),
+            other => panic!("{other:?} instead of {reason:?}"),
+        }
+        let (entries, _, _) = watching.snapshot().await;
+        assert_eq!(entries, [entry(1, 1)]);
+    }
+    assert!(harness.metric(r#"waypost_freshness_resets_total{reason="other_selector"} 2"#));
+}
+
+#[tokio::test]
+async fn a_selection_gets_its_users_only_and_hears_of_those_never_seen() {
+    let harness = Harness::start();
+    harness.publish(1, &[1, 2]);
+    let client = harness.client(OPS).await;
+    let request = WatchRequest {
+        user_ids: vec![id(2), id(9), id(2)],
+        ..WatchRequest::default()
+    };
+    let mut watching = Watching::begin(client, request).await.unwrap();
+    watching.header().await;
+    let never_seen = Entry {
+        user: id(9),
+        state: State::NeverSeen.into(),
+        ..Entry::default()
+    };
+    assert_eq!(watching.snapshot().await.0, [entry(2, 1), never_seen]);
+    harness.publish(2, &[1, 3]);
+    harness.publish(3, &[9]);
+    assert_eq!(watching.until(3).await.0, [entry(9, 3)]);
+
+    let client = harness.client(OPS).await;
+    let request = WatchRequest {
+        states: vec![State::Paused.into()],
+        ..WatchRequest::default()
+    };
+    let mut watching = Watching::begin(client, request).await.unwrap();
+    watching.header().await;
+    assert_eq!(watching.snapshot().await.0, []);
+}
+
+#[tokio::test]
+async fn progress_comes_also_when_nothing_happens() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    watching.snapshot().await;
+    watching.until(1).await;
+    harness.freshness.resolve(777);
+    loop {
+        let (entries, progress) = watching.until(1).await;
+        assert_eq!(entries, []);
+        if progress.resolved_ms == 777 {
+            break;
+        }
+    }
+}
+
+/// Who changes in a commit: some users in nearly every one, most of them rarely.
+fn users_of(commit: u64) -> impl Iterator<Item = UserId> {
+    (0..8u64).map(move |n| {
+        let spread = if n < 2 { 5 } else { 3_000 };
+        let number = (commit * 8 + n).wrapping_mul(0x9e37_79b9_7f4a_7c15) % spread;
+        let mut user = [0; 16];
+        user[..8].copy_from_slice(&number.to_be_bytes());
+        UserId(user)
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_announced_before_it_was_sent_while_commits_go_on() {
+    const COMMITS: u64 = 30_000;
+    let harness = Harness::start();
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let freshness = Arc::clone(&harness.freshness);
+    let publisher = thread::spawn(move || {
+        for commit in 1..=COMMITS {
+            // The time is the number of the commit, so `resolved_ms` says which commits it covers.
+            let changes: Vec<_> = users_of(commit).map(|user| (user, heard(commit))).collect();
+            freshness.publish(commit, commit, &changes);
+        }
+    });
+
+    let mut view: BTreeMap<Bytes, u64> = BTreeMap::new();
+    let mut truth: BTreeMap<Bytes, u64> = BTreeMap::new();
+    let (mut true_upto, mut announced, mut resolved) = (0, 0, 0);
+    while resolved < COMMITS {
+        match watching.next().await.unwrap() {
+            Kind::Entry(entry) => {
+                assert!(
+                    announced < entry.position,
+                    "{} after {announced}",
+                    entry.position
+                );
+                let before = view.insert(entry.user, entry.last_contact_ms);
+                assert!(before < Some(entry.last_contact_ms), "the same value twice");
+            }
+            Kind::SnapshotEnd(end) => announced = end.position,
+            Kind::Progress(progress) => {
+                assert!(announced <= progress.position && resolved <= progress.resolved_ms);
+                (announced, resolved) = (progress.position, progress.resolved_ms);
+                for commit in true_upto + 1..=resolved {
+                    for user in users_of(commit) {
+                        truth.insert(Bytes::copy_from_slice(&user.0), commit);
+                    }
+                }
+                true_upto = resolved;
+                for (user, heard) in &truth {
+                    assert!(
+                        view.get(user).is_some_and(|seen| heard <= seen),
+                        "resolved {resolved} was announced without commit {heard}"
+                    );
+                }
+            }
+            other => panic!("{other:?} while commits go on"),
+        }
+    }
+    publisher.join().unwrap();
+    assert_eq!(view, truth);
+}
+
+#[tokio::test]
+async fn a_slow_reader_gets_newer_values_and_not_more_of_them() {
+    const COMMITS: u64 = 2_000;
+    let harness = Harness::start();
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let everybody: Vec<_> = (0..=u8::MAX).collect();
+    for commit in 1..=COMMITS {
+        harness.publish(commit, &everybody);
+        // The service runs, its reader does not.
+        tokio::task::yield_now().await;
+    }
+    let mut view = BTreeMap::new();
+    let mut received = 0;
+    loop {
+        match watching.next().await.unwrap() {
+            Kind::Entry(entry) => {
+                received += 1;
+                view.insert(entry.user, entry.position);
+            }
+            Kind::Progress(progress) if progress.position == COMMITS => break,
+            _ => {}
+        }
+    }
+    assert!(view.len() == everybody.len() && view.values().all(|&position| position == COMMITS));
+    assert!(
+        received < COMMITS * 256 / 4,
+        "{received} entries were kept for it"
+    );
+}
+
+#[tokio::test]
+async fn only_named_checkers_are_answered() {
+    let harness = Harness::start();
+    for (uri, words) in [
+        (
+            "spiffe://test.waypost/user/6ba7b810-9dad-11d1-80b4-00c04fd430c8/device/1",
+            "only checkers may ask",
+        ),
+        (
+            "spiffe://test.waypost/checker/stranger",
+            "checker \"stranger\" is not in",
+        ),
+        ("spiffe://other.waypost/checker/ops", "another trust domain"),
+    ] {
+        let mut client = harness.client(uri).await;
+        let mut refused = vec![
+            client.get(GetRequest::default()).await.unwrap_err(),
+            client
+                .list_stale(ListStaleRequest::default())
+                .await
+                .unwrap_err(),
+        ];
+        refused.extend(Watching::begin(client, WatchRequest::default()).await.err());
+        assert_eq!(refused.len(), 3);
+        for status in refused {
+            assert_eq!(status.code(), Code::PermissionDenied, "{uri}");
+            assert!(
+                status.message().contains(words),
+                "{uri}: {}",
+                status.message()
+            );
+        }
+    }
+    assert!(harness.metric(r#"waypost_freshness_refused_checkers_total{reason="not_allowed"} 3"#));
+    assert!(
+        harness
+            .client(OPS)
+            .await
+            .get(GetRequest::default())
+            .await
+            .is_ok()
+    );
+}
+
+#[tokio::test]
+async fn a_certificate_of_another_authority_is_not_even_heard() {
+    let harness = Harness::start();
+    let (certificate, key) = Pki::new().issue(SanType::URI(OPS.try_into().unwrap()));
+    let client = connect(
+        &harness.address,
+        &harness.pki.ca_pem,
+        certificate,
+        key,
+        "localhost",
+    )
+    .await;
+    // In TLS 1.3 the client may learn of it only when it first reads.
+    if let Ok(mut client) = client {
+        assert!(client.get(GetRequest::default()).await.is_err());
+    }
+}
+
+#[tokio::test]
+async fn get_answers_in_the_order_of_the_request() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    harness.publish(2, &[2]);
+    let mut client = harness.client(OPS).await;
+    let user_ids = vec![id(2), id(3), id(1)];
+    let answer = client
+        .get(GetRequest { user_ids })
+        .await
+        .unwrap()
+        .into_inner();
+    let never_seen = Entry {
+        user: id(3),
+        state: State::NeverSeen.into(),
+        ..Entry::default()
+    };
+    assert_eq!(answer.entries, [entry(2, 2), never_seen, entry(1, 1)]);
+    assert_eq!((answer.position, answer.resolved_ms), (2, 2));
+}
+
+#[tokio::test]
+async fn the_silent_are_listed_page_by_page() {
+    let harness = Harness::start();
+    for (position, n) in [(1, 5), (2, 4), (3, 3), (4, 2), (5, 1)] {
+        harness.publish(position, &[n]);
+    }
+    let mut client = harness.client(OPS).await;
+    let mut request = ListStaleRequest {
+        older_than_ms: 4,
+        page_size: 2,
+        ..Default::default()
+    };
+    let first = client
+        .list_stale(request.clone())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(first.entries, [entry(5, 1), entry(4, 2)]);
+    assert_eq!((first.position, first.resolved_ms), (5, 5));
+    request.page_token = first.next_page_token;
+    let second = client.list_stale(request).await.unwrap().into_inner();
+    assert_eq!(second.entries, [entry(3, 3)]);
+    assert!(second.next_page_token.is_empty());
+}
+
+#[tokio::test]
+async fn requests_beyond_the_limits_are_refused_with_a_reason() {
+    let harness = Harness::start();
+    let mut client = harness.client(OPS).await;
+    let short = Bytes::from_static(b"short");
+    let mut refused = Vec::new();
+    for user_ids in [vec![id(1); 1_001], vec![short.clone()]] {
+        refused.push(client.get(GetRequest { user_ids }).await.unwrap_err());
+    }
+    for request in [
+        ListStaleRequest {
+            page_size: 1_001,
+            ..Default::default()
+        },
+        ListStaleRequest {
+            page_token: short,
+            ..Default::default()
+        },
+    ] {
+        refused.push(client.list_stale(request).await.unwrap_err());
+    }
+    for request in [
+        WatchRequest {
+            user_ids: vec![id(1); 10_001],
+            ..Default::default()
+        },
+        WatchRequest {
+            states: vec![0],
+            ..Default::default()
+        },
+        WatchRequest {
+            states: vec![99],
+            ..Default::default()
+        },
+    ] {
+        refused.push(client.watch(request).await.unwrap_err());
+    }
+    for status in refused {
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+        assert!(!status.message().is_empty());
+    }
+}
+
+#[tokio::test]
+async fn one_watcher_too_many_is_refused_until_another_goes() {
+    let harness = Harness::with(|config| config.max_watchers = 1);
+    let mut first = harness.watch(&Bytes::new()).await;
+    first.header().await;
+    let mut client = harness.client(OPS).await;
+    let status = client.watch(WatchRequest::default()).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    drop(first);
+    // The place is free once the service has noticed; how soon that is, is not promised.
+    while client.watch(WatchRequest::default()).await.is_err() {}
+}
+
+#[tokio::test]
+async fn one_connection_too_many_is_closed() {
+    let harness = Harness::with(|config| config.max_connections = 1);
+    let mut first = harness.client(OPS).await;
+    first.get(GetRequest::default()).await.unwrap();
+    let (certificate, key) = harness.pki.issue(SanType::URI(OPS.try_into().unwrap()));
+    let second = connect(
+        &harness.address,
+        &harness.pki.ca_pem,
+        &certificate,
+        &key,
+        "localhost",
+    )
+    .await;
+    assert!(second.is_err());
+    drop(first);
+    while connect(
+        &harness.address,
+        &harness.pki.ca_pem,
+        &certificate,
+        &key,
+        "localhost",
+    )
+    .await
+    .is_err()
+    {}
+}
+
+#[tokio::test]
+async fn streams_end_with_unavailable_when_the_gateway_stops() {
+    let harness = Harness::start();
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    harness.cancel.cancel();
+    let status = loop {
+        if let Err(status) = watching.next().await {
+            break status;
+        }
+    };
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("shutting down"), "{status}");
+    drop(watching);
+    (&mut { harness.running }).await.unwrap();
+}
+
+#[tokio::test]
+async fn settings_that_break_the_contract_are_refused() {
+    for (config, words) in [
+        (
+            FreshnessConfig {
+                checkers: vec!["Ops Room".to_owned()],
+                ..Default::default()
+            },
+            "\"Ops Room\" is no name of a checker",
+        ),
+        (
+            FreshnessConfig {
+                progress_interval: Duration::from_secs(2),
+                ..Default::default()
+            },
+            "between 10ms and 1s",
+        ),
+    ] {
+        let error = config.check().unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}

@@ -1,0 +1,286 @@
+//! One Watch stream: a cursor into the freshness index and a place for one message.
+//!
+//! Knows the order of events on a stream, which is the contract:
+//!
+//! - An entry is read only when there is room to send it. A checker that reads slowly therefore gets
+//!   newer values, not more of them, and costs no memory.
+//! - Entries and progress travel in one queue. `resolved_ms` is announced only after every user's state
+//!   of that moment has been put into it, and a position only when no entry at or below it can come.
+//! - Whoever cannot be brought level by following the changes within a progress interval, because users
+//!   change faster than it reads, is brought level by a sweep; so `resolved_ms` moves on under any load.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{OwnedSemaphorePermit, mpsc, watch},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use waypost_proto::v1::{
+    Header, Progress, Reset, SnapshotEnd, State, WatchEvent, WatchResponse, reset::Reason,
+    watch_event::Kind,
+};
+
+use super::{
+    token::{Scope, Tokens},
+    wire::{self, Selector},
+};
+use crate::{
+    clock::Clock,
+    freshness::{Freshness, Head, LastSeen, Reader, Step},
+    metrics::Metrics,
+};
+
+/// A message is sent with this many entries, or fewer when the reader is level. Some 40 KB.
+const ENTRIES_PER_MESSAGE: usize = 512;
+
+/// How often the index is read for one message that does not fill, before other tasks get their turn.
+const READS_PER_TURN: usize = 64;
+
+/// Entries that come within this time of each other share a message. With a thousand commits a second
+/// and a hundred watchers, a message for each commit would be most of the gateway's work.
+const GATHER: Duration = Duration::from_millis(1);
+
+pub(super) struct Watcher {
+    pub(super) scope: Scope,
+    pub(super) selector: Selector,
+    pub(super) tokens: Tokens,
+    pub(super) freshness: Arc<Freshness>,
+    pub(super) clock: Clock,
+    pub(super) metrics: Metrics,
+    pub(super) progress_interval: Duration,
+    pub(super) cancel: CancellationToken,
+    pub(super) messages: mpsc::Sender<Result<WatchResponse, Status>>,
+    pub(super) _room: OwnedSemaphorePermit,
+}
+
+/// Why a stream ends. A stream has no end of its own.
+enum Ended {
+    ReaderGone,
+    ShuttingDown,
+}
+
+/// Where the stream stands.
+struct Progressing {
+    reader: Reader,
+    /// The entries of the snapshot so far, while it lasts.
+    snapshot_count: Option<u64>,
+    resolved_ms: u64,
+    level_at: Instant,
+    progress_due: Instant,
+}
+
+impl Watcher {
+    /// Streams until the reader is gone or the gateway shuts down.
+    pub(super) async fn run(self, token: Bytes) {
+        let watchers = &self.metrics.freshness.watchers;
+        watchers.increment(1.0);
+        let Err(ended) = self.stream(&token).await;
+        if let Ended::ShuttingDown = ended {
+            let farewell =
+                Status::unavailable("the gateway is shutting down: come back with your token");
+            // A reader that has gone meanwhile needs no farewell.
+            self.messages.send(Err(farewell)).await.ok();
+        }
+        watchers.decrement(1.0);
+    }
+
+    async fn stream(&self, token: &Bytes) -> Result<std::convert::Infallible, Ended> {
+        let mut heads = self.freshness.subscribe();
+        let mut at = self.begin(token).await?;
+        let mut entries = Vec::new();
+        let mut send_after = Instant::now();
+        loop {
+            self.wait(sleep_until(send_after)).await?;
+            let room = self.room().await?;
+            // First the head, then what belongs to it: a commit in between is told of again.
+            heads.mark_unchanged();
+            let step = self.read(&mut at, &mut entries);
+            let mut events: Vec<WatchEvent> = wire::entries(&entries)
+                .map(|entry| event(Kind::Entry(entry)))
+                .collect();
+            if !entries.is_empty() {
+                self.metrics
+                    .freshness
+                    .entries_sent
+                    .increment(entries.len() as u64);
+                if step != Step::Behind {
+                    send_after = Instant::now() + GATHER;
+                }
+            }
+            entries.clear();
+            self.say_how_far(&mut at, step, &mut events);
+            if !events.is_empty() {
+                room.send(Ok(WatchResponse { events }));
+            } else if step == Step::Behind {
+                tokio::task::yield_now().await;
+            } else {
+                drop(room);
+                self.wait(news(&mut heads, at.progress_due)).await?;
+            }
+        }
+    }
+
+    /// Decides where the stream starts and says so.
+    async fn begin(&self, token: &Bytes) -> Result<Progressing, Ended> {
+        let head = self.freshness.head();
+        // After position 0 comes everything, and that is a snapshot.
+        let resume = (!token.is_empty())
+            .then(|| self.tokens.read(token, self.scope, head.position))
+            .filter(|read| *read != Ok(0));
+        let incarnation = self.tokens.incarnation();
+        let position = resume.and_then(Result::ok).unwrap_or_default();
+        let mut events = vec![event(Kind::Header(Header {
+            incarnation,
+            position,
+        }))];
+        if let Some(Err(reason)) = resume {
+            self.metrics.freshness.resets.of(label(reason)).increment(1);
+            events.push(event(Kind::Reset(Reset {
+                reason: reason.into(),
+            })));
+        }
+        self.send(events).await?;
+        let (reader, snapshot_count) = match resume {
+            Some(Ok(position)) => (self.freshness.reader_after(position), None),
+            Some(Err(_)) | None => (
+                self.freshness.reader_from_start(),
+                Some(self.say_who_was_never_seen().await?),
+            ),
+        };
+        let now = Instant::now();
+        Ok(Progressing {
+            reader,
+            snapshot_count,
+            resolved_ms: 0,
+            level_at: now,
+            progress_due: now,
+        })
+    }
+
+    /// Entries for the users that were asked for by name and are not known. They come before the others,
+    /// so that one who is first seen meanwhile ends as seen.
+    async fn say_who_was_never_seen(&self) -> Result<u64, Ended> {
+        let mut count = 0;
+        if !self.selector.wants_state(State::NeverSeen) {
+            return Ok(count);
+        }
+        for users in self.selector.users().chunks(ENTRIES_PER_MESSAGE) {
+            let (seen, _) = self.freshness.get(users);
+            let never_seen = users.iter().zip(seen).filter(|(_, seen)| seen.is_none());
+            let events: Vec<WatchEvent> = never_seen
+                .map(|(user, _)| event(Kind::Entry(wire::never_seen(user))))
+                .collect();
+            if !events.is_empty() {
+                count += events.len() as u64;
+                self.metrics
+                    .freshness
+                    .entries_sent
+                    .increment(events.len() as u64);
+                self.send(events).await?;
+            }
+        }
+        Ok(count)
+    }
+
+    /// Reads a message's worth.
+    fn read(&self, at: &mut Progressing, entries: &mut Vec<LastSeen>) -> Step {
+        // All known users are in this state.
+        let wants_known = self.selector.wants_state(State::Active);
+        let wanted = |seen: &LastSeen| wants_known && self.selector.wants_user(&seen.user);
+        for _ in 0..READS_PER_TURN {
+            let step = self.freshness.read(&mut at.reader, wanted, entries);
+            if step != Step::Behind || ENTRIES_PER_MESSAGE <= entries.len() {
+                return step;
+            }
+        }
+        Step::Behind
+    }
+
+    /// Adds what may be said after the entries of this step, and never before.
+    fn say_how_far(&self, at: &mut Progressing, step: Step, events: &mut Vec<WatchEvent>) {
+        let now = Instant::now();
+        if let Some(count) = &mut at.snapshot_count {
+            *count += events.len() as u64;
+        }
+        match step {
+            Step::Level(Head { resolved_ms, .. }) => {
+                at.resolved_ms = resolved_ms;
+                at.level_at = now;
+                if let Some(count) = at.snapshot_count.take() {
+                    let position = at.reader.settled();
+                    let token = self.tokens.issue(position, self.scope);
+                    events.push(event(Kind::SnapshotEnd(SnapshotEnd {
+                        count,
+                        position,
+                        token,
+                    })));
+                }
+            }
+            Step::Behind
+                if !at.reader.is_sweeping() && at.level_at + self.progress_interval <= now =>
+            {
+                self.freshness.sweep(&mut at.reader);
+            }
+            Step::Behind => {}
+        }
+        if at.snapshot_count.is_none() && at.progress_due <= now {
+            at.progress_due = now + self.progress_interval;
+            let position = at.reader.settled();
+            events.push(event(Kind::Progress(Progress {
+                resolved_ms: at.resolved_ms,
+                position,
+                lag_ms: self.clock.now_ms().saturating_sub(at.resolved_ms),
+                token: self.tokens.issue(position, self.scope),
+            })));
+        }
+    }
+
+    async fn send(&self, events: Vec<WatchEvent>) -> Result<(), Ended> {
+        self.room().await?.send(Ok(WatchResponse { events }));
+        Ok(())
+    }
+
+    async fn room(&self) -> Result<mpsc::Permit<'_, Result<WatchResponse, Status>>, Ended> {
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(Ended::ShuttingDown),
+            room = self.messages.reserve() => room.map_err(|_| Ended::ReaderGone),
+        }
+    }
+
+    async fn wait(&self, until: impl Future<Output = ()>) -> Result<(), Ended> {
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(Ended::ShuttingDown),
+            // A stream without a reader gives its place back though there is nothing to send.
+            () = self.messages.closed() => Err(Ended::ReaderGone),
+            () = until => Ok(()),
+        }
+    }
+}
+
+/// Waits for a new head, or until progress is due.
+async fn news(heads: &mut watch::Receiver<Head>, progress_due: Instant) {
+    tokio::select! {
+        // An error means that nothing will be published any more; progress goes on saying so.
+        Ok(()) = heads.changed() => {}
+        () = sleep_until(progress_due) => {}
+    }
+}
+
+fn event(kind: Kind) -> WatchEvent {
+    WatchEvent { kind: Some(kind) }
+}
+
+fn label(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Unspecified => "unspecified",
+        Reason::OtherStore => "other_store",
+        Reason::OtherSelector => "other_selector",
+        Reason::BadToken => "bad_token",
+        Reason::MarkersGone => "markers_gone",
+    }
+}

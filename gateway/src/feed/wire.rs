@@ -1,0 +1,176 @@
+//! The door: what checkers ask for becomes ours, checked, and what they are told becomes theirs.
+//!
+//! Knows the messages and the limits of a request. Must not know streams or who asks.
+
+use bytes::{Bytes, BytesMut};
+use tonic::Status;
+use waypost_proto::{
+    id::UserId,
+    v1::{self, State},
+};
+
+use super::token::Scope;
+use crate::freshness::{LastSeen, Silence};
+
+/// Users in one Get.
+const MAX_GET_USERS: usize = 1_000;
+
+/// Users in one page of ListStale.
+const MAX_STALE_USERS: u32 = 1_000;
+
+/// Users that one Watch can select by name; who wants more watches all.
+const MAX_WATCH_USERS: usize = 10_000;
+
+/// Which entries a Watch gets.
+#[derive(Debug)]
+pub(super) struct Selector {
+    /// Ascending; `None` for all.
+    users: Option<Vec<UserId>>,
+    /// Ascending; empty for all.
+    states: Vec<State>,
+}
+
+impl Selector {
+    /// Reads a request.
+    pub(super) fn new(request: &v1::WatchRequest) -> Result<Self, Status> {
+        let mut users = user_ids(&request.user_ids, MAX_WATCH_USERS)?;
+        users.sort_unstable();
+        users.dedup();
+        let mut states = request
+            .states
+            .iter()
+            .map(|&state| match State::try_from(state) {
+                Ok(State::Unspecified) | Err(_) => Err(Status::invalid_argument(format!(
+                    "{state} is not a state that a user can be in"
+                ))),
+                Ok(state) => Ok(state),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        states.sort_unstable();
+        states.dedup();
+        let users = (!users.is_empty()).then_some(users);
+        Ok(Self { users, states })
+    }
+
+    /// What a token for this selection is bound to.
+    pub(super) fn scope(&self, checker: &str) -> Scope {
+        Scope::new(checker, self.users.as_deref(), &self.states)
+    }
+
+    /// The users selected by name; none when all are.
+    pub(super) fn users(&self) -> &[UserId] {
+        self.users.as_deref().unwrap_or_default()
+    }
+
+    /// Whether users in this state are selected.
+    pub(super) fn wants_state(&self, state: State) -> bool {
+        self.states.is_empty() || self.states.contains(&state)
+    }
+
+    /// Whether this user is selected, whatever its state.
+    pub(super) fn wants_user(&self, user: &UserId) -> bool {
+        self.users
+            .as_ref()
+            .is_none_or(|users| users.binary_search(user).is_ok())
+    }
+}
+
+/// The users of a Get.
+pub(super) fn get_users(request: &v1::GetRequest) -> Result<Vec<UserId>, Status> {
+    user_ids(&request.user_ids, MAX_GET_USERS)
+}
+
+/// The size of a page of ListStale.
+pub(super) fn page_size(request: &v1::ListStaleRequest) -> Result<usize, Status> {
+    match request.page_size {
+        0 => Ok(MAX_STALE_USERS as usize),
+        size if size <= MAX_STALE_USERS => Ok(size as usize),
+        size => Err(Status::invalid_argument(format!(
+            "page_size {size} is more than {MAX_STALE_USERS}: ask for pages"
+        ))),
+    }
+}
+
+/// Where a page of ListStale begins; `None` for the first.
+pub(super) fn page_start(request: &v1::ListStaleRequest) -> Result<Option<Silence>, Status> {
+    let token = request.page_token.as_ref();
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let (Some((contact, user)), 24) = (token.split_first_chunk::<8>(), token.len()) else {
+        return Err(Status::invalid_argument(
+            "page_token is not one: pass next_page_token of the page before, or none",
+        ));
+    };
+    let mut id = [0; 16];
+    id.copy_from_slice(user);
+    Ok(Some(Silence {
+        last_contact_ms: u64::from_be_bytes(*contact),
+        user: UserId(id),
+    }))
+}
+
+/// The token that [`page_start`] reads. It says no more than the page that it came with.
+pub(super) fn page_token(next: Option<Silence>) -> Bytes {
+    next.map(|last| {
+        [&last.last_contact_ms.to_be_bytes()[..], &last.user.0]
+            .concat()
+            .into()
+    })
+    .unwrap_or_default()
+}
+
+/// The entries of these users, with one allocation for all their ids.
+pub(super) fn entries(seen: &[LastSeen]) -> impl Iterator<Item = v1::Entry> {
+    let mut ids = BytesMut::with_capacity(seen.len() * 16);
+    seen.iter()
+        .for_each(|seen| ids.extend_from_slice(&seen.user.0));
+    let mut ids = ids.freeze();
+    seen.iter().map(move |seen| active(ids.split_to(16), seen))
+}
+
+/// The entry of one user.
+pub(super) fn entry(seen: &LastSeen) -> v1::Entry {
+    active(Bytes::copy_from_slice(&seen.user.0), seen)
+}
+
+/// The entry of a user that this store has never heard of.
+pub(super) fn never_seen(user: &UserId) -> v1::Entry {
+    let user = Bytes::copy_from_slice(&user.0);
+    v1::Entry {
+        user,
+        state: State::NeverSeen.into(),
+        ..v1::Entry::default()
+    }
+}
+
+fn active(user: Bytes, seen: &LastSeen) -> v1::Entry {
+    v1::Entry {
+        user,
+        last_contact_ms: seen.clocks.last_contact_ms,
+        last_sample_ms: seen.clocks.last_sample_ms,
+        last_fix_ms: seen.clocks.last_fix_ms,
+        durable_ms: seen.clocks.durable_ms,
+        state: State::Active.into(),
+        position: seen.position,
+        coalesced: 0,
+    }
+}
+
+fn user_ids(ids: &[Bytes], limit: usize) -> Result<Vec<UserId>, Status> {
+    if limit < ids.len() {
+        return Err(Status::invalid_argument(format!(
+            "{} users are more than the {limit} that one call can name",
+            ids.len()
+        )));
+    }
+    ids.iter()
+        .map(|id| match <[u8; 16]>::try_from(id.as_ref()) {
+            Ok(id) => Ok(UserId(id)),
+            Err(_) => Err(Status::invalid_argument(format!(
+                "a user id has 16 bytes, the bytes of its UUID; this one has {}",
+                id.len()
+            ))),
+        })
+        .collect()
+}
