@@ -3,6 +3,7 @@
 //! Knows who is connected and what was acknowledged when. Must not know what is sent or why, nor QUIC.
 
 use std::{
+    collections::BTreeMap,
     num::NonZeroUsize,
     sync::{
         Arc,
@@ -51,7 +52,8 @@ struct Books {
     connected: AtomicU64,
     /// 0 before the first acknowledgement.
     last_acked_us: AtomicU64,
-    last_error: Mutex<Option<LinkError>>,
+    /// Why connections ended that should not have, and how often.
+    breaks: Mutex<BTreeMap<String, u64>>,
 }
 
 #[derive(Debug, Default)]
@@ -94,7 +96,7 @@ impl Fleet {
             dropped: AtomicU64::default(),
             connected: AtomicU64::default(),
             last_acked_us: AtomicU64::default(),
-            last_error: Mutex::default(),
+            breaks: Mutex::default(),
         });
         // One key pair for all: a simulated fleet is one holder, and making keys is not what is tested.
         let key = KeyPair::generate()?;
@@ -138,11 +140,13 @@ impl Fleet {
                 moved = (connected, Instant::now());
             }
             if CONNECT_PATIENCE <= moved.1.elapsed() {
-                let reason = self.books.last_error.lock().clone();
-                let reason = reason.map_or_else(|| "no answer".to_owned(), |error| {
-                    format!("{:#}", anyhow::Error::from(error))
-                });
-                bail!("only {} of {} devices could connect: {reason}", Count(connected), Count(total));
+                let reasons: Vec<String> = self.breaks().into_keys().collect();
+                bail!(
+                    "only {} of {} devices could connect: {}",
+                    Count(connected),
+                    Count(total),
+                    reasons.join("; ")
+                );
             }
             progress.at(connected, String::new);
             sleep(CONNECT_LOOK_INTERVAL).await;
@@ -226,6 +230,12 @@ impl Fleet {
         std::mem::take(&mut self.books.latencies.lock().recent)
     }
 
+    /// Why connections ended that should not have, and how often.
+    #[must_use]
+    pub fn breaks(&self) -> BTreeMap<String, u64> {
+        self.books.breaks.lock().clone()
+    }
+
     /// What checkers must be told from now on, at least.
     #[must_use]
     pub fn expected(&self) -> Vec<Expected> {
@@ -285,7 +295,8 @@ impl Observer for Bookkeeper {
             self.books.connected.fetch_sub(1, Ordering::Relaxed);
         }
         if let Some(error) = error {
-            *self.books.last_error.lock() = Some(error.clone());
+            let reason = format!("{:#}", anyhow::Error::from(error.clone()));
+            *self.books.breaks.lock().entry(reason).or_default() += 1;
         }
     }
 }

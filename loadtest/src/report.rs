@@ -2,7 +2,7 @@
 //!
 //! Knows names and layout. Must not know how anything was measured.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -52,6 +52,8 @@ pub struct Report {
     pub freshness_wrong: Option<u64>,
     /// Connections that were made again after they broke.
     pub reconnects: u64,
+    /// Why connections ended that should not have, or were not made, and how often.
+    pub breaks: BTreeMap<String, u64>,
     /// From the first ping due to the last one acknowledged.
     pub seconds: f64,
     /// Pings acknowledged in a second.
@@ -225,6 +227,9 @@ impl fmt::Display for Report {
             "  gateway    memory {rss}   cpu {cpu}   connections {connections}   reconnects {}",
             Count(self.reconnects)
         )?;
+        for (reason, count) in &self.breaks {
+            writeln!(f, "  broken     {} x {reason}", Count(*count))?;
+        }
         writeln!(f)?;
         for check in &self.checks {
             let verdict = if check.passed { "PASS" } else { "FAIL" };
@@ -322,6 +327,7 @@ mod tests {
             freshness_checked: Some(10_631),
             freshness_wrong: Some(0),
             reconnects: 0,
+            breaks: BTreeMap::new(),
             seconds: 60.0,
             pings_per_s: 1_666.65,
             ack_ms: AckMs::default(),

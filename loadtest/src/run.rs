@@ -97,14 +97,15 @@ async fn load(
     let fleet = Arc::new(Fleet::enrol(&devices, target, keep_each, progress).await?);
     fleet.connect(progress, stop).await?;
     let watch = checker.as_ref().map(Checker::watch);
-    let begun_us = fleet.now_us();
+    let mut took_us = 0;
     for pass in 1..=scenario.passes() {
         if 1 < pass && !stop.is_cancelled() {
             fleet.reconnect(progress, stop).await?;
         }
+        let begun_us = fleet.now_us();
         send(&fleet, &scenario, pass, watch.as_ref(), progress, stop).await?;
+        took_us += fleet.last_acked_us().map_or(0, |last_us| last_us.saturating_sub(begun_us));
     }
-    let took_us = fleet.last_acked_us().map_or(0, |last_us| last_us.saturating_sub(begun_us));
 
     progress.begin("checking", None);
     let expected = fleet.expected();
@@ -117,7 +118,7 @@ async fn load(
         None => None,
     };
     let gateway = usage.as_ref().map(UseWatch::most).unwrap_or_default();
-    let ack_latencies = fleet.ack_latencies();
+    let (ack_latencies, breaks) = (fleet.ack_latencies(), fleet.breaks());
     let fleet = Arc::into_inner(fleet).context("a sender still holds the fleet")?;
     let ledgers = fleet.close().await;
     progress.end();
@@ -129,6 +130,7 @@ async fn load(
         ack_latencies,
         freshness_latencies: watch.map(|watch| watch.latencies()),
         gateway,
+        breaks,
         ledgers,
         freshness,
         stream,

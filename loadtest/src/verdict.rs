@@ -2,6 +2,8 @@
 //!
 //! Knows the promises in words. Must not know how anything was measured.
 
+use std::collections::BTreeMap;
+
 use waypost_proto::outbox::Totals;
 
 use crate::{
@@ -27,6 +29,8 @@ pub struct Outcome {
     pub freshness_latencies: Option<Latencies>,
     /// What the gateway used.
     pub gateway: GatewayUse,
+    /// Why connections ended that should not have, and how often.
+    pub breaks: BTreeMap<String, u64>,
     /// The books of all devices.
     pub ledgers: Vec<DeviceLedger>,
     /// What checkers were told when they asked, if one did.
@@ -69,6 +73,7 @@ pub fn report(outcome: &Outcome) -> Report {
         freshness_checked: freshness.map(|freshness| freshness.checked),
         freshness_wrong: freshness.map(|freshness| freshness.wrong),
         reconnects: ledgers.iter().map(|ledger| ledger.connections.saturating_sub(outcome.passes.into())).sum(),
+        breaks: outcome.breaks.clone(),
         seconds: outcome.seconds,
         pings_per_s: if 0.0 < outcome.seconds { acked as f64 / outcome.seconds } else { 0.0 },
         ack_ms: outcome.ack_latencies.ack_ms(),
@@ -185,6 +190,7 @@ mod tests {
             ack_latencies: Latencies::default(),
             freshness_latencies: None,
             gateway: GatewayUse::default(),
+            breaks: BTreeMap::new(),
             ledgers: vec![ledger],
             freshness: Some(FreshnessFindings { checked: 1, ..FreshnessFindings::default() }),
             stream: Some(FreshnessFindings::default()),
