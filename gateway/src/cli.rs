@@ -251,7 +251,11 @@ pub fn report(failure: &Failure) {
 )]
 fn welcome(config: &Config, addresses: Addresses) {
     let data = config.data_dir.display();
-    let Addresses { devices, freshness, admin } = addresses;
+    let Addresses {
+        devices,
+        freshness,
+        admin,
+    } = addresses;
     eprintln!(
         "\
 Waypost is running for development, on this machine only.

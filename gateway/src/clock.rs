@@ -21,14 +21,18 @@ impl Clock {
     /// that a restart after the system's clock was set back does not move a sign of life into the past.
     #[must_use]
     pub fn starting_at(high_water_ms: u64) -> Self {
-        Self { latest_ms: Arc::new(AtomicU64::new(high_water_ms)) }
+        Self {
+            latest_ms: Arc::new(AtomicU64::new(high_water_ms)),
+        }
     }
 
     /// Now.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
         let system_ms = system_now_ms();
-        self.latest_ms.fetch_max(system_ms, Ordering::Relaxed).max(system_ms)
+        self.latest_ms
+            .fetch_max(system_ms, Ordering::Relaxed)
+            .max(system_ms)
     }
 }
 
@@ -37,7 +41,9 @@ impl Clock {
 #[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn system_now_ms() -> u64 {
     // A clock before 1970 is a machine without a clock; 0 is then as good as any and never overtakes.
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since_epoch = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }
 
@@ -50,6 +56,6 @@ mod tests {
         let high_water_ms = system_now_ms() + 3_600_000;
         let clock = Clock::starting_at(high_water_ms);
         assert_eq!(clock.now_ms(), high_water_ms);
-        assert_eq!(clock.clone().now_ms(), high_water_ms);
+        assert_eq!(clock.now_ms(), high_water_ms);
     }
 }

@@ -65,7 +65,8 @@ impl Default for CommitConfig {
 
 impl CommitConfig {
     fn policy(&self, retention: Duration) -> Policy {
-        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let milliseconds =
+            |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         Policy {
             retention_ms: milliseconds(retention),
             future_tolerance_ms: milliseconds(self.future_tolerance),
@@ -180,8 +181,17 @@ impl CommitHandle {
         };
         let place = queue.reserve().await.map_err(|_| Stopped)?;
         let receive_ms = self.clock.now_ms();
-        let reply = Reply { mailbox: Arc::clone(mailbox), lane, is_answered: false };
-        place.send(Submission { device, receive_ms, request, reply });
+        let reply = Reply {
+            mailbox: Arc::clone(mailbox),
+            lane,
+            is_answered: false,
+        };
+        place.send(Submission {
+            device,
+            receive_ms,
+            request,
+            reply,
+        });
         Ok(())
     }
 
@@ -241,8 +251,11 @@ impl Committer {
     pub fn new(config: &CommitConfig, parts: CommitParts) -> (CommitHandle, Self) {
         let (live_sender, live) = mpsc::channel(config.queue_requests);
         let (backfill_sender, backfill) = mpsc::channel(config.queue_requests);
-        let handle =
-            CommitHandle { live: live_sender, backfill: backfill_sender, clock: parts.clock.clone() };
+        let handle = CommitHandle {
+            live: live_sender,
+            backfill: backfill_sender,
+            clock: parts.clock.clone(),
+        };
         let resolved_ms = parts.clock.now_ms();
         let committer = Self {
             live,
@@ -269,12 +282,16 @@ impl Committer {
     /// When the operating system gives no thread.
     pub fn spawn(self) -> std::io::Result<tokio::sync::oneshot::Receiver<Result<(), CommitError>>> {
         let (ended, receiver) = tokio::sync::oneshot::channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-        thread::Builder::new().name("committer".to_owned()).spawn(move || {
-            let result = runtime.block_on(self.run());
-            // Nobody listens only when the gateway is gone already.
-            drop(ended.send(result));
-        })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()?;
+        thread::Builder::new()
+            .name("committer".to_owned())
+            .spawn(move || {
+                let result = runtime.block_on(self.run());
+                // Nobody listens only when the gateway is gone already.
+                drop(ended.send(result));
+            })?;
         Ok(receiver)
     }
 
@@ -327,11 +344,15 @@ impl Committer {
         // BACKFILL keeps an eighth of every group, so that it goes on under any load of LIVE.
         let bounds = [self.group_pings - self.group_pings / 8, self.group_pings];
         let mut resolved_ms = drain_ms;
-        for ((queue, bound), upto_ms) in
-            [&mut self.live, &mut self.backfill].into_iter().zip(bounds).zip(&mut taken_upto_ms)
+        for ((queue, bound), upto_ms) in [&mut self.live, &mut self.backfill]
+            .into_iter()
+            .zip(bounds)
+            .zip(&mut taken_upto_ms)
         {
             while pings < bound {
-                let Ok(submission) = queue.try_recv() else { break };
+                let Ok(submission) = queue.try_recv() else {
+                    break;
+                };
                 pings += request_len(&submission.request);
                 *upto_ms = submission.receive_ms;
                 group.push(submission);
@@ -353,7 +374,9 @@ impl Committer {
             self.judge(submission, position, commit_ms, &mut judged);
         }
         for &device in &judged.touched {
-            let Entry::Occupied(record) = self.devices.entry(device) else { continue };
+            let Entry::Occupied(record) = self.devices.entry(device) else {
+                continue;
+            };
             judged.batch.put_device(&device, record.get());
             judged.changes.push((device.user, record.get().clocks));
         }
@@ -365,7 +388,8 @@ impl Committer {
         self.position = position;
 
         self.resolved_ms = resolved_ms;
-        self.freshness.publish(position, resolved_ms, &judged.changes);
+        self.freshness
+            .publish(position, resolved_ms, &judged.changes);
 
         self.metrics.settled(&judged.fates);
         let commits = &self.metrics.commits;
@@ -383,8 +407,19 @@ impl Committer {
     }
 
     /// Applies one request to its device's record and to the write batch.
-    fn judge(&mut self, submission: Submission, position: u64, commit_ms: u64, judged: &mut Judged) {
-        let Submission { device, receive_ms, request, reply } = submission;
+    fn judge(
+        &mut self,
+        submission: Submission,
+        position: u64,
+        commit_ms: u64,
+        judged: &mut Judged,
+    ) {
+        let Submission {
+            device,
+            receive_ms,
+            request,
+            reply,
+        } = submission;
         // A request that was stamped just before an announcement and queued just after it was heard,
         // as far as anybody can know, at the announced moment.
         let receive_ms = receive_ms.max(self.resolved_ms);
@@ -400,7 +435,11 @@ impl Committer {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
                 judged.gaps += record.gaps - gaps_before;
-                self.metrics.sessions.hellos.of(admission.as_label()).increment(1);
+                self.metrics
+                    .sessions
+                    .hellos
+                    .of(admission.as_label())
+                    .increment(1);
                 Answer::Welcomed(Welcomed {
                     admission,
                     epoch: record.epoch,
@@ -413,18 +452,28 @@ impl Committer {
             Request::Batch { batch, columns } => {
                 let mut last_stored = self.last_stored.get(&device).copied();
                 let pings = batch_len(&batch);
-                let judgement =
-                    record.judge(&batch.pings, &batch.malformed, receive_ms, &self.policy, &mut last_stored);
+                let judgement = record.judge(
+                    &batch.pings,
+                    &batch.malformed,
+                    receive_ms,
+                    &self.policy,
+                    &mut last_stored,
+                );
                 if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
                 if let Some(&first) = judgement.stored.first() {
-                    let key = PingKey { device, epoch: batch.epoch, first_seq: batch.pings[first].seq };
+                    let key = PingKey {
+                        device,
+                        epoch: batch.epoch,
+                        first_seq: batch.pings[first].seq,
+                    };
                     let is_whole = judgement.stored.len() == pings as usize;
                     let columns = if is_whole {
                         columns
                     } else {
-                        let stored: Vec<Ping> = judgement.stored.iter().map(|&at| batch.pings[at]).collect();
+                        let stored: Vec<Ping> =
+                            judgement.stored.iter().map(|&at| batch.pings[at]).collect();
                         batch::encode(batch.epoch, &stored).encode_to_vec()
                     };
                     let value = record::encode_pings(receive_ms, position, &columns);

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Spanned, Table, Value, de::DeTable};
 
 use crate::{
-    admin::AdminConfig, commit::CommitConfig, feed::FreshnessConfig, logging::LogConfig, store::StoreConfig,
-    tls::TlsConfig, worker::DevicesConfig,
+    admin::AdminConfig, commit::CommitConfig, feed::FreshnessConfig, logging::LogConfig,
+    store::StoreConfig, tls::TlsConfig, worker::DevicesConfig,
 };
 
 /// Everything that can be set.

@@ -30,7 +30,10 @@ use crate::{
 
 /// Why the gateway could not start.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "each variant is the part that failed, and says the rest itself")]
+#[expect(
+    missing_docs,
+    reason = "each variant is the part that failed, and says the rest itself"
+)]
 pub enum BindError {
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -67,7 +70,9 @@ pub enum GatewayError {
     #[error("the {0} ended unexpectedly; see the log above")]
     PartEnded(&'static str),
     /// Draining took longer than it may.
-    #[error("draining took longer than {0:?}; what was not acknowledged will be sent again by the devices")]
+    #[error(
+        "draining took longer than {0:?}; what was not acknowledged will be sent again by the devices"
+    )]
     DrainTimeout(Duration),
 }
 
@@ -110,11 +115,17 @@ impl Gateway {
         let device_tls = tls::device_server_config(&config.tls)?;
         let freshness_tls = tls::freshness_tls(&config.tls)?;
 
-        let store = Arc::new(Store::open(&config.data_dir, &config.store, system_now_ms())?);
+        let store = Arc::new(Store::open(
+            &config.data_dir,
+            &config.store,
+            system_now_ms(),
+        )?);
         let (devices, recovered) = store.load_devices()?;
         let clock = Clock::starting_at(recovered.high_water_ms);
         let freshness = Arc::new(Freshness::restore(
-            devices.iter().map(|(device, record)| (*device, record.clocks, record.position)),
+            devices
+                .iter()
+                .map(|(device, record)| (*device, record.clocks, record.position)),
             clock.now_ms(),
         ));
         info!(
@@ -135,7 +146,12 @@ impl Gateway {
                 retention: config.store.retention,
             },
         );
-        let worker = Worker::bind(&config.devices, device_tls, &config.tls.trust_domain, metrics.clone())?;
+        let worker = Worker::bind(
+            &config.devices,
+            device_tls,
+            &config.tls.trust_domain,
+            metrics.clone(),
+        )?;
         let feed = Feed::bind(
             &config.freshness,
             freshness_tls,
@@ -157,14 +173,28 @@ impl Gateway {
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
             draining: CancellationToken::new(),
         };
-        metrics.commits.queue_capacity.set(config.commit.queue_requests as f64);
+        metrics
+            .commits
+            .queue_capacity
+            .set(config.commit.queue_requests as f64);
         let addresses = Addresses {
             devices: worker.local_addr()?,
             freshness: feed.local_addr(),
             admin: admin.local_addr(),
         };
         write_addresses(&config.data_dir, &addresses)?;
-        Ok(Self { addresses, store, metrics, readiness, commit, committer, worker, sessions, feed, admin })
+        Ok(Self {
+            addresses,
+            store,
+            metrics,
+            readiness,
+            commit,
+            committer,
+            worker,
+            sessions,
+            feed,
+            admin,
+        })
     }
 
     /// Where it can be reached.
@@ -178,8 +208,18 @@ impl Gateway {
     /// # Errors
     /// When a commit failed, a part ended by itself, or draining took too long.
     pub async fn run(self, stop: CancellationToken) -> Result<(), GatewayError> {
-        let Self { addresses, store, metrics, readiness, commit, committer, worker, sessions, feed, admin } =
-            self;
+        let Self {
+            addresses,
+            store,
+            metrics,
+            readiness,
+            commit,
+            committer,
+            worker,
+            sessions,
+            feed,
+            admin,
+        } = self;
         let draining = sessions.draining.clone();
         let closing = CancellationToken::new();
         let mut committed = committer.spawn().map_err(|error| {
@@ -190,7 +230,10 @@ impl Gateway {
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
-        parts.spawn(named("sampler", sample(store, metrics, commit, draining.clone(), closing.clone())));
+        parts.spawn(named(
+            "sampler",
+            sample(store, metrics, commit, draining.clone(), closing.clone()),
+        ));
         let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
 
         readiness.advance(Stage::Ready);
@@ -208,13 +251,15 @@ impl Gateway {
         };
         let result = match ended {
             Ok(()) => {
-                info!("stopping: no new connections; what is queued is committed and acknowledged");
+                info!("draining: what is queued is committed and acknowledged");
                 readiness.advance(Stage::Draining);
                 draining.cancel();
                 timeout(DRAIN_TIMEOUT, async {
                     drop((&mut listener).await);
                     // The last handles went with the sessions and the sampler: the committer finishes.
-                    committed.await.map_or(Err(GatewayError::PartEnded("committer")), |end| Ok(end?))
+                    committed
+                        .await
+                        .map_or(Err(GatewayError::PartEnded("committer")), |end| Ok(end?))
                 })
                 .await
                 .unwrap_or(Err(GatewayError::DrainTimeout(DRAIN_TIMEOUT)))
@@ -229,7 +274,12 @@ impl Gateway {
             }
         };
         closing.cancel();
-        drop(timeout(CLOSE_TIMEOUT, async { while parts.join_next().await.is_some() {} }).await);
+        drop(
+            timeout(CLOSE_TIMEOUT, async {
+                while parts.join_next().await.is_some() {}
+            })
+            .await,
+        );
         result
     }
 }
@@ -239,7 +289,9 @@ async fn named(name: &'static str, part: impl Future<Output = ()>) -> &'static s
     name
 }
 
-fn commit_failed(result: Result<Result<(), CommitError>, oneshot::error::RecvError>) -> GatewayError {
+fn commit_failed(
+    result: Result<Result<(), CommitError>, oneshot::error::RecvError>,
+) -> GatewayError {
     match result {
         Ok(Err(error)) => GatewayError::Commit(error),
         // It ended although handles exist, or its thread panicked.
@@ -261,8 +313,14 @@ async fn sample(
             () = draining.cancelled() => break,
             _ = ticks.tick() => {}
         }
-        metrics.commits.queued_live.set(commit.depth(Lane::Live) as f64);
-        metrics.commits.queued_backfill.set(commit.depth(Lane::Backfill) as f64);
+        metrics
+            .commits
+            .queued_live
+            .set(commit.depth(Lane::Live) as f64);
+        metrics
+            .commits
+            .queued_backfill
+            .set(commit.depth(Lane::Backfill) as f64);
         let statistics = store.statistics();
         metrics.store(StoreFigures {
             size_bytes: statistics.size_bytes,
@@ -284,7 +342,10 @@ fn write_addresses(data_dir: &Path, addresses: &Addresses) -> Result<(), BindErr
     let path = data_dir.join("addresses.json");
     let json = serde_json::to_vec(addresses).map_err(std::io::Error::other);
     json.and_then(|json| std::fs::write(&path, json))
-        .map_err(|source| BindError::Addresses { path: path.display().to_string(), source })
+        .map_err(|source| BindError::Addresses {
+            path: path.display().to_string(),
+            source,
+        })
 }
 
 /// How long a stop may take: sessions finish what is in flight, the committer what is queued.

@@ -16,21 +16,21 @@
 //!    [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
-pub mod cli;
-pub mod config;
-pub mod gateway;
-pub mod clock;
-pub mod logging;
-pub mod tls;
-pub mod pki;
-pub mod worker;
-pub mod takeover;
-pub mod session;
-pub mod commit;
-pub mod store;
-pub mod freshness;
-pub mod feed;
-pub mod metrics;
 pub mod admin;
-pub mod watch;
+pub mod cli;
+pub mod clock;
+pub mod commit;
+pub mod config;
+pub mod feed;
+pub mod freshness;
+pub mod gateway;
 pub mod inspect;
+pub mod logging;
+pub mod metrics;
+pub mod pki;
+pub mod session;
+pub mod store;
+pub mod takeover;
+pub mod tls;
+pub mod watch;
+pub mod worker;

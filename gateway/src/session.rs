@@ -99,11 +99,21 @@ pub async fn serve(connection: Connection, device: DeviceId, parts: Arc<SessionP
     match end {
         End::Peer(error) => {
             debug!(%device, reason = %error, "the device is gone");
-            parts.metrics.connections.closed.of(peer_end_label(&error)).increment(1);
+            parts
+                .metrics
+                .connections
+                .closed
+                .of(peer_end_label(&error))
+                .increment(1);
         }
         End::Ours { code, reason } => {
             debug!(%device, code = code.as_label(), %reason, "connection closed");
-            parts.metrics.connections.closed.of(code.as_label()).increment(1);
+            parts
+                .metrics
+                .connections
+                .closed
+                .of(code.as_label())
+                .increment(1);
             connection.close(u32::from(code as u8).into(), reason.as_bytes());
         }
     }
@@ -117,7 +127,10 @@ enum End {
 
 impl End {
     fn ours(code: CloseCode, reason: impl ToString) -> Self {
-        Self::Ours { code, reason: reason.to_string() }
+        Self::Ours {
+            code,
+            reason: reason.to_string(),
+        }
     }
 }
 
@@ -187,7 +200,10 @@ impl<'a> Shell<'a> {
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
             let result = match self.wake(silent_until).await {
-                Wake::TakenOver => Err(End::ours(CloseCode::TakenOver, "a newer connection took over")),
+                Wake::TakenOver => Err(End::ours(
+                    CloseCode::TakenOver,
+                    "a newer connection took over",
+                )),
                 Wake::Draining => {
                     self.is_draining = true;
                     self.session.go_away();
@@ -241,7 +257,8 @@ impl<'a> Shell<'a> {
     }
 
     fn is_full(&self) -> bool {
-        REQUESTS_IN_FLIGHT <= self.requests_in_flight.iter().sum() || self.session.is_out_of_credit()
+        REQUESTS_IN_FLIGHT <= self.requests_in_flight.iter().sum()
+            || self.session.is_out_of_credit()
     }
 
     fn opened(&mut self, send: SendStream, recv: RecvStream) {
@@ -259,7 +276,11 @@ impl<'a> Shell<'a> {
     async fn receive(&mut self, at: usize, bytes: &[u8]) -> Result<(), End> {
         self.streams[at].reader.extend(bytes);
         let mut is_progress = false;
-        while let Some(frame) = self.streams[at].reader.next::<v1::DeviceFrame>().map_err(Violation::from)? {
+        while let Some(frame) = self.streams[at]
+            .reader
+            .next::<v1::DeviceFrame>()
+            .map_err(Violation::from)?
+        {
             is_progress = true;
             self.handle_frame(at, frame).await?;
         }
@@ -310,7 +331,11 @@ impl<'a> Shell<'a> {
     fn bind(&mut self, at: usize, lane: Lane) {
         self.streams[at].lane = Some(lane);
         if self.taken_over.is_none() {
-            self.taken_over = Some(self.parts.takeovers.claim(self.device, self.connection.stable_id()));
+            self.taken_over = Some(
+                self.parts
+                    .takeovers
+                    .claim(self.device, self.connection.stable_id()),
+            );
         }
     }
 
@@ -338,10 +363,16 @@ impl<'a> Shell<'a> {
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
                 Answer::Fenced => {
-                    return Err(End::ours(CloseCode::FencedEpoch, "the epoch ended while the batch waited"));
+                    return Err(End::ours(
+                        CloseCode::FencedEpoch,
+                        "the epoch ended while the batch waited",
+                    ));
                 }
                 Answer::Lost => {
-                    return Err(End::ours(CloseCode::StorageFailed, "the gateway could not write"));
+                    return Err(End::ours(
+                        CloseCode::StorageFailed,
+                        "the gateway could not write",
+                    ));
                 }
             }
         }
@@ -349,7 +380,11 @@ impl<'a> Shell<'a> {
             let received_ms = settled.first().map(|first| first.receive_ms);
             if let Some(frame) = self.session.handle_settled(settled) {
                 self.write(lane, &frame).await?;
-                let waited_ms = self.parts.clock.now_ms().saturating_sub(received_ms.unwrap_or_default());
+                let waited_ms = self
+                    .parts
+                    .clock
+                    .now_ms()
+                    .saturating_sub(received_ms.unwrap_or_default());
                 let metrics = &self.parts.metrics.sessions;
                 metrics.acks_sent.increment(1);
                 metrics.ack_latency.record(Duration::from_millis(waited_ms));
@@ -362,7 +397,9 @@ impl<'a> Shell<'a> {
     async fn write(&mut self, lane: Lane, frame: &v1::GatewayFrame) -> Result<(), End> {
         let frame_timeout = self.parts.config.frame_timeout;
         // The device may have reset its side; then nobody wants the answer.
-        let Some(stream) = self.stream_of(lane) else { return Ok(()) };
+        let Some(stream) = self.stream_of(lane) else {
+            return Ok(());
+        };
         let mut bytes = BytesMut::new();
         encode_frame(frame, &mut bytes);
         match timeout(frame_timeout, stream.send.write_chunk(bytes.freeze())).await {
@@ -372,7 +409,10 @@ impl<'a> Shell<'a> {
                 debug!(device = %self.device, %error, "an answer could not be written");
                 Ok(())
             }
-            Err(_) => Err(End::ours(CloseCode::NotReading, "the device does not read its answers")),
+            Err(_) => Err(End::ours(
+                CloseCode::NotReading,
+                "the device does not read its answers",
+            )),
         }
     }
 
@@ -423,7 +463,9 @@ impl<'a> Shell<'a> {
     fn close_finished(&mut self) {
         let (session, in_flight) = (&mut self.session, self.requests_in_flight);
         self.streams.retain_mut(|stream| {
-            let Some(lane) = stream.lane.filter(|lane| in_flight[*lane as usize] == 0) else { return true };
+            let Some(lane) = stream.lane.filter(|lane| in_flight[*lane as usize] == 0) else {
+                return true;
+            };
             if stream.is_finished {
                 // An error means that the device has stopped reading: it is done as well.
                 drop(stream.send.finish());
@@ -435,19 +477,23 @@ impl<'a> Shell<'a> {
 
     fn deadline_passed(&self) -> End {
         let now = Instant::now();
-        let has_silent_lane = self
-            .streams
-            .iter()
-            .any(|stream| stream.lane.is_some() && stream.deadline.is_some_and(|deadline| deadline <= now));
+        let has_silent_lane = self.streams.iter().any(|stream| {
+            stream.lane.is_some() && stream.deadline.is_some_and(|deadline| deadline <= now)
+        });
         if has_silent_lane {
-            End::ours(CloseCode::FrameTimeout, "a frame was begun and not finished in time")
+            End::ours(
+                CloseCode::FrameTimeout,
+                "a frame was begun and not finished in time",
+            )
         } else {
             End::ours(CloseCode::FirstFrameTimeout, "no Hello in time")
         }
     }
 
     fn stream_of(&mut self, lane: Lane) -> Option<&mut Stream> {
-        self.streams.iter_mut().find(|stream| stream.lane == Some(lane))
+        self.streams
+            .iter_mut()
+            .find(|stream| stream.lane == Some(lane))
     }
 }
 
@@ -470,16 +516,19 @@ async fn read_any(streams: &mut [Stream]) -> (usize, Result<Option<Bytes>, ReadE
 }
 
 /// The future of a read holds no state of its own, so it can be made anew for each poll.
-fn poll_read(recv: &mut RecvStream, context: &mut Context<'_>) -> Poll<Result<Option<Bytes>, ReadError>> {
+fn poll_read(
+    recv: &mut RecvStream,
+    context: &mut Context<'_>,
+) -> Poll<Result<Option<Bytes>, ReadError>> {
     let read = pin!(recv.read_chunk(READ_BYTES, true));
-    read.poll(context).map(|read| Ok(read?.map(|chunk| chunk.bytes)))
+    read.poll(context)
+        .map(|read| Ok(read?.map(|chunk| chunk.bytes)))
 }
 
 fn peer_end_label(error: &quinn::ConnectionError) -> &'static str {
     match error {
-        quinn::ConnectionError::ApplicationClosed(_) | quinn::ConnectionError::ConnectionClosed(_) => {
-            "peer_closed"
-        }
+        quinn::ConnectionError::ApplicationClosed(_)
+        | quinn::ConnectionError::ConnectionClosed(_) => "peer_closed",
         quinn::ConnectionError::TimedOut => "timed_out",
         quinn::ConnectionError::LocallyClosed => "locally_closed",
         _ => "transport_error",

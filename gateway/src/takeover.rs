@@ -21,7 +21,10 @@ impl Takeovers {
     /// Nobody is connected.
     #[must_use]
     pub fn new(metrics: Metrics) -> Self {
-        Self { current: Mutex::default(), metrics }
+        Self {
+            current: Mutex::default(),
+            metrics,
+        }
     }
 
     /// Makes `connection` the device's current one and cancels the one before. The token is cancelled
@@ -29,7 +32,10 @@ impl Takeovers {
     #[must_use]
     pub fn claim(&self, device: DeviceId, connection: usize) -> CancellationToken {
         let token = CancellationToken::new();
-        let older = self.current.lock().insert(device, (connection, token.clone()));
+        let older = self
+            .current
+            .lock()
+            .insert(device, (connection, token.clone()));
         if let Some((_, older)) = older {
             self.metrics.connections.taken_over.increment(1);
             older.cancel();
@@ -40,7 +46,10 @@ impl Takeovers {
     /// Forgets the device, unless a newer connection has it by now.
     pub fn release(&self, device: DeviceId, connection: usize) {
         let mut current = self.current.lock();
-        if current.get(&device).is_some_and(|(held, _)| *held == connection) {
+        if current
+            .get(&device)
+            .is_some_and(|(held, _)| *held == connection)
+        {
             current.remove(&device);
         }
     }
@@ -55,7 +64,10 @@ mod tests {
     #[test]
     fn the_newer_connection_ends_the_older_and_outlives_its_release() {
         let takeovers = Takeovers::new(Metrics::new());
-        let device = DeviceId { user: UserId([7; 16]), device: 1 };
+        let device = DeviceId {
+            user: UserId([7; 16]),
+            device: 1,
+        };
         let older = takeovers.claim(device, 1);
         let newer = takeovers.claim(device, 2);
         assert!(older.is_cancelled());
@@ -63,7 +75,10 @@ mod tests {
 
         takeovers.release(device, 1);
         let newest = takeovers.claim(device, 3);
-        assert!(newer.is_cancelled(), "the release of the older connection must not hide the newer one");
+        assert!(
+            newer.is_cancelled(),
+            "the release of the older connection must not hide the newer one"
+        );
         assert!(!newest.is_cancelled());
     }
 }

@@ -69,7 +69,9 @@ impl Default for DevicesConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The address is taken, not ours, or not allowed.
-    #[error("cannot listen for devices on udp {listen}: {source}; is another gateway running, or is devices.listen wrong?")]
+    #[error(
+        "cannot listen for devices on udp {listen}: {source}; is another gateway running, or is devices.listen wrong?"
+    )]
     Bind {
         /// The address.
         listen: SocketAddr,
@@ -104,19 +106,32 @@ impl Worker {
         trust_domain: &str,
         metrics: Metrics,
     ) -> Result<Self, WorkerError> {
-        let bind_error = |source| WorkerError::Bind { listen: config.listen, source };
+        let bind_error = |source| WorkerError::Bind {
+            listen: config.listen,
+            source,
+        };
         let socket = UdpSocket::bind(config.listen).map_err(bind_error)?;
         grow_buffers(&socket, config.socket_buffer_bytes);
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+        let mut server =
+            quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
         server
             .transport_config(Arc::new(transport(config)?))
             .max_incoming(4_096)
             .incoming_buffer_size(32 << 10)
             .incoming_buffer_size_total(16 << 20);
-        let endpoint =
-            Endpoint::new(EndpointConfig::default(), Some(server), socket, Arc::new(TokioRuntime))
-                .map_err(bind_error)?;
-        Ok(Self { endpoint, config: config.clone(), trust_domain: trust_domain.into(), metrics })
+        let endpoint = Endpoint::new(
+            EndpointConfig::default(),
+            Some(server),
+            socket,
+            Arc::new(TokioRuntime),
+        )
+        .map_err(bind_error)?;
+        Ok(Self {
+            endpoint,
+            config: config.clone(),
+            trust_domain: trust_domain.into(),
+            metrics,
+        })
     }
 
     /// Where devices connect.
@@ -138,7 +153,11 @@ impl Worker {
             };
             let Some(incoming) = incoming else { break };
             if self.config.connections <= sessions.len() {
-                self.metrics.connections.refused.of("overloaded").increment(1);
+                self.metrics
+                    .connections
+                    .refused
+                    .of("overloaded")
+                    .increment(1);
                 incoming.refuse();
                 continue;
             }
@@ -153,7 +172,10 @@ impl Worker {
         sessions.close();
         sessions.wait().await;
         // Let the last CONNECTION_CLOSE frames leave, within reason.
-        self.endpoint.close(u32::from(CloseCode::ShuttingDown as u8).into(), b"the gateway is stopping");
+        self.endpoint.close(
+            u32::from(CloseCode::ShuttingDown as u8).into(),
+            b"the gateway is stopping",
+        );
         drop(timeout(CLOSE_TIMEOUT, self.endpoint.wait_idle()).await);
     }
 }
@@ -184,7 +206,11 @@ async fn accept(
                 Some(refusal) => refused(metrics, remote, &refusal),
                 None => {
                     debug!(%remote, %error, "a handshake broke off");
-                    metrics.connections.refused.of("handshake_broken").increment(1);
+                    metrics
+                        .connections
+                        .refused
+                        .of("handshake_broken")
+                        .increment(1);
                 }
             }
             return;
@@ -203,7 +229,10 @@ async fn accept(
         Ok(device) => {
             debug!(%device, %remote, "connected");
             let metrics = metrics.clone();
-            metrics.connections.handshake_duration.record(started.elapsed());
+            metrics
+                .connections
+                .handshake_duration
+                .record(started.elapsed());
             metrics.connections.accepted.increment(1);
             metrics.connections.open.increment(1.0);
             session::serve(connection, device, parts).await;
@@ -219,7 +248,11 @@ async fn accept(
 
 fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal) {
     info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
-    metrics.connections.refused.of(refusal.as_label()).increment(1);
+    metrics
+        .connections
+        .refused
+        .of(refusal.as_label())
+        .increment(1);
 }
 
 fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {
@@ -254,10 +287,19 @@ fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError> {
 fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
     let socket = socket2::SockRef::from(socket);
     for (name, result, granted) in [
-        ("net.core.rmem_max", socket.set_recv_buffer_size(wanted_bytes), socket.recv_buffer_size()),
-        ("net.core.wmem_max", socket.set_send_buffer_size(wanted_bytes), socket.send_buffer_size()),
+        (
+            "net.core.rmem_max",
+            socket.set_recv_buffer_size(wanted_bytes),
+            socket.recv_buffer_size(),
+        ),
+        (
+            "net.core.wmem_max",
+            socket.set_send_buffer_size(wanted_bytes),
+            socket.send_buffer_size(),
+        ),
     ] {
-        let granted_bytes = granted.unwrap_or_default();
+        // Linux reserves as much again for its own bookkeeping, and reports the sum.
+        let granted_bytes = granted.unwrap_or_default() / 2;
         if result.is_err() || granted_bytes < wanted_bytes {
             warn!(
                 wanted_bytes,

@@ -212,14 +212,21 @@ impl DeviceRecord {
 
 impl From<&Ping> for LastStored {
     fn from(ping: &Ping) -> Self {
-        Self { time_ms: ping.time_ms, latitude_e7: ping.latitude_e7, longitude_e7: ping.longitude_e7 }
+        Self {
+            time_ms: ping.time_ms,
+            latitude_e7: ping.latitude_e7,
+            longitude_e7: ping.longitude_e7,
+        }
     }
 }
 
 /// Whether a refused ping may be sent again. All others are settled for ever.
 #[must_use]
 pub fn is_retryable(code: RejectCode) -> bool {
-    matches!(code, RejectCode::RateLimited | RejectCode::Overloaded | RejectCode::TooSparse)
+    matches!(
+        code,
+        RejectCode::RateLimited | RejectCode::Overloaded | RejectCode::TooSparse
+    )
 }
 
 fn untimely(ping: &Ping, receive_ms: u64, policy: &Policy) -> Option<RejectCode> {
@@ -233,7 +240,9 @@ fn untimely(ping: &Ping, receive_ms: u64, policy: &Policy) -> Option<RejectCode>
 }
 
 fn is_too_dense(ping: &Ping, policy: &Policy, last_stored: Option<LastStored>) -> bool {
-    let Some(last) = last_stored else { return false };
+    let Some(last) = last_stored else {
+        return false;
+    };
     ping.time_ms.abs_diff(last.time_ms) < policy.least_interval_ms
         || ping.distance_m(last.latitude_e7, last.longitude_e7) < policy.least_distance_m
 }
@@ -271,11 +280,17 @@ mod tests {
     }
 
     fn device_in_epoch(epoch: u32) -> DeviceRecord {
-        DeviceRecord { epoch, ..DeviceRecord::default() }
+        DeviceRecord {
+            epoch,
+            ..DeviceRecord::default()
+        }
     }
 
     fn claim(epoch: u32) -> Claim {
-        Claim { epoch, ..Claim::default() }
+        Claim {
+            epoch,
+            ..Claim::default()
+        }
     }
 
     #[test]
@@ -303,10 +318,18 @@ mod tests {
     fn a_store_that_remembers_less_than_it_acknowledged_starts_a_new_epoch() {
         let mut device = device_in_epoch(3);
         device.settled.insert(1);
-        let forgotten = Claim { epoch: 3, last_acked: 2, ..Claim::default() };
+        let forgotten = Claim {
+            epoch: 3,
+            last_acked: 2,
+            ..Claim::default()
+        };
         assert_eq!(device.admit(forgotten), Admission::LostAcknowledged);
         assert_eq!(device.epoch, 4);
-        assert_eq!(device.admit(claim(9)), Admission::LostAcknowledged, "an epoch never issued here");
+        assert_eq!(
+            device.admit(claim(9)),
+            Admission::LostAcknowledged,
+            "an epoch never issued here"
+        );
         assert_eq!(device.epoch, 10);
         assert_eq!(device.settled, RangeSet::default());
     }
@@ -317,7 +340,11 @@ mod tests {
         for seq in [1, 2, 5] {
             device.settled.insert(seq);
         }
-        device.admit(Claim { epoch: 1, oldest_unsent_seq: 5, last_acked: 2 });
+        device.admit(Claim {
+            epoch: 1,
+            oldest_unsent_seq: 5,
+            last_acked: 2,
+        });
         assert_eq!((device.gaps, device.settled.floor()), (2, 5));
         assert!(device.settled.above().is_empty());
     }
@@ -339,9 +366,17 @@ mod tests {
         assert_eq!((judgement.duplicate, judgement.filtered), (1, 0));
         assert_eq!(
             judgement.rejects,
-            [(2, RejectCode::TimeInFuture), (3, RejectCode::TooOld), (5, RejectCode::BadCoordinates)]
+            [
+                (2, RejectCode::TimeInFuture),
+                (3, RejectCode::TooOld),
+                (5, RejectCode::BadCoordinates)
+            ]
         );
-        assert_eq!(device.settled.floor(), 5, "what is refused for ever does not block the queue");
+        assert_eq!(
+            device.settled.floor(),
+            5,
+            "what is refused for ever does not block the queue"
+        );
         assert_eq!(device.clocks.last_sample_ms, NOW_MS);
 
         let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
@@ -355,35 +390,64 @@ mod tests {
         device.judge(&[ping(9, NOW_MS)], &[], NOW_MS, &policy(), &mut None);
         let before = device.clocks;
         device.contact(NOW_MS - 5_000);
-        device.judge(&[ping(1, NOW_MS - 60_000)], &[], NOW_MS, &policy(), &mut None);
+        device.judge(
+            &[ping(1, NOW_MS - 60_000)],
+            &[],
+            NOW_MS,
+            &policy(),
+            &mut None,
+        );
         assert_eq!(device.clocks, before);
     }
 
     #[test]
     fn a_repeated_position_is_a_sample_but_not_a_fix() {
         let mut device = device_in_epoch(1);
-        let repeated = Ping { source: Source::LastKnown, ..ping(2, NOW_MS) };
-        device.judge(&[ping(1, NOW_MS - 10), repeated], &[], NOW_MS, &policy(), &mut None);
+        let repeated = Ping {
+            source: Source::LastKnown,
+            ..ping(2, NOW_MS)
+        };
+        device.judge(
+            &[ping(1, NOW_MS - 10), repeated],
+            &[],
+            NOW_MS,
+            &policy(),
+            &mut None,
+        );
         assert_eq!(device.clocks.last_sample_ms, NOW_MS);
         assert_eq!(device.clocks.last_fix_ms, NOW_MS - 10);
     }
 
     #[test]
     fn thinning_leaves_out_what_is_too_close_in_time_or_place() {
-        let policy = Policy { least_interval_ms: 1_000, least_distance_m: 10.0, ..policy() };
+        let policy = Policy {
+            least_interval_ms: 1_000,
+            least_distance_m: 10.0,
+            ..policy()
+        };
         let metres_north = |metres: i32| 500_000_000 + metres * 90;
         let at = |seq, after_ms, metres| Ping {
             latitude_e7: metres_north(metres),
             ..ping(seq, NOW_MS - 60_000 + after_ms)
         };
-        let pings = [at(1, 0, 0), at(2, 999, 50), at(3, 1_000, 5), at(4, 1_000, 15), at(5, 2_500, 15)];
+        let pings = [
+            at(1, 0, 0),
+            at(2, 999, 50),
+            at(3, 1_000, 5),
+            at(4, 1_000, 15),
+            at(5, 2_500, 15),
+        ];
         let mut last_stored = None;
         let mut device = device_in_epoch(1);
         let judgement = device.judge(&pings, &[], NOW_MS, &policy, &mut last_stored);
         assert_eq!(judgement.stored, [0, 3]);
         assert_eq!(judgement.filtered, 3);
         assert_eq!(device.settled.floor(), 5, "a filtered ping is settled");
-        assert_eq!(device.clocks.last_sample_ms, NOW_MS - 57_500, "and is a sign of life");
+        assert_eq!(
+            device.clocks.last_sample_ms,
+            NOW_MS - 57_500,
+            "and is a sign of life"
+        );
     }
 
     #[test]

@@ -65,7 +65,10 @@ impl Identity {
     pub fn to_uri(&self, trust_domain: &str) -> String {
         match self {
             Self::Device(id) => {
-                format!("spiffe://{trust_domain}/user/{}/device/{}", id.user, id.device)
+                format!(
+                    "spiffe://{trust_domain}/user/{}/device/{}",
+                    id.user, id.device
+                )
             }
             Self::Checker(name) => format!("spiffe://{trust_domain}/checker/{name}"),
         }
@@ -76,7 +79,9 @@ impl Identity {
 #[must_use]
 pub fn is_checker_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
-        && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.'))
+        && name
+            .bytes()
+            .all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.'))
 }
 
 impl UserId {
@@ -93,7 +98,10 @@ impl UserId {
             b'a'..=b'f' => Some(b - b'a' + 10),
             _ => None,
         };
-        let mut digits = bytes.iter().enumerate().filter(|(at, _)| ![8, 13, 18, 23].contains(at));
+        let mut digits = bytes
+            .iter()
+            .enumerate()
+            .filter(|(at, _)| ![8, 13, 18, 23].contains(at));
         let mut id = [0; 16];
         for byte in &mut id {
             let high = digit(*digits.next()?.1)?;
@@ -154,16 +162,46 @@ mod tests {
     #[test]
     fn anything_else_is_refused() {
         for (uri, error) in [
-            (format!("spiffe://example.com/user/{USER}/device/7"), IdentityError::OtherTrustDomain),
-            (format!("spiffe://example.org.evil/user/{USER}/device/7"), IdentityError::OtherTrustDomain),
-            (format!("https://example.org/user/{USER}/device/7"), IdentityError::OtherTrustDomain),
-            (format!("spiffe://example.org/user/{USER}/device/07"), IdentityError::NotAnIdentity),
-            (format!("spiffe://example.org/user/{USER}/device/+7"), IdentityError::NotAnIdentity),
-            (format!("spiffe://example.org/user/{USER}/device/4294967296"), IdentityError::NotAnIdentity),
-            (format!("spiffe://example.org/user/{}/device/7", USER.to_uppercase()), IdentityError::NotAnIdentity),
-            (format!("spiffe://example.org/user/{USER}/device/7/"), IdentityError::NotAnIdentity),
-            ("spiffe://example.org/checker/".to_owned(), IdentityError::NotAnIdentity),
-            ("spiffe://example.org/checker/Ops".to_owned(), IdentityError::NotAnIdentity),
+            (
+                format!("spiffe://example.com/user/{USER}/device/7"),
+                IdentityError::OtherTrustDomain,
+            ),
+            (
+                format!("spiffe://example.org.evil/user/{USER}/device/7"),
+                IdentityError::OtherTrustDomain,
+            ),
+            (
+                format!("https://example.org/user/{USER}/device/7"),
+                IdentityError::OtherTrustDomain,
+            ),
+            (
+                format!("spiffe://example.org/user/{USER}/device/07"),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                format!("spiffe://example.org/user/{USER}/device/+7"),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                format!("spiffe://example.org/user/{USER}/device/4294967296"),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                format!("spiffe://example.org/user/{}/device/7", USER.to_uppercase()),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                format!("spiffe://example.org/user/{USER}/device/7/"),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                "spiffe://example.org/checker/".to_owned(),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                "spiffe://example.org/checker/Ops".to_owned(),
+                IdentityError::NotAnIdentity,
+            ),
         ] {
             assert_eq!(Identity::from_uri(&uri, "example.org"), Err(error), "{uri}");
         }

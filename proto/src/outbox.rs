@@ -1,0 +1,1891 @@
+//! The device's half of the protocol: what waits, what is in flight, and what may be forgotten.
+//!
+//! Knows epochs, lanes, credit and acknowledgements. Must not know time, streams or disks: a shell
+//! tells it when a connection begins and ends, asks it for frames, and hands it what the gateway said.
+//!
+//! The contract. A ping stays here until an acknowledgement of its epoch and store covers its number,
+//! or until the outbox is full and drops its oldest, which it counts. A connection that ends takes
+//! nothing with it: what was in flight waits again.
+//!
+//! A shell does, for each connection: [`Outbox::connected`]; a LIVE stream with [`Outbox::hello`]; then,
+//! until the connection ends, [`Outbox::poll_batch`] for LIVE and then BACKFILL,
+//! [`Outbox::handle`] for each frame, a BACKFILL stream while [`Outbox::has_backlog`], and an end of its
+//! own when [`Outbox::must_reconnect`]; at last [`Outbox::disconnected`].
+
+use std::{collections::VecDeque, num::NonZeroUsize};
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{
+    batch,
+    ping::{Ping, RejectCode},
+    ranges::SeqRange,
+    session::Lane,
+    v1,
+};
+
+/// A bounded queue of pings and the device's side of its conversation with a gateway.
+#[derive(Clone, Debug)]
+pub struct Outbox {
+    capacity: NonZeroUsize,
+    /// Not settled yet, ascending by sequence number.
+    held: VecDeque<Held>,
+    /// Settled once, to be sent once more; see [`Self::push_again`].
+    repeats: VecDeque<Ping>,
+    epoch: u32,
+    next_seq: u64,
+    dropped_total: u64,
+    incarnation: Bytes,
+    last_acked: u64,
+    frame_bytes: usize,
+    batch_pings: usize,
+    credit: usize,
+    min_interval_ms: u64,
+    retry_after_ms: u64,
+    /// No batch before this time.
+    not_before_ms: u64,
+    /// While there is no credit and nothing in flight, one ping may ask for more at this time.
+    probe_ms: u64,
+    connection: Connection,
+}
+
+/// What became of one ping that was pushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pushed {
+    /// Its sequence number.
+    pub seq: u64,
+    /// The oldest ping, which had to go because the outbox was full.
+    pub dropped: Option<u64>,
+}
+
+/// What a frame of the gateway changed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The gateway answered Hello.
+    Welcomed {
+        /// Its receive time.
+        server_ms: u64,
+        /// The commit that recorded this contact.
+        position: u64,
+    },
+    /// A new epoch began. What was held is numbered anew, from 1, and pings that were to be sent again
+    /// are forgotten, because they would not be repetitions any more.
+    Renumbered {
+        /// The new epoch.
+        epoch: u32,
+        /// The old numbers, in order: the first is now 1, the second 2, and so on.
+        previous_seqs: Vec<u64>,
+    },
+    /// These pings are settled and forgotten; all of them had been held.
+    Settled(SeqRange),
+    /// These pings, which had been pushed again, were answered.
+    Repeated(SeqRange),
+    /// A ping was refused. If not for ever, it waits again; if for ever, it is settled.
+    Rejected {
+        /// The ping.
+        seq: u64,
+        /// The reason.
+        code: RejectCode,
+        /// Whether it will be sent again.
+        retryable: bool,
+    },
+    /// An acknowledgement of the current epoch and store was read, after all that it changed.
+    Acknowledged {
+        /// When the gateway received what it answers.
+        receive_ms: u64,
+        /// When that was on disk.
+        commit_ms: u64,
+        /// The commit that put it there.
+        position: u64,
+        /// The running totals of this connection.
+        totals: Totals,
+    },
+    /// The gateway answered a Control.
+    ControlAnswered {
+        /// The device's id of the request.
+        id: u64,
+        /// What became of it.
+        outcome: v1::control_result::Outcome,
+    },
+    /// Nothing more is sent on this connection, and when nothing is in flight any more it should end.
+    Leaving(LeaveReason),
+}
+
+/// Why a connection should end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaveReason {
+    /// The gateway is about to stop.
+    GoAway,
+    /// The epoch that Welcome names may hold other pings under the numbers we would give. The next Hello
+    /// asks for one that is new.
+    EpochTaken,
+    /// The gateway cannot take more until it has numbers that are not held here. The next Hello gives
+    /// them up.
+    HolesToClose,
+}
+
+/// The running totals of one connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Stored.
+    pub accepted: u64,
+    /// Settled before.
+    pub duplicate: u64,
+    /// Left out by a thinning rule.
+    pub filtered: u64,
+    /// Refused.
+    pub rejected: u64,
+}
+
+impl Totals {
+    /// How many pings were answered.
+    #[must_use]
+    pub fn sum(self) -> u64 {
+        [self.accepted, self.duplicate, self.filtered, self.rejected]
+            .into_iter()
+            .fold(0, u64::saturating_add)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    ping: Ping,
+    is_in_flight: bool,
+}
+
+/// What ends with a connection.
+#[derive(Clone, Debug, Default)]
+struct Connection {
+    is_welcomed: bool,
+    is_leaving: bool,
+    has_begun_epoch: bool,
+    /// LIVE carries this number and those above, BACKFILL those below.
+    live_from: u64,
+    /// No ping that waits for LIVE lies below.
+    live_next: u64,
+    /// No ping that waits for BACKFILL lies below.
+    backfill_next: u64,
+    /// The lane of the last batch.
+    last_lane: Option<Lane>,
+    /// How many of `held` are in flight.
+    held_in_flight: usize,
+    /// Repeats in flight, each with the value that `sent` had after it, in order.
+    repeats_in_flight: VecDeque<(u64, Ping)>,
+    /// How many pings were sent.
+    sent: u64,
+    /// While any ping in these ranges is held, no other is sent.
+    missing: Vec<SeqRange>,
+}
+
+impl Outbox {
+    /// An empty outbox without an epoch.
+    #[must_use]
+    pub fn new(capacity: NonZeroUsize) -> Self {
+        Self {
+            capacity,
+            held: VecDeque::new(),
+            repeats: VecDeque::new(),
+            epoch: 0,
+            next_seq: 1,
+            dropped_total: 0,
+            incarnation: Bytes::new(),
+            last_acked: 0,
+            frame_bytes: DEFAULT_FRAME_BYTES,
+            batch_pings: DEFAULT_BATCH_PINGS,
+            credit: DEFAULT_BATCH_PINGS,
+            min_interval_ms: 0,
+            retry_after_ms: 0,
+            not_before_ms: 0,
+            probe_ms: 0,
+            connection: Connection::default(),
+        }
+    }
+
+    /// Takes in a new ping and gives it the next number; its own `seq` is not looked at.
+    pub fn push(&mut self, ping: Ping) -> Pushed {
+        let seq = self.next_seq;
+        self.append(Ping { seq, ..ping })
+    }
+
+    /// Takes in a new ping under the number it has. `None` if that number was passed already.
+    pub fn push_numbered(&mut self, ping: Ping) -> Option<Pushed> {
+        (self.next_seq <= ping.seq && ping.seq < u64::MAX).then(|| self.append(ping))
+    }
+
+    /// Sends a ping that was settled before once more, under the number it has in the current epoch,
+    /// as a device does that came back from an old state. It follows on LIVE when no other ping waits.
+    /// False if there is no room, or no ping had that number.
+    pub fn push_again(&mut self, ping: Ping) -> bool {
+        let waiting = self.repeats.len() + self.connection.repeats_in_flight.len();
+        let is_known = self.epoch != 0 && 0 < ping.seq && ping.seq < self.next_seq;
+        let is_taken = is_known && waiting < self.capacity.get();
+        if is_taken {
+            self.repeats.push_back(ping);
+        }
+        is_taken
+    }
+
+    /// Begins a connection.
+    pub fn connected(&mut self) {
+        self.forget_connection();
+        self.split_lanes();
+    }
+
+    /// The gateway closes the connection with FENCED_EPOCH; [`Self::disconnected`] follows. The next Hello
+    /// asks for an epoch of its own, unless this connection began one already: then what was sent
+    /// before that is meant.
+    pub fn fenced(&mut self) {
+        if !self.connection.has_begun_epoch {
+            self.abandon_epoch();
+        }
+    }
+
+    /// Ends a connection: all that was in flight waits again.
+    pub fn disconnected(&mut self) {
+        self.forget_connection();
+    }
+
+    /// The first frame of a stream. LIVE is opened at once, BACKFILL while [`Self::has_backlog`].
+    #[must_use]
+    pub fn hello(&self, lane: Lane, device_wall_ms: u64) -> v1::Hello {
+        v1::Hello {
+            epoch: self.epoch,
+            oldest_unsent_seq: self.oldest_unsent_seq(),
+            next_seq: self.next_seq,
+            queued: (self.held.len() + self.repeats.len() + self.connection.repeats_in_flight.len())
+                as u64,
+            dropped_total: self.dropped_total,
+            last_acked: self.last_acked,
+            device_wall_ms,
+            precision: v1::Precision::Exact.into(),
+            lane: match lane {
+                Lane::Live => v1::Lane::Live.into(),
+                Lane::Backfill => v1::Lane::Backfill.into(),
+            },
+            incarnation: self.incarnation.clone(),
+        }
+    }
+
+    /// Whether this connection needs a BACKFILL stream. Never before its Welcome: two Hellos that both
+    /// ask for an epoch would get two.
+    #[must_use]
+    pub fn has_backlog(&self) -> bool {
+        self.connection.is_welcomed
+            && self
+                .held
+                .front()
+                .is_some_and(|oldest| oldest.ping.seq < self.connection.live_from)
+    }
+
+    /// The next batch of a lane, if there is one and the gateway lets us send it now. Ask for LIVE
+    /// before BACKFILL.
+    pub fn poll_batch(&mut self, lane: Lane, now_ms: u64) -> Option<v1::PingBatch> {
+        let is_open = lane == Lane::Live || self.has_backlog();
+        if !is_open || !self.may_send() || now_ms < self.not_before_ms || self.must_yield(lane) {
+            return None;
+        }
+        let room = self.room(lane, now_ms).min(self.batch_pings);
+        let waiting = self.waiting(lane, room);
+        let batch = if !waiting.is_empty() {
+            self.send_held(lane, &waiting)?
+        } else if !self.has_backlog() {
+            self.send_repeats(room)?
+        } else {
+            return None;
+        };
+        self.connection.last_lane = Some(lane);
+        self.not_before_ms = now_ms.saturating_add(self.min_interval_ms);
+        Some(batch)
+    }
+
+    /// When to call [`Self::poll_batch`] again although nothing has happened; `None` if only an event
+    /// can make it succeed.
+    #[must_use]
+    pub fn poll_timeout(&self, now_ms: u64) -> Option<u64> {
+        let is_waiting =
+            self.connection.held_in_flight < self.held.len() || !self.repeats.is_empty();
+        if !is_waiting || !self.may_send() {
+            return None;
+        }
+        let has_credit = self.in_flight() < self.credit;
+        let wake_ms = match (has_credit, self.in_flight()) {
+            (true, _) => self.not_before_ms,
+            (false, 0) => self.not_before_ms.max(self.probe_ms),
+            (false, _) => return None,
+        };
+        (now_ms < wake_ms).then_some(wake_ms)
+    }
+
+    /// Takes in a frame, from whichever lane, and says what it changed.
+    pub fn handle(&mut self, frame: v1::GatewayFrame, now_ms: u64) -> Vec<Event> {
+        let mut events = Vec::new();
+        match frame.kind {
+            Some(v1::gateway_frame::Kind::Welcome(welcome)) => {
+                self.welcome(welcome, now_ms, &mut events)
+            }
+            Some(v1::gateway_frame::Kind::Ack(ack)) => self.ack(ack, now_ms, &mut events),
+            Some(v1::gateway_frame::Kind::ControlResult(result)) => {
+                events.push(Event::ControlAnswered {
+                    id: result.id,
+                    outcome: result.outcome(),
+                });
+            }
+            // A kind that this side does not know yet.
+            None => {}
+        }
+        events
+    }
+
+    /// Whether the connection has nothing more to wait for and should end, after [`Event::Leaving`].
+    #[must_use]
+    pub fn must_reconnect(&self) -> bool {
+        // Acknowledgements of an epoch that was abandoned mean nothing.
+        self.connection.is_leaving && (self.in_flight() == 0 || self.epoch == 0)
+    }
+
+    /// How long the gateway asked us to stay away after a connection ends.
+    #[must_use]
+    pub fn retry_after_ms(&self) -> u64 {
+        self.retry_after_ms
+    }
+
+    /// The epoch; 0 before the first Welcome, or when the next Hello asks for a new one.
+    #[must_use]
+    pub fn epoch(&self) -> u32 {
+        self.epoch
+    }
+
+    /// How many pings are held.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    /// How many pings were sent on this connection and not answered yet.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.connection.held_in_flight + self.connection.repeats_in_flight.len()
+    }
+
+    /// Whether Hello was answered on this connection.
+    #[must_use]
+    pub fn is_welcomed(&self) -> bool {
+        self.connection.is_welcomed
+    }
+
+    /// Whether nothing is held and nothing is to be sent again.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.held.is_empty()
+            && self.repeats.is_empty()
+            && self.connection.repeats_in_flight.is_empty()
+    }
+
+    fn append(&mut self, ping: Ping) -> Pushed {
+        let mut dropped = None;
+        if self.held.len() == self.capacity.get()
+            && let Some(oldest) = self.held.pop_front()
+        {
+            self.connection.held_in_flight -= usize::from(oldest.is_in_flight);
+            self.dropped_total += 1;
+            self.settle_missing();
+            dropped = Some(oldest.ping.seq);
+        }
+        self.next_seq = ping.seq + 1;
+        self.held.push_back(Held {
+            ping,
+            is_in_flight: false,
+        });
+        Pushed {
+            seq: ping.seq,
+            dropped,
+        }
+    }
+
+    fn oldest_unsent_seq(&self) -> u64 {
+        self.held
+            .front()
+            .map_or(self.next_seq, |oldest| oldest.ping.seq)
+    }
+
+    fn forget_connection(&mut self) {
+        let connection = std::mem::take(&mut self.connection);
+        for held in &mut self.held {
+            held.is_in_flight = false;
+        }
+        for (_, ping) in connection.repeats_in_flight.into_iter().rev() {
+            self.repeats.push_front(ping);
+        }
+    }
+
+    /// With more than one batch waiting, the newest ping goes ahead on LIVE and the rest follows on
+    /// BACKFILL.
+    fn split_lanes(&mut self) {
+        let newest = self
+            .held
+            .back()
+            .filter(|_| self.batch_pings < self.held.len());
+        self.connection.live_from = newest.map_or(0, |newest| newest.ping.seq);
+    }
+
+    fn may_send(&self) -> bool {
+        self.epoch != 0 && !self.connection.is_leaving
+    }
+
+    /// When the gateway spaces batches out, LIVE could take every turn; it leaves each second one.
+    fn must_yield(&self, lane: Lane) -> bool {
+        lane == Lane::Live
+            && 0 < self.min_interval_ms
+            && self.connection.last_lane == Some(Lane::Live)
+            && self.has_backlog()
+            && !self.waiting(Lane::Backfill, 1).is_empty()
+    }
+
+    /// How many pings the lane may send now.
+    fn room(&self, lane: Lane, now_ms: u64) -> usize {
+        let share = match lane {
+            Lane::Backfill => self.credit - self.credit / LIVE_SHARE_OF_CREDIT,
+            Lane::Live => self.credit,
+        };
+        if self.credit == 0 && self.in_flight() == 0 && self.probe_ms <= now_ms {
+            return 1;
+        }
+        share.saturating_sub(self.in_flight())
+    }
+
+    /// The first pings that wait for a lane and fit one batch, as indices into `held`.
+    fn waiting(&self, lane: Lane, at_most: usize) -> Vec<usize> {
+        let live_from = self.connection.live_from;
+        let (first, end) = match lane {
+            Lane::Live => (self.connection.live_next.max(live_from), u64::MAX),
+            Lane::Backfill => (self.connection.backfill_next, live_from),
+        };
+        let from = self.held.partition_point(|held| held.ping.seq < first);
+        let to = self
+            .held
+            .partition_point(|held| held.ping.seq < end)
+            .max(from);
+        let mut picked: Vec<usize> = Vec::new();
+        for (at, held) in self.held.range(from..to).enumerate() {
+            let seq = held.ping.seq;
+            if picked.len() == at_most {
+                break;
+            }
+            if held.is_in_flight || !self.connection.is_next_among_missing(seq) {
+                continue;
+            }
+            if picked
+                .first()
+                .is_some_and(|&first| SPAN_OF_BATCH <= seq - self.held[first].ping.seq)
+            {
+                break;
+            }
+            picked.push(from + at);
+        }
+        picked
+    }
+
+    fn send_held(&mut self, lane: Lane, waiting: &[usize]) -> Option<v1::PingBatch> {
+        let pings: Vec<Ping> = waiting.iter().map(|&at| self.held[at].ping).collect();
+        let (batch, count) = self.encode(&pings)?;
+        for &at in &waiting[..count] {
+            self.held[at].is_in_flight = true;
+        }
+        let next = pings[count - 1].seq + 1;
+        match lane {
+            Lane::Backfill => self.connection.backfill_next = next,
+            Lane::Live => self.connection.live_next = next,
+        }
+        self.connection.held_in_flight += count;
+        self.connection.sent += count as u64;
+        Some(batch)
+    }
+
+    fn send_repeats(&mut self, room: usize) -> Option<v1::PingBatch> {
+        let mut pings: Vec<Ping> = Vec::new();
+        for ping in self.repeats.iter().take(room) {
+            let fits = pings.last().is_none_or(|previous| previous.seq < ping.seq)
+                && pings
+                    .first()
+                    .is_none_or(|first| ping.seq - first.seq < SPAN_OF_BATCH);
+            if !fits {
+                break;
+            }
+            pings.push(*ping);
+        }
+        let (batch, count) = self.encode(&pings)?;
+        for ping in self.repeats.drain(..count) {
+            self.connection.sent += 1;
+            self.connection
+                .repeats_in_flight
+                .push_back((self.connection.sent, ping));
+        }
+        Some(batch)
+    }
+
+    /// A batch of as many of these pings as fit one frame, and how many those are.
+    fn encode(&self, pings: &[Ping]) -> Option<(v1::PingBatch, usize)> {
+        let mut count = pings.len();
+        while 0 < count {
+            let batch = batch::encode(self.epoch, &pings[..count]);
+            if count == 1 || batch.encoded_len() + FRAME_OVERHEAD_BYTES <= self.frame_bytes {
+                return Some((batch, count));
+            }
+            count /= 2;
+        }
+        None
+    }
+
+    fn welcome(&mut self, welcome: v1::Welcome, now_ms: u64, events: &mut Vec<Event>) {
+        if let Some(limits) = welcome.limits {
+            self.frame_bytes = stated(limits.frame_bytes).unwrap_or(DEFAULT_FRAME_BYTES);
+            self.batch_pings = stated(limits.batch_pings).unwrap_or(DEFAULT_BATCH_PINGS);
+        }
+        self.connection.is_welcomed = true;
+        // Another store may by chance give out the number of our epoch. A batch that followed Hello at
+        // once would then have been taken for its own, under numbers that we are about to give anew.
+        let is_other_store = self.incarnation != welcome.incarnation;
+        let is_ambiguous = is_other_store && welcome.epoch == self.epoch;
+        self.incarnation = welcome.incarnation;
+        events.push(Event::Welcomed {
+            server_ms: welcome.server_ms,
+            position: welcome.position,
+        });
+        let highest = welcome
+            .ranges
+            .iter()
+            .fold(welcome.durable_upto, |high, range| high.max(range.last));
+        let first_unused = if welcome.epoch == self.epoch {
+            self.next_seq
+        } else {
+            1
+        };
+        if welcome.epoch == 0 || is_ambiguous || first_unused <= highest {
+            self.abandon_epoch();
+            self.leave(LeaveReason::EpochTaken, events);
+        } else {
+            if welcome.epoch != self.epoch {
+                self.renumber(welcome.epoch, events);
+            }
+            self.cover(welcome.durable_upto, &welcome.ranges, events);
+        }
+        if let Some(flow) = welcome.flow {
+            self.obey(flow, now_ms, events);
+        }
+    }
+
+    fn ack(&mut self, ack: v1::Ack, now_ms: u64, events: &mut Vec<Event>) {
+        if self.epoch == 0 || ack.epoch != self.epoch || ack.incarnation != self.incarnation {
+            return;
+        }
+        let totals = Totals {
+            accepted: ack.accepted,
+            duplicate: ack.duplicate,
+            filtered: ack.filtered,
+            rejected: ack.rejected,
+        };
+        let (mut is_sparse, mut is_refused) = (false, false);
+        for reject in &ack.rejects {
+            let (seq, code, retryable) = (reject.seq, reject.code(), reject.retryable);
+            events.push(Event::Rejected {
+                seq,
+                code,
+                retryable,
+            });
+            if !retryable {
+                self.settle(
+                    SeqRange {
+                        first: seq,
+                        last: seq,
+                    },
+                    events,
+                );
+            } else if self.put_back(seq) {
+                is_sparse |= code == RejectCode::TooSparse;
+                is_refused |= code != RejectCode::TooSparse;
+            }
+        }
+        if is_sparse {
+            self.connection.missing = ack
+                .missing
+                .iter()
+                .map(|range| SeqRange {
+                    first: range.first,
+                    last: range.last,
+                })
+                .collect();
+        }
+        self.cover(ack.durable_upto, &ack.ranges, events);
+        // The number above the settled ones makes room for all others; if it is not held here, only the
+        // next Hello can.
+        if is_sparse
+            && self
+                .held
+                .front()
+                .is_some_and(|oldest| self.last_acked + 1 < oldest.ping.seq)
+        {
+            self.leave(LeaveReason::HolesToClose, events);
+        }
+        self.settle_repeats(totals.sum(), events);
+        if let Some(flow) = ack.flow {
+            self.obey(flow, now_ms, events);
+        }
+        if is_refused {
+            let wait_ms = self.retry_after_ms.max(LEAST_RETRY_MS);
+            self.not_before_ms = self.not_before_ms.max(now_ms.saturating_add(wait_ms));
+        }
+        events.push(Event::Acknowledged {
+            receive_ms: ack.receive_ms,
+            commit_ms: ack.commit_ms,
+            position: ack.position,
+            totals,
+        });
+    }
+
+    fn abandon_epoch(&mut self) {
+        self.epoch = 0;
+        self.last_acked = 0;
+    }
+
+    fn renumber(&mut self, epoch: u32, events: &mut Vec<Event>) {
+        self.epoch = epoch;
+        let previous_seqs = self.held.iter().map(|held| held.ping.seq).collect();
+        self.next_seq = 1;
+        for held in &mut self.held {
+            held.ping.seq = self.next_seq;
+            held.is_in_flight = false;
+            self.next_seq += 1;
+        }
+        self.dropped_total = 0;
+        self.last_acked = 0;
+        self.repeats.clear();
+        self.connection = Connection {
+            is_welcomed: true,
+            has_begun_epoch: true,
+            ..Connection::default()
+        };
+        self.split_lanes();
+        events.push(Event::Renumbered {
+            epoch,
+            previous_seqs,
+        });
+    }
+
+    fn cover(&mut self, durable_upto: u64, ranges: &[v1::SeqRange], events: &mut Vec<Event>) {
+        self.last_acked = self.last_acked.max(durable_upto);
+        self.settle(
+            SeqRange {
+                first: 1,
+                last: durable_upto,
+            },
+            events,
+        );
+        for range in ranges {
+            self.settle(
+                SeqRange {
+                    first: range.first,
+                    last: range.last,
+                },
+                events,
+            );
+        }
+        self.settle_missing();
+        if self.held.is_empty() {
+            // A device that once had a backlog goes back to its usual size.
+            self.held.shrink_to(USUAL_HELD);
+        }
+    }
+
+    fn settle(&mut self, range: SeqRange, events: &mut Vec<Event>) {
+        let to = self
+            .held
+            .partition_point(|held| held.ping.seq <= range.last);
+        let from = self
+            .held
+            .partition_point(|held| held.ping.seq < range.first)
+            .min(to);
+        for held in self.held.drain(from..to) {
+            self.connection.held_in_flight -= usize::from(held.is_in_flight);
+            let seq = held.ping.seq;
+            match events.last_mut() {
+                Some(Event::Settled(run)) if run.last + 1 == seq => run.last = seq,
+                _ => events.push(Event::Settled(SeqRange {
+                    first: seq,
+                    last: seq,
+                })),
+            }
+        }
+    }
+
+    /// Repeats go out on LIVE alone and in order, so the running total tells which are answered.
+    fn settle_repeats(&mut self, answered: u64, events: &mut Vec<Event>) {
+        let in_flight = &mut self.connection.repeats_in_flight;
+        while let Some((_, ping)) = in_flight.pop_front_if(|(sent, _)| *sent <= answered) {
+            match events.last_mut() {
+                Some(Event::Repeated(run)) if run.last + 1 == ping.seq => run.last = ping.seq,
+                _ => events.push(Event::Repeated(SeqRange {
+                    first: ping.seq,
+                    last: ping.seq,
+                })),
+            }
+        }
+    }
+
+    /// Drops the missing ranges of which nothing is held, and lets everything flow again after the last.
+    fn settle_missing(&mut self) {
+        if self.connection.missing.is_empty() {
+            return;
+        }
+        let held = &self.held;
+        self.connection.missing.retain(|range| {
+            let at = held.partition_point(|held| held.ping.seq < range.first);
+            held.get(at).is_some_and(|held| held.ping.seq <= range.last)
+        });
+        self.connection.live_next = 0;
+        self.connection.backfill_next = 0;
+    }
+
+    /// Lets a ping wait again that was in flight. False if it was not.
+    fn put_back(&mut self, seq: u64) -> bool {
+        let Ok(at) = self.held.binary_search_by_key(&seq, |held| held.ping.seq) else {
+            return false;
+        };
+        if !std::mem::take(&mut self.held[at].is_in_flight) {
+            return false;
+        }
+        self.connection.held_in_flight -= 1;
+        self.connection.live_next = self.connection.live_next.min(seq);
+        self.connection.backfill_next = self.connection.backfill_next.min(seq);
+        true
+    }
+
+    fn obey(&mut self, flow: v1::Flow, now_ms: u64, events: &mut Vec<Event>) {
+        self.credit = usize::try_from(flow.credit).unwrap_or(usize::MAX);
+        self.min_interval_ms = flow.min_interval_ms.into();
+        self.retry_after_ms = flow.retry_after_ms.into();
+        self.probe_ms = now_ms.saturating_add(self.retry_after_ms.max(LEAST_RETRY_MS));
+        if flow.go_away {
+            self.leave(LeaveReason::GoAway, events);
+        }
+    }
+
+    fn leave(&mut self, reason: LeaveReason, events: &mut Vec<Event>) {
+        if !std::mem::replace(&mut self.connection.is_leaving, true) {
+            events.push(Event::Leaving(reason));
+        }
+    }
+}
+
+impl Connection {
+    fn is_next_among_missing(&self, seq: u64) -> bool {
+        self.missing.is_empty()
+            || self
+                .missing
+                .iter()
+                .any(|range| (range.first..=range.last).contains(&seq))
+    }
+}
+
+fn stated(limit: u32) -> Option<usize> {
+    usize::try_from(limit).ok().filter(|limit| 0 < *limit)
+}
+
+/// The frame limit until Welcome states it.
+const DEFAULT_FRAME_BYTES: usize = 65_536;
+/// The batch limit until Welcome states it, and the credit with it.
+const DEFAULT_BATCH_PINGS: usize = 1_000;
+/// What DeviceFrame puts around a batch: a tag and a length below 2^32.
+const FRAME_OVERHEAD_BYTES: usize = 6;
+/// A batch cannot reach this far above its first number.
+const SPAN_OF_BATCH: u64 = 1 << 32;
+/// BACKFILL leaves one part in so many of the credit to LIVE, so that a ping of now does not wait for a
+/// batch of the past to be acknowledged.
+const LIVE_SHARE_OF_CREDIT: usize = 4;
+/// When the gateway refuses for now but names no time, and when it gives no credit.
+const LEAST_RETRY_MS: u64 = 1_000;
+/// Room for this many pings is kept when none is held.
+const USUAL_HELD: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, HashMap, HashSet};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        device::{DeviceRecord, Judgement, Policy, is_retryable},
+        ping::Source,
+        session::{Limits, Request, Session, Settled, Step as SessionStep, Welcomed},
+        v1::gateway_frame::Kind,
+    };
+
+    const STORE: &[u8] = b"store";
+
+    fn ping(name: u64) -> Ping {
+        Ping {
+            seq: 0,
+            time_ms: name,
+            latitude_e7: 0,
+            longitude_e7: 0,
+            accuracy_dm: None,
+            altitude_dm: None,
+            speed_cm_per_s: None,
+            course_ddeg: None,
+            heading_deg: None,
+            battery_percent: None,
+            source: Source::Gnss,
+        }
+    }
+
+    fn outbox(capacity: usize) -> Outbox {
+        Outbox::new(NonZeroUsize::new(capacity).unwrap())
+    }
+
+    fn push(outbox: &mut Outbox, count: u64) {
+        for name in 0..count {
+            outbox.push(ping(name));
+        }
+    }
+
+    fn range(first: u64, last: u64) -> SeqRange {
+        SeqRange { first, last }
+    }
+
+    fn welcome(epoch: u32) -> v1::Welcome {
+        v1::Welcome {
+            epoch,
+            incarnation: Bytes::from_static(STORE),
+            ..v1::Welcome::default()
+        }
+    }
+
+    fn ack(epoch: u32, durable_upto: u64) -> v1::Ack {
+        v1::Ack {
+            epoch,
+            incarnation: Bytes::from_static(STORE),
+            durable_upto,
+            ..v1::Ack::default()
+        }
+    }
+
+    fn flow(credit: u32) -> Option<v1::Flow> {
+        Some(v1::Flow {
+            credit,
+            ..v1::Flow::default()
+        })
+    }
+
+    fn told_welcome(outbox: &mut Outbox, welcome: v1::Welcome) -> Vec<Event> {
+        outbox.handle(
+            v1::GatewayFrame {
+                kind: Some(Kind::Welcome(welcome)),
+            },
+            0,
+        )
+    }
+
+    fn told_ack(outbox: &mut Outbox, ack: v1::Ack) -> Vec<Event> {
+        outbox.handle(
+            v1::GatewayFrame {
+                kind: Some(Kind::Ack(ack)),
+            },
+            0,
+        )
+    }
+
+    /// An outbox that is connected in epoch 1.
+    fn welcomed(capacity: usize) -> Outbox {
+        let mut outbox = outbox(capacity);
+        outbox.connected();
+        told_welcome(&mut outbox, welcome(1));
+        outbox
+    }
+
+    fn sent(outbox: &mut Outbox, lane: Lane, now_ms: u64) -> Vec<u64> {
+        let batch = outbox.poll_batch(lane, now_ms);
+        batch.map_or_else(Vec::new, |batch| seqs_of(&batch))
+    }
+
+    fn seqs_of(batch: &v1::PingBatch) -> Vec<u64> {
+        let decoded = batch::decode(batch, usize::MAX).unwrap();
+        decoded.pings.iter().map(|ping| ping.seq).collect()
+    }
+
+    fn reject(seq: u64, code: RejectCode) -> v1::Reject {
+        v1::Reject {
+            seq,
+            code: code.into(),
+            retryable: is_retryable(code),
+        }
+    }
+
+    #[test]
+    fn without_an_epoch_nothing_but_hello_is_sent_until_welcome() {
+        let mut outbox = outbox(10);
+        push(&mut outbox, 3);
+        outbox.connected();
+        assert_eq!(outbox.hello(Lane::Live, 5).epoch, 0);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+        let events = told_welcome(&mut outbox, welcome(4));
+        assert!(events.contains(&Event::Renumbered {
+            epoch: 4,
+            previous_seqs: vec![1, 2, 3]
+        }));
+        let batch = outbox.poll_batch(Lane::Live, 0).unwrap();
+        assert_eq!((batch.epoch, seqs_of(&batch)), (4, vec![1, 2, 3]));
+    }
+
+    #[test]
+    fn with_an_epoch_pings_follow_hello_at_once() {
+        let mut outbox = welcomed(10);
+        outbox.disconnected();
+        push(&mut outbox, 2);
+        outbox.connected();
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2]);
+    }
+
+    #[test]
+    fn a_fenced_queue_asks_for_an_epoch_of_its_own() {
+        let mut outbox = welcomed(10);
+        outbox.disconnected();
+        push(&mut outbox, 2);
+        outbox.connected();
+        sent(&mut outbox, Lane::Live, 0);
+        outbox.fenced();
+        outbox.disconnected();
+        outbox.connected();
+        assert_eq!(outbox.hello(Lane::Live, 0).epoch, 0);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+        told_welcome(&mut outbox, welcome(2));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2]);
+        outbox.fenced();
+        assert_eq!(
+            outbox.epoch(),
+            2,
+            "the epoch began on this connection, so older frames are meant"
+        );
+    }
+
+    #[test]
+    fn a_backlog_sends_its_newest_first_and_the_rest_behind_it() {
+        let mut outbox = welcomed(3_000);
+        outbox.disconnected();
+        push(&mut outbox, 2_500);
+        outbox.connected();
+        assert!(!outbox.has_backlog(), "not before Welcome");
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [2_500]);
+        told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                flow: flow(10_000),
+                ..welcome(1)
+            },
+        );
+        assert!(outbox.has_backlog());
+        assert_eq!(
+            sent(&mut outbox, Lane::Backfill, 0),
+            (1..=1_000).collect::<Vec<_>>()
+        );
+        outbox.push(ping(0));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [2_501]);
+        assert_eq!(
+            sent(&mut outbox, Lane::Backfill, 0),
+            (1_001..=2_000).collect::<Vec<_>>()
+        );
+        assert_eq!(
+            sent(&mut outbox, Lane::Backfill, 0),
+            (2_001..=2_499).collect::<Vec<_>>()
+        );
+        let events = told_ack(
+            &mut outbox,
+            v1::Ack {
+                flow: flow(10_000),
+                ..ack(1, 2_499)
+            },
+        );
+        assert!(events.contains(&Event::Settled(range(1, 2_499))));
+        assert!(!outbox.has_backlog());
+    }
+
+    #[test]
+    fn no_more_than_one_batch_needs_no_second_lane() {
+        let mut outbox = welcomed(3_000);
+        outbox.disconnected();
+        push(&mut outbox, 1_000);
+        outbox.connected();
+        told_welcome(&mut outbox, welcome(1));
+        assert!(!outbox.has_backlog());
+        assert_eq!(sent(&mut outbox, Lane::Live, 0).len(), 1_000);
+    }
+
+    #[test]
+    fn both_lanes_share_the_credit_and_backfill_leaves_some_to_live() {
+        let mut outbox = welcomed(3_000);
+        outbox.disconnected();
+        push(&mut outbox, 2_000);
+        outbox.connected();
+        told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                flow: flow(100),
+                ..welcome(1)
+            },
+        );
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [2_000]);
+        assert_eq!(
+            sent(&mut outbox, Lane::Backfill, 0),
+            (1..=74).collect::<Vec<_>>()
+        );
+        assert_eq!(sent(&mut outbox, Lane::Backfill, 0), []);
+        push(&mut outbox, 50);
+        assert_eq!(
+            sent(&mut outbox, Lane::Live, 0),
+            (2_001..=2_025).collect::<Vec<_>>()
+        );
+        assert_eq!(outbox.in_flight(), 100);
+        told_ack(
+            &mut outbox,
+            v1::Ack {
+                flow: flow(100),
+                ..ack(1, 74)
+            },
+        );
+        assert_eq!(
+            sent(&mut outbox, Lane::Live, 0),
+            (2_026..=2_050).collect::<Vec<_>>()
+        );
+        assert_eq!(
+            sent(&mut outbox, Lane::Backfill, 0),
+            (75..=98).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn without_credit_one_ping_asks_for_more_after_a_while() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 5);
+        told_ack(
+            &mut outbox,
+            v1::Ack {
+                flow: flow(0),
+                ..ack(1, 0)
+            },
+        );
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+        assert_eq!(outbox.poll_timeout(0), Some(LEAST_RETRY_MS));
+        assert_eq!(sent(&mut outbox, Lane::Live, LEAST_RETRY_MS), [1]);
+        assert_eq!(sent(&mut outbox, Lane::Live, LEAST_RETRY_MS), []);
+        assert_eq!(
+            outbox.poll_timeout(LEAST_RETRY_MS),
+            None,
+            "the answer to it is what we wait for"
+        );
+    }
+
+    #[test]
+    fn batches_are_spaced_out_and_backfill_gets_its_turn() {
+        let mut outbox = welcomed(3_000);
+        outbox.disconnected();
+        push(&mut outbox, 1_500);
+        outbox.connected();
+        let flow = v1::Flow {
+            credit: 2_000,
+            min_interval_ms: 100,
+            ..v1::Flow::default()
+        };
+        told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                flow: Some(flow),
+                ..welcome(1)
+            },
+        );
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1_500]);
+        outbox.push(ping(0));
+        assert_eq!(sent(&mut outbox, Lane::Live, 99), []);
+        assert_eq!(outbox.poll_timeout(99), Some(100));
+        assert_eq!(sent(&mut outbox, Lane::Live, 100), []);
+        assert_eq!(sent(&mut outbox, Lane::Backfill, 100).len(), 1_000);
+        assert_eq!(sent(&mut outbox, Lane::Live, 200), [1_501]);
+    }
+
+    #[test]
+    fn batches_fit_the_limits_that_welcome_states() {
+        let mut outbox = outbox(100);
+        outbox.connected();
+        let limits = v1::Limits {
+            frame_bytes: 200,
+            batch_pings: 60,
+            ranges: 64,
+        };
+        told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                limits: Some(limits),
+                ..welcome(1)
+            },
+        );
+        push(&mut outbox, 100);
+        let mut seqs = Vec::new();
+        while let Some(batch) = outbox.poll_batch(Lane::Live, 0) {
+            assert!(batch.count <= 60);
+            seqs.extend(seqs_of(&batch));
+            let frame = v1::DeviceFrame {
+                kind: Some(v1::device_frame::Kind::Batch(batch)),
+            };
+            assert!(frame.encoded_len() <= 200);
+        }
+        assert_eq!(seqs, (1..=100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn an_ack_of_another_epoch_or_store_settles_nothing() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 3);
+        sent(&mut outbox, Lane::Live, 0);
+        assert_eq!(told_ack(&mut outbox, ack(2, 3)), []);
+        let other = v1::Ack {
+            incarnation: Bytes::from_static(b"other"),
+            ..ack(1, 3)
+        };
+        assert_eq!(told_ack(&mut outbox, other), []);
+        assert_eq!(outbox.held(), 3);
+    }
+
+    #[test]
+    fn an_ack_settles_what_it_covers_and_only_once() {
+        let mut outbox = welcomed(20);
+        push(&mut outbox, 10);
+        sent(&mut outbox, Lane::Live, 0);
+        let told = v1::Ack {
+            ranges: vec![v1::SeqRange { first: 5, last: 6 }],
+            accepted: 5,
+            receive_ms: 7,
+            commit_ms: 8,
+            position: 9,
+            ..ack(1, 3)
+        };
+        let totals = Totals {
+            accepted: 5,
+            ..Totals::default()
+        };
+        let acknowledged = Event::Acknowledged {
+            receive_ms: 7,
+            commit_ms: 8,
+            position: 9,
+            totals,
+        };
+        assert_eq!(
+            told_ack(&mut outbox, told.clone()),
+            [
+                Event::Settled(range(1, 3)),
+                Event::Settled(range(5, 6)),
+                acknowledged.clone()
+            ]
+        );
+        assert_eq!(told_ack(&mut outbox, told), [acknowledged]);
+        assert_eq!((outbox.held(), outbox.in_flight()), (5, 5));
+        assert_eq!(outbox.hello(Lane::Live, 0).last_acked, 3);
+    }
+
+    #[test]
+    fn what_welcome_covers_is_not_sent_again() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 5);
+        sent(&mut outbox, Lane::Live, 0);
+        outbox.disconnected();
+        outbox.connected();
+        let ranges = vec![v1::SeqRange { first: 4, last: 4 }];
+        told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                durable_upto: 2,
+                ranges,
+                ..welcome(1)
+            },
+        );
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [3, 5]);
+    }
+
+    #[test]
+    fn a_full_outbox_drops_its_oldest_and_tells_hello() {
+        let mut outbox = welcomed(3);
+        push(&mut outbox, 3);
+        sent(&mut outbox, Lane::Live, 0);
+        assert_eq!(
+            outbox.push(ping(0)),
+            Pushed {
+                seq: 4,
+                dropped: Some(1)
+            }
+        );
+        assert_eq!(outbox.in_flight(), 2);
+        let hello = outbox.hello(Lane::Live, 77);
+        assert_eq!(
+            hello,
+            v1::Hello {
+                epoch: 1,
+                oldest_unsent_seq: 2,
+                next_seq: 5,
+                queued: 3,
+                dropped_total: 1,
+                last_acked: 0,
+                device_wall_ms: 77,
+                precision: v1::Precision::Exact.into(),
+                lane: v1::Lane::Live.into(),
+                incarnation: Bytes::from_static(STORE),
+            }
+        );
+    }
+
+    #[test]
+    fn a_permanent_reject_is_settled_and_a_retryable_one_waits() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 3);
+        sent(&mut outbox, Lane::Live, 0);
+        let rejects = vec![
+            reject(1, RejectCode::TooOld),
+            reject(2, RejectCode::Overloaded),
+        ];
+        let flow = v1::Flow {
+            credit: 10,
+            retry_after_ms: 5_000,
+            ..v1::Flow::default()
+        };
+        let events = told_ack(
+            &mut outbox,
+            v1::Ack {
+                rejects,
+                flow: Some(flow),
+                ..ack(1, 1)
+            },
+        );
+        assert_eq!(
+            events[..3],
+            [
+                Event::Rejected {
+                    seq: 1,
+                    code: RejectCode::TooOld,
+                    retryable: false
+                },
+                Event::Settled(range(1, 1)),
+                Event::Rejected {
+                    seq: 2,
+                    code: RejectCode::Overloaded,
+                    retryable: true
+                },
+            ]
+        );
+        assert_eq!(sent(&mut outbox, Lane::Live, 4_999), []);
+        assert_eq!(outbox.poll_timeout(4_999), Some(5_000));
+        assert_eq!(sent(&mut outbox, Lane::Live, 5_000), [2]);
+    }
+
+    #[test]
+    fn too_sparse_sends_what_is_missing_first() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 5);
+        sent(&mut outbox, Lane::Live, 0);
+        outbox.disconnected();
+        outbox.connected();
+        sent(&mut outbox, Lane::Live, 0);
+        let told = v1::Ack {
+            ranges: vec![v1::SeqRange { first: 3, last: 3 }],
+            rejects: [1, 2, 4, 5]
+                .map(|seq| reject(seq, RejectCode::TooSparse))
+                .to_vec(),
+            missing: vec![v1::SeqRange { first: 1, last: 2 }],
+            ..ack(1, 0)
+        };
+        told_ack(&mut outbox, told);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2]);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+        told_ack(&mut outbox, ack(1, 3));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [4, 5]);
+    }
+
+    #[test]
+    fn holes_that_nothing_here_can_fill_are_closed_by_the_next_hello() {
+        let mut outbox = welcomed(10);
+        for seq in [2, 4, 6] {
+            outbox.push_numbered(Ping { seq, ..ping(seq) }).unwrap();
+        }
+        assert_eq!(outbox.push_numbered(Ping { seq: 6, ..ping(6) }), None);
+        sent(&mut outbox, Lane::Live, 0);
+        let told = v1::Ack {
+            ranges: vec![v1::SeqRange { first: 2, last: 2 }],
+            rejects: vec![reject(4, RejectCode::TooSparse)],
+            missing: vec![v1::SeqRange { first: 1, last: 1 }],
+            ..ack(1, 0)
+        };
+        assert!(told_ack(&mut outbox, told).contains(&Event::Leaving(LeaveReason::HolesToClose)));
+        assert!(!outbox.must_reconnect(), "6 is in flight");
+        told_ack(
+            &mut outbox,
+            v1::Ack {
+                rejects: vec![reject(6, RejectCode::TooSparse)],
+                ..ack(1, 0)
+            },
+        );
+        assert!(outbox.must_reconnect());
+        outbox.disconnected();
+        outbox.connected();
+        assert_eq!(outbox.hello(Lane::Live, 0).oldest_unsent_seq, 4);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [4, 6]);
+    }
+
+    #[test]
+    fn a_new_epoch_numbers_what_is_held_from_1() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 5);
+        told_ack(&mut outbox, ack(1, 2));
+        outbox.disconnected();
+        outbox.connected();
+        sent(&mut outbox, Lane::Live, 0);
+        let events = told_welcome(&mut outbox, welcome(2));
+        assert!(events.contains(&Event::Renumbered {
+            epoch: 2,
+            previous_seqs: vec![3, 4, 5]
+        }));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2, 3]);
+        assert_eq!(outbox.push(ping(0)).seq, 4);
+        let hello = outbox.hello(Lane::Backfill, 0);
+        assert_eq!(
+            (hello.epoch, hello.last_acked, hello.dropped_total),
+            (2, 0, 0)
+        );
+    }
+
+    #[test]
+    fn an_epoch_that_another_queue_has_used_is_left_alone() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 2);
+        outbox.disconnected();
+        outbox.connected();
+        let events = told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                durable_upto: 9,
+                ..welcome(2)
+            },
+        );
+        assert!(events.contains(&Event::Leaving(LeaveReason::EpochTaken)));
+        assert_eq!((outbox.held(), outbox.must_reconnect()), (2, true));
+        outbox.disconnected();
+        outbox.connected();
+        assert_eq!(outbox.hello(Lane::Live, 0).epoch, 0);
+        told_welcome(&mut outbox, welcome(3));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2]);
+    }
+
+    #[test]
+    fn the_same_epoch_number_of_another_store_is_not_used() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 3);
+        sent(&mut outbox, Lane::Live, 0);
+        told_ack(&mut outbox, ack(1, 2));
+        assert_eq!(outbox.hello(Lane::Live, 0).last_acked, 2);
+        outbox.disconnected();
+        outbox.connected();
+        let other = Bytes::from_static(b"other");
+        let events = told_welcome(
+            &mut outbox,
+            v1::Welcome {
+                incarnation: other.clone(),
+                ..welcome(1)
+            },
+        );
+        assert!(events.contains(&Event::Leaving(LeaveReason::EpochTaken)));
+        let hello = outbox.hello(Lane::Live, 0);
+        assert_eq!(
+            (hello.epoch, hello.last_acked, hello.incarnation),
+            (0, 0, other)
+        );
+    }
+
+    #[test]
+    fn a_batch_does_not_reach_further_than_it_can_say() {
+        let mut outbox = welcomed(10);
+        for seq in [1, SPAN_OF_BATCH, SPAN_OF_BATCH + 1] {
+            outbox.push_numbered(Ping { seq, ..ping(seq) }).unwrap();
+        }
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, SPAN_OF_BATCH]);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [SPAN_OF_BATCH + 1]);
+    }
+
+    #[test]
+    fn go_away_ends_when_nothing_is_in_flight() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 1);
+        sent(&mut outbox, Lane::Live, 0);
+        push(&mut outbox, 1);
+        let flow = v1::Flow {
+            credit: 10,
+            retry_after_ms: 300,
+            go_away: true,
+            ..v1::Flow::default()
+        };
+        let events = told_ack(
+            &mut outbox,
+            v1::Ack {
+                flow: Some(flow),
+                ..ack(1, 0)
+            },
+        );
+        assert_eq!(events[0], Event::Leaving(LeaveReason::GoAway));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+        assert!(!outbox.must_reconnect());
+        told_ack(&mut outbox, ack(1, 1));
+        assert!(outbox.must_reconnect());
+        assert_eq!(outbox.retry_after_ms(), 300);
+    }
+
+    #[test]
+    fn pings_pushed_again_keep_their_numbers_and_are_answered_by_the_totals() {
+        let mut outbox = welcomed(10);
+        push(&mut outbox, 2);
+        sent(&mut outbox, Lane::Live, 0);
+        told_ack(
+            &mut outbox,
+            v1::Ack {
+                accepted: 2,
+                ..ack(1, 2)
+            },
+        );
+        assert!(
+            !outbox.push_again(Ping { seq: 3, ..ping(3) }),
+            "3 was never pushed"
+        );
+        for seq in [1, 2] {
+            assert!(outbox.push_again(Ping { seq, ..ping(seq) }));
+        }
+        outbox.push(ping(3));
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [3]);
+        assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2]);
+        let events = told_ack(
+            &mut outbox,
+            v1::Ack {
+                accepted: 3,
+                ..ack(1, 3)
+            },
+        );
+        assert_eq!(events[0], Event::Settled(range(3, 3)));
+        assert!(
+            !outbox.is_settled(),
+            "the repetitions were not answered yet"
+        );
+        let events = told_ack(
+            &mut outbox,
+            v1::Ack {
+                accepted: 3,
+                duplicate: 2,
+                ..ack(1, 3)
+            },
+        );
+        assert_eq!(events[0], Event::Repeated(range(1, 2)));
+        assert!(outbox.is_settled());
+    }
+
+    /// The gateway's half with a store that fails, and a link that loses and delays what it likes.
+    struct World {
+        outbox: Outbox,
+        link: Option<Link>,
+        record: DeviceRecord,
+        /// The record at an earlier time, for a store that loses its newest commits.
+        backup: DeviceRecord,
+        incarnation: u8,
+        flow: v1::Flow,
+        refuses_next_batch: bool,
+        now_ms: u64,
+        /// The names, as `time_ms`, of the pings that are held, by their current number.
+        held: BTreeMap<u64, u64>,
+        /// What the gateway has ever made durable.
+        durable: HashSet<u64>,
+        /// Which ping each number of each epoch of each store names.
+        named: HashMap<(u8, u32, u64), u64>,
+        next_name: u64,
+        repeatable: Vec<((Bytes, u32), Ping)>,
+    }
+
+    struct Link {
+        session: Session,
+        to_gateway: [VecDeque<v1::DeviceFrame>; 2],
+        to_device: [VecDeque<v1::GatewayFrame>; 2],
+        is_greeted: [bool; 2],
+        is_backfill_open: bool,
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Push(u64),
+        PushAfterGap(u64),
+        PushAgain,
+        Connect,
+        Disconnect,
+        Send,
+        GatewayReads(usize),
+        DeviceReads(usize),
+        AckIsMerged(usize),
+        Refuse,
+        Grant(v1::Flow),
+        Wait(u64),
+        StoreIsReset,
+        StoreLosesCommits,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let lane = 0..2_usize;
+        let flow = (0..30_u32, 0..50_u32, 0..2_000_u32, 0..10_u8);
+        prop_oneof![
+            20 => (1..15_u64).prop_map(Step::Push),
+            2 => (2..5_u64).prop_map(Step::PushAfterGap),
+            4 => Just(Step::PushAgain),
+            10 => Just(Step::Connect),
+            4 => Just(Step::Disconnect),
+            30 => Just(Step::Send),
+            30 => lane.clone().prop_map(Step::GatewayReads),
+            30 => lane.clone().prop_map(Step::DeviceReads),
+            3 => lane.prop_map(Step::AckIsMerged),
+            2 => Just(Step::Refuse),
+            3 => flow.prop_map(|(credit, min_interval_ms, retry_after_ms, go_away)| Step::Grant(v1::Flow {
+                credit,
+                min_interval_ms,
+                retry_after_ms,
+                go_away: go_away == 0,
+            })),
+            5 => (1..500_u64).prop_map(Step::Wait),
+            1 => Just(Step::StoreIsReset),
+            1 => Just(Step::StoreLosesCommits),
+        ]
+    }
+
+    const GENEROUS: v1::Flow = v1::Flow {
+        credit: 20,
+        min_interval_ms: 0,
+        retry_after_ms: 0,
+        go_away: false,
+    };
+    const LIMITS: Limits = Limits {
+        frame_bytes: 65_536,
+        batch_pings: 7,
+        credit_pings: 20,
+    };
+    const POLICY: Policy = Policy {
+        retention_ms: 1 << 40,
+        future_tolerance_ms: 1 << 40,
+        least_interval_ms: 0,
+        least_distance_m: 0.0,
+    };
+
+    impl World {
+        fn new(capacity: usize) -> Self {
+            Self {
+                outbox: outbox(capacity),
+                link: None,
+                record: DeviceRecord::default(),
+                backup: DeviceRecord::default(),
+                incarnation: 1,
+                flow: GENEROUS,
+                refuses_next_batch: false,
+                now_ms: 0,
+                held: BTreeMap::new(),
+                durable: HashSet::new(),
+                named: HashMap::new(),
+                next_name: 1,
+                repeatable: Vec::new(),
+            }
+        }
+
+        fn step(&mut self, step: Step) {
+            match step {
+                Step::Push(count) => {
+                    for _ in 0..count {
+                        self.push(|outbox, ping| outbox.push(ping));
+                    }
+                }
+                Step::PushAfterGap(gap) => self.push(|outbox, ping| {
+                    let seq = outbox.next_seq + gap;
+                    outbox.push_numbered(Ping { seq, ..ping }).unwrap()
+                }),
+                Step::PushAgain => {
+                    let epoch = self.epoch();
+                    if let Some((_, ping)) =
+                        self.repeatable.iter().rev().find(|(of, _)| *of == epoch)
+                    {
+                        self.outbox.push_again(*ping);
+                    }
+                }
+                Step::Connect => self.connect(),
+                Step::Disconnect => self.disconnect(),
+                Step::Send => self.send(),
+                Step::GatewayReads(lane) => self.gateway_reads(lane),
+                Step::DeviceReads(lane) => self.device_reads(lane),
+                Step::AckIsMerged(lane) => {
+                    if let Some(link) = &mut self.link
+                        && link.to_device[lane]
+                            .front()
+                            .is_some_and(|frame| matches!(frame.kind, Some(Kind::Ack(_))))
+                    {
+                        link.to_device[lane].pop_front();
+                    }
+                }
+                Step::Refuse => self.refuses_next_batch = true,
+                Step::Grant(flow) => self.flow = flow,
+                Step::Wait(ms) => self.now_ms += ms,
+                Step::StoreIsReset => {
+                    self.disconnect();
+                    self.incarnation += 1;
+                    self.record = DeviceRecord::default();
+                    self.backup = DeviceRecord::default();
+                }
+                Step::StoreLosesCommits => {
+                    self.disconnect();
+                    self.record = self.backup.clone();
+                }
+            }
+        }
+
+        fn push(&mut self, push: impl FnOnce(&mut Outbox, Ping) -> Pushed) {
+            let pushed = push(&mut self.outbox, ping(self.next_name));
+            assert!(self.held.insert(pushed.seq, self.next_name).is_none());
+            self.next_name += 1;
+            if let Some(dropped) = pushed.dropped {
+                assert_eq!(
+                    self.held.pop_first().unwrap().0,
+                    dropped,
+                    "the oldest is dropped"
+                );
+            }
+        }
+
+        fn connect(&mut self) {
+            if self.link.is_none() {
+                self.outbox.connected();
+                self.link = Some(Link {
+                    session: Session::new(LIMITS, Bytes::copy_from_slice(&[self.incarnation])),
+                    to_gateway: Default::default(),
+                    to_device: Default::default(),
+                    is_greeted: [false; 2],
+                    is_backfill_open: false,
+                });
+                self.open(0);
+            }
+        }
+
+        fn disconnect(&mut self) {
+            if self.link.take().is_some() {
+                self.outbox.disconnected();
+                self.backup = self.record.clone();
+            }
+        }
+
+        fn open(&mut self, lane: usize) {
+            let hello = self.outbox.hello(Lane::ALL[lane], 0);
+            assert!(
+                self.held
+                    .first_key_value()
+                    .is_none_or(|(&oldest, _)| hello.oldest_unsent_seq <= oldest)
+            );
+            let frame = v1::DeviceFrame {
+                kind: Some(v1::device_frame::Kind::Hello(hello)),
+            };
+            self.link.as_mut().unwrap().to_gateway[lane].push_back(frame);
+        }
+
+        /// What a shell does after each event.
+        fn send(&mut self) {
+            if self.outbox.must_reconnect() {
+                self.disconnect();
+                self.connect();
+            }
+            let Some(link) = &mut self.link else { return };
+            if self.outbox.has_backlog() && !std::mem::replace(&mut link.is_backfill_open, true) {
+                self.open(1);
+            }
+            let Some(link) = &mut self.link else { return };
+            for (lane, frames) in Lane::ALL.into_iter().zip(&mut link.to_gateway) {
+                let Some(batch) = self.outbox.poll_batch(lane, self.now_ms) else {
+                    continue;
+                };
+                assert!(lane == Lane::Live || link.is_backfill_open);
+                frames.push_back(v1::DeviceFrame {
+                    kind: Some(v1::device_frame::Kind::Batch(batch)),
+                });
+            }
+        }
+
+        fn gateway_reads(&mut self, lane: usize) {
+            let Some(link) = &mut self.link else { return };
+            let Some(frame) = link.to_gateway[lane].pop_front() else {
+                return;
+            };
+            let said =
+                std::mem::replace(&mut link.is_greeted[lane], true).then_some(Lane::ALL[lane]);
+            let Ok(SessionStep::Ask(_, request)) = link.session.handle_frame(said, frame) else {
+                // The only rule that the outbox may break unknowingly.
+                self.outbox.fenced();
+                self.disconnect();
+                return;
+            };
+            let answer = match request {
+                Request::Hello(claim) => {
+                    let welcomed = Welcomed {
+                        admission: self.record.admit(claim),
+                        epoch: self.record.epoch,
+                        settled: self.record.settled.clone(),
+                        receive_ms: 0,
+                        position: 0,
+                    };
+                    link.session
+                        .handle_welcomed(&welcomed)
+                        .ok()
+                        .map(|(welcome, _)| welcome)
+                }
+                Request::Batch { batch, .. } => {
+                    for ping in &batch.pings {
+                        let number = (self.incarnation, batch.epoch, ping.seq);
+                        let name = *self.named.entry(number).or_insert(ping.time_ms);
+                        assert_eq!(name, ping.time_ms, "no number names two pings");
+                    }
+                    let refuses = std::mem::take(&mut self.refuses_next_batch);
+                    let settled = judge(&mut self.record, &batch.pings, refuses, &mut self.durable);
+                    link.session.handle_settled(vec![settled])
+                }
+                Request::Heartbeat => unreachable!("none was sent"),
+            };
+            let Some(mut answer) = answer else {
+                self.outbox.fenced();
+                self.disconnect();
+                return;
+            };
+            match &mut answer.kind {
+                Some(Kind::Welcome(welcome)) => welcome.flow = Some(self.flow),
+                Some(Kind::Ack(ack)) => ack.flow = Some(self.flow),
+                _ => {}
+            }
+            link.to_device[lane].push_back(answer);
+        }
+
+        fn device_reads(&mut self, lane: usize) {
+            let Some(frame) = self
+                .link
+                .as_mut()
+                .and_then(|link| link.to_device[lane].pop_front())
+            else {
+                return;
+            };
+            for event in self.outbox.handle(frame, self.now_ms) {
+                match event {
+                    Event::Settled(range) => {
+                        for seq in range.first..=range.last {
+                            let name = self
+                                .held
+                                .remove(&seq)
+                                .expect("only what was held is settled");
+                            assert!(
+                                self.durable.contains(&name),
+                                "{seq} was forgotten and is not durable"
+                            );
+                            self.repeatable
+                                .push((self.epoch(), Ping { seq, ..ping(name) }));
+                        }
+                    }
+                    Event::Renumbered { previous_seqs, .. } => {
+                        assert!(self.held.keys().eq(&previous_seqs));
+                        self.held = (1..)
+                            .zip(std::mem::take(&mut self.held).into_values())
+                            .collect();
+                    }
+                    _ => {}
+                }
+            }
+            assert_eq!(self.held.len(), self.outbox.held());
+        }
+
+        fn epoch(&self) -> (Bytes, u32) {
+            (self.outbox.incarnation.clone(), self.outbox.epoch)
+        }
+
+        /// From now on nothing goes wrong any more.
+        fn heal(&mut self) {
+            self.disconnect();
+            self.flow = GENEROUS;
+            self.refuses_next_batch = false;
+            for _ in 0..2_000 {
+                if self.outbox.is_settled() {
+                    return;
+                }
+                self.connect();
+                self.send();
+                for lane in [0, 1] {
+                    self.gateway_reads(lane);
+                    self.device_reads(lane);
+                }
+                self.now_ms += 100;
+            }
+        }
+    }
+
+    /// What the committer does with a batch.
+    fn judge(
+        record: &mut DeviceRecord,
+        pings: &[Ping],
+        refuses: bool,
+        durable: &mut HashSet<u64>,
+    ) -> Settled {
+        let judgement = if refuses {
+            let rejects = pings
+                .iter()
+                .map(|ping| (ping.seq, RejectCode::Overloaded))
+                .collect();
+            Judgement {
+                rejects,
+                ..Judgement::default()
+            }
+        } else {
+            record.judge(pings, &[], 0, &POLICY, &mut None)
+        };
+        durable.extend(judgement.stored.iter().map(|&at| pings[at].time_ms));
+        Settled {
+            pings: u32::try_from(pings.len()).unwrap(),
+            accepted: judgement.stored.len() as u64,
+            duplicate: judgement.duplicate,
+            filtered: judgement.filtered,
+            rejects: judgement.rejects,
+            settled: record.settled.clone(),
+            receive_ms: 0,
+            commit_ms: 0,
+            position: 0,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_happens_all_that_is_not_dropped_is_settled(
+            capacity in 1..200_usize,
+            steps in prop::collection::vec(step(), 0..400),
+        ) {
+            let mut world = World::new(capacity);
+            for step in steps {
+                world.step(step);
+            }
+            world.heal();
+            prop_assert!(world.outbox.is_settled(), "{:?}", world.outbox);
+            prop_assert!(world.held.is_empty());
+        }
+    }
+
+    #[test]
+    fn a_thousand_holes_are_settled_as_well() {
+        let mut world = World::new(1_000);
+        world.step(Step::Push(1));
+        world.heal();
+        for _ in 0..1_000 {
+            world.step(Step::PushAfterGap(2));
+        }
+        world.heal();
+        assert!(world.outbox.is_settled());
+    }
+}

@@ -92,11 +92,18 @@ mod tests {
             ((0, 0), (0, 0), 0.0),
             ((0, 0), (10_000_000, 0), one_degree_m),
             ((0, 0), (0, 10_000_000), one_degree_m),
-            ((600_000_000, 0), (600_000_000, 10_000_000), one_degree_m / 2.0),
+            (
+                (600_000_000, 0),
+                (600_000_000, 10_000_000),
+                one_degree_m / 2.0,
+            ),
             ((0, 1_799_000_000), (0, -1_799_000_000), one_degree_m / 5.0),
         ] {
             let found = at(from.0, from.1).distance_m(to.0, to.1);
-            assert!((found - metres).abs() < 0.01, "{from:?} to {to:?}: {found} is not {metres}");
+            assert!(
+                (found - metres).abs() < 0.01,
+                "{from:?} to {to:?}: {found} is not {metres}"
+            );
         }
     }
 }

@@ -84,7 +84,9 @@ impl RangeSet {
     #[must_use]
     pub fn contains(&self, seq: u64) -> bool {
         seq <= self.floor
-            || self.above[..self.ranges_from_at_most(seq)].last().is_some_and(|range| seq <= range.last)
+            || self.above[..self.ranges_from_at_most(seq)]
+                .last()
+                .is_some_and(|range| seq <= range.last)
     }
 
     /// Settles one number; 0 is not a sequence number and always a duplicate.
@@ -107,7 +109,13 @@ impl RangeSet {
             (true, false) => self.above[at - 1].last = seq,
             (false, true) => self.above[at].first = seq,
             (false, false) if self.above.len() == MAX_RANGES => return Verdict::TooSparse,
-            (false, false) => self.above.insert(at, SeqRange { first: seq, last: seq }),
+            (false, false) => self.above.insert(
+                at,
+                SeqRange {
+                    first: seq,
+                    last: seq,
+                },
+            ),
         }
         Verdict::New
     }
@@ -116,7 +124,10 @@ impl RangeSet {
     /// the device will never send them. Numbers above the highest settled one are given up as well, if
     /// the device says so.
     pub fn close_below(&mut self, oldest_unsent: u64) -> u64 {
-        let Some(upto) = oldest_unsent.checked_sub(1).filter(|upto| *upto > self.floor) else {
+        let Some(upto) = oldest_unsent
+            .checked_sub(1)
+            .filter(|upto| *upto > self.floor)
+        else {
             return 0;
         };
         let settled: u64 = self
@@ -133,7 +144,10 @@ impl RangeSet {
     /// The holes between the floor and the highest settled number, lowest first.
     pub fn missing(&self) -> impl Iterator<Item = SeqRange> {
         let starts = std::iter::once(self.floor).chain(self.above.iter().map(|range| range.last));
-        starts.zip(&self.above).map(|(below, range)| SeqRange { first: below + 1, last: range.first - 1 })
+        starts.zip(&self.above).map(|(below, range)| SeqRange {
+            first: below + 1,
+            last: range.first - 1,
+        })
     }
 
     /// How many ranges begin at or below `seq`.
@@ -226,7 +240,11 @@ mod tests {
         let before = set.clone();
         assert_eq!(set.insert(1_000), Verdict::TooSparse);
         assert_eq!(set, before);
-        assert_eq!(set.insert(4), Verdict::New, "a number that joins two ranges always fits");
+        assert_eq!(
+            set.insert(4),
+            Verdict::New,
+            "a number that joins two ranges always fits"
+        );
     }
 
     #[test]
@@ -245,9 +263,21 @@ mod tests {
     fn parts_that_break_the_order_are_refused() {
         let range = |first, last| SeqRange { first, last };
         assert!(RangeSet::from_parts(5, vec![range(7, 8), range(10, 10)]).is_some());
-        assert!(RangeSet::from_parts(5, vec![range(6, 8)]).is_none(), "touches the floor");
-        assert!(RangeSet::from_parts(5, vec![range(7, 8), range(9, 9)]).is_none(), "touches its neighbour");
-        assert!(RangeSet::from_parts(5, vec![range(8, 7)]).is_none(), "ends before it begins");
-        assert!(RangeSet::from_parts(u64::MAX, vec![range(7, 8)]).is_none(), "nothing is above the top");
+        assert!(
+            RangeSet::from_parts(5, vec![range(6, 8)]).is_none(),
+            "touches the floor"
+        );
+        assert!(
+            RangeSet::from_parts(5, vec![range(7, 8), range(9, 9)]).is_none(),
+            "touches its neighbour"
+        );
+        assert!(
+            RangeSet::from_parts(5, vec![range(8, 7)]).is_none(),
+            "ends before it begins"
+        );
+        assert!(
+            RangeSet::from_parts(u64::MAX, vec![range(7, 8)]).is_none(),
+            "nothing is above the top"
+        );
     }
 }

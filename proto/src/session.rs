@@ -273,7 +273,11 @@ impl Session {
     ///
     /// # Errors
     /// When the frame breaks the protocol; the connection must then be closed.
-    pub fn handle_frame(&mut self, lane: Option<Lane>, frame: v1::DeviceFrame) -> Result<Step, Violation> {
+    pub fn handle_frame(
+        &mut self,
+        lane: Option<Lane>,
+        frame: v1::DeviceFrame,
+    ) -> Result<Step, Violation> {
         use v1::device_frame::Kind;
         match (lane, frame.kind) {
             (None, Some(Kind::Hello(hello))) => self.handle_hello(&hello),
@@ -289,8 +293,12 @@ impl Session {
                 Ok(Step::Ask(lane, Request::Batch { batch, columns }))
             }
             // A kind of frame from the future says at least that somebody is there.
-            (Some(lane), Some(Kind::Heartbeat(_)) | None) => Ok(Step::Ask(lane, Request::Heartbeat)),
-            (Some(lane), Some(Kind::Control(control))) => Ok(Step::Answer(lane, not_supported(control.id))),
+            (Some(lane), Some(Kind::Heartbeat(_)) | None) => {
+                Ok(Step::Ask(lane, Request::Heartbeat))
+            }
+            (Some(lane), Some(Kind::Control(control))) => {
+                Ok(Step::Answer(lane, not_supported(control.id)))
+            }
         }
     }
 
@@ -304,11 +312,16 @@ impl Session {
         welcomed: &Welcomed,
     ) -> Result<(v1::GatewayFrame, Option<(Lane, Request)>), Violation> {
         if welcomed.admission == Admission::Fenced {
-            return Err(Violation::Fenced { named: self.epoch.unwrap_or_default() });
+            return Err(Violation::Fenced {
+                named: self.epoch.unwrap_or_default(),
+            });
         }
         self.epoch = Some(welcomed.epoch);
         self.is_welcomed = true;
-        let waiting = self.waiting_hello.take().map(|(lane, claim)| (lane, Request::Hello(self.join(claim))));
+        let waiting = self
+            .waiting_hello
+            .take()
+            .map(|(lane, claim)| (lane, Request::Hello(self.join(claim))));
         let welcome = v1::Welcome {
             epoch: welcomed.epoch,
             ranges: to_wire(welcomed.settled.above().iter().copied()),
@@ -323,7 +336,12 @@ impl Session {
             incarnation: self.incarnation.clone(),
             position: welcomed.position,
         };
-        Ok((v1::GatewayFrame { kind: Some(v1::gateway_frame::Kind::Welcome(welcome)) }, waiting))
+        Ok((
+            v1::GatewayFrame {
+                kind: Some(v1::gateway_frame::Kind::Welcome(welcome)),
+            },
+            waiting,
+        ))
     }
 
     /// Takes what one commit settled for one lane, in the order it was asked, and makes one ack of it.
@@ -338,7 +356,10 @@ impl Session {
             self.totals.duplicate += one.duplicate;
             self.totals.filtered += one.filtered;
             self.totals.rejected += one.rejects.len() as u64;
-            is_too_sparse |= one.rejects.iter().any(|(_, code)| *code == RejectCode::TooSparse);
+            is_too_sparse |= one
+                .rejects
+                .iter()
+                .any(|(_, code)| *code == RejectCode::TooSparse);
             rejects.extend(one.rejects.drain(..).map(|(seq, code)| v1::Reject {
                 seq,
                 code: code.into(),
@@ -347,7 +368,11 @@ impl Session {
             newest = Some(one);
         }
         let newest = newest?;
-        let missing = if is_too_sparse { to_wire(newest.settled.missing()) } else { Vec::new() };
+        let missing = if is_too_sparse {
+            to_wire(newest.settled.missing())
+        } else {
+            Vec::new()
+        };
         let ack = v1::Ack {
             epoch: self.epoch.unwrap_or_default(),
             incarnation: self.incarnation.clone(),
@@ -365,7 +390,9 @@ impl Session {
             flow: Some(self.flow()),
             missing,
         };
-        Some(v1::GatewayFrame { kind: Some(v1::gateway_frame::Kind::Ack(ack)) })
+        Some(v1::GatewayFrame {
+            kind: Some(v1::gateway_frame::Kind::Ack(ack)),
+        })
     }
 
     /// A stream is done: its lane may be opened again.
@@ -394,7 +421,8 @@ impl Session {
             return Err(Violation::LaneInUse);
         }
         // An epoch of another store names other pings: nothing that the device says of it holds here.
-        let is_of_this_store = hello.incarnation.is_empty() || hello.incarnation == self.incarnation;
+        let is_of_this_store =
+            hello.incarnation.is_empty() || hello.incarnation == self.incarnation;
         let claim = if is_of_this_store {
             Claim {
                 epoch: hello.epoch,
@@ -424,7 +452,11 @@ impl Session {
     /// device could read Welcome names the old epoch, or none; what it says of that is void.
     fn join(&self, claim: Claim) -> Claim {
         match self.epoch {
-            Some(epoch) if claim.epoch < epoch => Claim { epoch, oldest_unsent_seq: 0, last_acked: 0 },
+            Some(epoch) if claim.epoch < epoch => Claim {
+                epoch,
+                oldest_unsent_seq: 0,
+                last_acked: 0,
+            },
             _ => claim,
         }
     }
@@ -448,12 +480,17 @@ pub fn batch_len(batch: &DecodedBatch) -> u32 {
 fn not_supported(id: u64) -> v1::GatewayFrame {
     let outcome = v1::control_result::Outcome::NotSupported.into();
     v1::GatewayFrame {
-        kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult { id, outcome })),
+        kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult {
+            id,
+            outcome,
+        })),
     }
 }
 
 fn to_wire(ranges: impl Iterator<Item = SeqRange>) -> Vec<v1::SeqRange> {
-    ranges.map(|SeqRange { first, last }| v1::SeqRange { first, last }).collect()
+    ranges
+        .map(|SeqRange { first, last }| v1::SeqRange { first, last })
+        .collect()
 }
 
 #[cfg(test)]
@@ -461,13 +498,23 @@ mod tests {
     use super::*;
 
     fn session() -> Session {
-        let limits = Limits { frame_bytes: 65_536, batch_pings: 1_000, credit_pings: 10 };
+        let limits = Limits {
+            frame_bytes: 65_536,
+            batch_pings: 1_000,
+            credit_pings: 10,
+        };
         Session::new(limits, Bytes::from_static(b"store"))
     }
 
     fn hello(lane: v1::Lane, epoch: u32) -> v1::DeviceFrame {
-        let hello = v1::Hello { epoch, lane: lane.into(), ..v1::Hello::default() };
-        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) }
+        let hello = v1::Hello {
+            epoch,
+            lane: lane.into(),
+            ..v1::Hello::default()
+        };
+        v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Hello(hello)),
+        }
     }
 
     fn batch(epoch: u32, seqs: std::ops::RangeInclusive<u64>) -> v1::DeviceFrame {
@@ -486,7 +533,9 @@ mod tests {
                 source: v1::Source::Unspecified,
             })
             .collect();
-        v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Batch(batch::encode(epoch, &pings))) }
+        v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Batch(batch::encode(epoch, &pings))),
+        }
     }
 
     fn welcomed(epoch: u32) -> Welcomed {
@@ -523,36 +572,67 @@ mod tests {
     #[test]
     fn nothing_comes_before_hello_and_hello_comes_once() {
         let mut session = session();
-        assert_eq!(session.handle_frame(None, batch(1, 1..=1)), Err(Violation::HelloExpected));
-        assert_eq!(session.handle_frame(None, hello(v1::Lane::Unspecified, 0)), Err(Violation::NoLane));
-        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        assert_eq!(
+            session.handle_frame(None, batch(1, 1..=1)),
+            Err(Violation::HelloExpected)
+        );
+        assert_eq!(
+            session.handle_frame(None, hello(v1::Lane::Unspecified, 0)),
+            Err(Violation::NoLane)
+        );
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
         assert_eq!(
             session.handle_frame(Some(Lane::Live), hello(v1::Lane::Live, 1)),
             Err(Violation::HelloRepeated)
         );
-        assert_eq!(session.handle_frame(None, hello(v1::Lane::Live, 1)), Err(Violation::LaneInUse));
+        assert_eq!(
+            session.handle_frame(None, hello(v1::Lane::Live, 1)),
+            Err(Violation::LaneInUse)
+        );
         session.handle_lane_closed(Lane::Live);
-        assert!(session.handle_frame(None, hello(v1::Lane::Live, 1)).is_ok(), "a closed lane is free");
+        assert!(
+            session.handle_frame(None, hello(v1::Lane::Live, 1)).is_ok(),
+            "a closed lane is free"
+        );
     }
 
     #[test]
     fn two_lanes_that_ask_for_an_epoch_get_one() {
         let mut session = session();
-        let first = session.handle_frame(None, hello(v1::Lane::Live, 0)).unwrap();
-        assert_eq!(first, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
-        let second = session.handle_frame(None, hello(v1::Lane::Backfill, 0)).unwrap();
+        let first = session
+            .handle_frame(None, hello(v1::Lane::Live, 0))
+            .unwrap();
+        assert_eq!(
+            first,
+            Step::Ask(Lane::Live, Request::Hello(Claim::default()))
+        );
+        let second = session
+            .handle_frame(None, hello(v1::Lane::Backfill, 0))
+            .unwrap();
         assert_eq!(second, Step::Wait(Lane::Backfill));
         let (_, waiting) = session.handle_welcomed(&welcomed(7)).unwrap();
-        let joined = Claim { epoch: 7, ..Claim::default() };
+        let joined = Claim {
+            epoch: 7,
+            ..Claim::default()
+        };
         assert_eq!(waiting, Some((Lane::Backfill, Request::Hello(joined))));
     }
 
     #[test]
     fn a_batch_of_another_epoch_is_fenced() {
         let mut session = session();
-        session.handle_frame(None, hello(v1::Lane::Live, 2)).unwrap();
-        let step = session.handle_frame(Some(Lane::Live), batch(2, 1..=1)).unwrap();
-        assert!(matches!(step, Step::Ask(Lane::Live, Request::Batch { .. })), "no need to wait for Welcome");
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 2))
+            .unwrap();
+        let step = session
+            .handle_frame(Some(Lane::Live), batch(2, 1..=1))
+            .unwrap();
+        assert!(
+            matches!(step, Step::Ask(Lane::Live, Request::Batch { .. })),
+            "no need to wait for Welcome"
+        );
         session.handle_welcomed(&welcomed(2)).unwrap();
         for epoch in [1, 3] {
             assert_eq!(
@@ -560,7 +640,10 @@ mod tests {
                 Err(Violation::Fenced { named: epoch })
             );
         }
-        let fenced = Welcomed { admission: Admission::Fenced, ..welcomed(3) };
+        let fenced = Welcomed {
+            admission: Admission::Fenced,
+            ..welcomed(3)
+        };
         assert!(session.handle_welcomed(&fenced).is_err());
     }
 
@@ -575,19 +658,30 @@ mod tests {
             lane: v1::Lane::Live.into(),
             ..v1::Hello::default()
         };
-        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) };
+        let frame = v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Hello(hello)),
+        };
         let step = session.handle_frame(None, frame).unwrap();
-        assert_eq!(step, Step::Ask(Lane::Live, Request::Hello(Claim::default())));
+        assert_eq!(
+            step,
+            Step::Ask(Lane::Live, Request::Hello(Claim::default()))
+        );
     }
 
     #[test]
     fn acks_merge_and_their_totals_add_up() {
         let mut session = session();
-        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
         session.handle_welcomed(&welcomed(1)).unwrap();
-        session.handle_frame(Some(Lane::Live), batch(1, 1..=4)).unwrap();
+        session
+            .handle_frame(Some(Lane::Live), batch(1, 1..=4))
+            .unwrap();
         assert!(!session.is_out_of_credit());
-        session.handle_frame(Some(Lane::Live), batch(1, 5..=10)).unwrap();
+        session
+            .handle_frame(Some(Lane::Live), batch(1, 5..=10))
+            .unwrap();
         assert!(session.is_out_of_credit());
 
         let mut other = settled(6);
@@ -595,7 +689,15 @@ mod tests {
         other.rejects = vec![(9, RejectCode::TooOld)];
         let first = ack(session.handle_settled(vec![settled(4), other]));
         assert!(!session.is_out_of_credit());
-        assert_eq!((first.accepted, first.duplicate, first.filtered, first.rejected), (6, 1, 2, 1));
+        assert_eq!(
+            (
+                first.accepted,
+                first.duplicate,
+                first.filtered,
+                first.rejected
+            ),
+            (6, 1, 2, 1)
+        );
         assert_eq!(first.rejects.len(), 1);
         assert!(!first.rejects[0].retryable);
         let heartbeat = ack(session.handle_settled(vec![settled(0)]));
@@ -618,14 +720,24 @@ mod tests {
     #[test]
     fn a_control_is_answered_and_a_frame_of_the_future_is_a_sign_of_life() {
         let mut session = session();
-        session.handle_frame(None, hello(v1::Lane::Live, 1)).unwrap();
-        let control = v1::Control { id: 4, action: Some(v1::control::Action::Pause(v1::control::Pause {})) };
-        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Control(control)) };
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        let control = v1::Control {
+            id: 4,
+            action: Some(v1::control::Action::Pause(v1::control::Pause {})),
+        };
+        let frame = v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Control(control)),
+        };
         assert_eq!(
             session.handle_frame(Some(Lane::Live), frame),
             Ok(Step::Answer(Lane::Live, not_supported(4)))
         );
         let unknown = v1::DeviceFrame { kind: None };
-        assert_eq!(session.handle_frame(Some(Lane::Live), unknown), Ok(Step::Ask(Lane::Live, Request::Heartbeat)));
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), unknown),
+            Ok(Step::Ask(Lane::Live, Request::Heartbeat))
+        );
     }
 }

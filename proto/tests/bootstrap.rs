@@ -30,7 +30,10 @@ fn generated_code_matches_the_schema() {
         .expect("the service generates");
 
     let changed: Vec<_> = [
-        (messages.join("waypost.v1.rs"), proto.join("src/gen/waypost.v1.rs")),
+        (
+            messages.join("waypost.v1.rs"),
+            proto.join("src/gen/waypost.v1.rs"),
+        ),
         (service.join("waypost.v1.rs"), gateway.join("waypost.v1.rs")),
     ]
     .into_iter()
@@ -45,7 +48,10 @@ fn generated_code_matches_the_schema() {
     })
     .map(|(_, committed)| committed)
     .collect();
-    assert!(changed.is_empty(), "these were out of date and are written anew, commit them: {changed:?}");
+    assert!(
+        changed.is_empty(),
+        "these were out of date and are written anew, commit them: {changed:?}"
+    );
 }
 
 fn tempfile_dir(name: &str) -> std::path::PathBuf {

@@ -14,7 +14,12 @@ async fn a_killed_gateway_has_everything_it_acknowledged() {
     let replay = Command::new(binary("loadtest"))
         .arg("replay")
         .arg(ais)
-        .args(["--speed-up", "4000", "--addr", &gateway.addresses().devices.to_string()])
+        .args([
+            "--speed-up",
+            "4000",
+            "--addr",
+            &gateway.addresses().devices.to_string(),
+        ])
         .args(["--freshness", &gateway.addresses().freshness.to_string()])
         .args(["--admin", &gateway.addresses().admin.to_string()])
         .arg("--pki")
@@ -26,7 +31,11 @@ async fn a_killed_gateway_has_everything_it_acknowledged() {
         .spawn()
         .unwrap();
     for stored_pings in [10_000.0, 50_000.0] {
-        gateway.metrics_until(|metrics| stored_pings <= metrics.value("waypost_pings_total{fate=\"accepted\"}")).await;
+        gateway
+            .metrics_until(|metrics| {
+                stored_pings <= metrics.value("waypost_pings_total{fate=\"accepted\"}")
+            })
+            .await;
         gateway.kill();
         // The counters begin again with the process; the pings stored so far do not come again.
         gateway.restart().await;
@@ -34,8 +43,12 @@ async fn a_killed_gateway_has_everything_it_acknowledged() {
             break;
         }
     }
-    let output = tokio::task::spawn_blocking(|| replay.wait_with_output()).await.unwrap().unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
+    let output = tokio::task::spawn_blocking(|| replay.wait_with_output())
+        .await
+        .unwrap()
+        .unwrap();
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&report).unwrap()).unwrap();
     assert!(output.status.success(), "{report:#}");
     assert_eq!(report["lost"], 0);
     assert_eq!(report["stored_twice"], 0);

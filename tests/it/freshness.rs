@@ -18,7 +18,9 @@ async fn read_to(
         let response = stream.message().await.unwrap().expect("the stream goes on");
         for event in response.events {
             match event.kind.expect("every event has a kind") {
-                Kind::Progress(progress) if position <= progress.position => return (events, progress),
+                Kind::Progress(progress) if position <= progress.position => {
+                    return (events, progress);
+                }
                 kind => events.push(kind),
             }
         }
@@ -46,13 +48,20 @@ async fn a_watch_is_a_snapshot_then_changes_and_resumes_where_it_ended() {
     let snapshot_position = one.ack().await.position;
 
     let mut checker = world.checker().await;
-    let mut stream = checker.watch(v1::WatchRequest::default()).await.unwrap().into_inner();
+    let mut stream = checker
+        .watch(v1::WatchRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
     let (events, _) = read_to(&mut stream, snapshot_position).await;
     assert!(matches!(events[0], Kind::Header(_)));
     let snapshot = entries(&events);
     assert_eq!(snapshot.len(), 1);
     assert_eq!(snapshot[0].user.as_ref(), first.id.user.0);
-    let Some(Kind::SnapshotEnd(end)) = events.iter().find(|kind| matches!(kind, Kind::SnapshotEnd(_))) else {
+    let Some(Kind::SnapshotEnd(end)) = events
+        .iter()
+        .find(|kind| matches!(kind, Kind::SnapshotEnd(_)))
+    else {
         panic!("no end of the snapshot in {events:?}")
     };
     assert_eq!(end.count, 1);
@@ -63,24 +72,50 @@ async fn a_watch_is_a_snapshot_then_changes_and_resumes_where_it_ended() {
     two.send_pings(two_epoch, &[ping(1), ping(2)]).await;
     let ack = two.ack().await;
     let (events, progress) = read_to(&mut stream, ack.position).await;
-    let newest: HashMap<_, _> = entries(&events).into_iter().map(|entry| (entry.user.clone(), entry)).collect();
+    let newest: HashMap<_, _> = entries(&events)
+        .into_iter()
+        .map(|entry| (entry.user.clone(), entry))
+        .collect();
     let entry = newest[&second.id.user.0[..]];
     assert_eq!(entry.state(), v1::State::Active);
-    assert_eq!((entry.last_sample_ms, entry.last_fix_ms), (ping(2).time_ms, ping(2).time_ms));
-    assert_eq!((entry.last_contact_ms, entry.position), (ack.receive_ms, ack.position));
-    assert!(ack.receive_ms <= progress.resolved_ms, "complete up to what was acknowledged");
+    assert_eq!(
+        (entry.last_sample_ms, entry.last_fix_ms),
+        (ping(2).time_ms, ping(2).time_ms)
+    );
+    assert_eq!(
+        (entry.last_contact_ms, entry.position),
+        (ack.receive_ms, ack.position)
+    );
+    assert!(
+        ack.receive_ms <= progress.resolved_ms,
+        "complete up to what was acknowledged"
+    );
     drop(stream);
 
     one.send_pings(one_epoch, &[ping(3)]).await;
     let missed = one.ack().await;
     world.restart().await;
     let mut checker = world.checker().await;
-    let resume = v1::WatchRequest { token: progress.token, ..v1::WatchRequest::default() };
+    let resume = v1::WatchRequest {
+        token: progress.token,
+        ..v1::WatchRequest::default()
+    };
     let mut stream = checker.watch(resume).await.unwrap().into_inner();
     let (events, _) = read_to(&mut stream, missed.position).await;
-    let users: Vec<_> = entries(&events).into_iter().map(|entry| entry.user.as_ref()).collect();
-    assert_eq!(users, [&first.id.user.0[..]], "only who changed since, after a restart too");
-    assert!(!events.iter().any(|kind| matches!(kind, Kind::Reset(_) | Kind::SnapshotEnd(_))));
+    let users: Vec<_> = entries(&events)
+        .into_iter()
+        .map(|entry| entry.user.as_ref())
+        .collect();
+    assert_eq!(
+        users,
+        [&first.id.user.0[..]],
+        "only who changed since, after a restart too"
+    );
+    assert!(
+        !events
+            .iter()
+            .any(|kind| matches!(kind, Kind::Reset(_) | Kind::SnapshotEnd(_)))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -94,18 +129,26 @@ async fn a_heartbeat_and_a_refused_ping_prove_life_and_nothing_else() {
     live.ack().await;
     let before = world.entry(&device).await;
 
-    live.send(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {})).await;
+    live.send(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {}))
+        .await;
     let beat = live.ack().await;
     let after = world.entry(&device).await;
     assert_eq!(after.last_contact_ms, beat.receive_ms);
     assert!(before.position < after.position);
-    assert_eq!((after.last_sample_ms, after.last_fix_ms), (before.last_sample_ms, before.last_fix_ms));
+    assert_eq!(
+        (after.last_sample_ms, after.last_fix_ms),
+        (before.last_sample_ms, before.last_fix_ms)
+    );
 
-    live.send_pings(epoch, &[waypost_tests::ping_at(6, 1)]).await;
+    live.send_pings(epoch, &[waypost_tests::ping_at(6, 1)])
+        .await;
     let refused = live.ack().await;
     assert_eq!(refused.rejected, 1);
     let last = world.entry(&device).await;
-    assert_eq!((last.last_contact_ms, last.last_sample_ms), (refused.receive_ms, before.last_sample_ms));
+    assert_eq!(
+        (last.last_contact_ms, last.last_sample_ms),
+        (refused.receive_ms, before.last_sample_ms)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -126,7 +169,10 @@ async fn a_user_is_the_newest_of_its_devices() {
 
     let entry = world.entry(&phone).await;
     assert_eq!(entry.last_sample_ms, ping(9).time_ms);
-    assert_eq!((entry.last_contact_ms, entry.position), (ack.receive_ms, ack.position));
+    assert_eq!(
+        (entry.last_contact_ms, entry.position),
+        (ack.receive_ms, ack.position)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -139,17 +185,27 @@ async fn the_silent_are_listed_longest_first() {
         world.next_millisecond().await;
     }
     let mut checker = world.checker().await;
-    let mut request = v1::ListStaleRequest { older_than_ms: u64::MAX, page_size: 2, ..Default::default() };
+    let mut request = v1::ListStaleRequest {
+        older_than_ms: u64::MAX,
+        page_size: 2,
+        ..Default::default()
+    };
     let mut users = Vec::new();
     loop {
-        let page = checker.list_stale(request.clone()).await.unwrap().into_inner();
+        let page = checker
+            .list_stale(request.clone())
+            .await
+            .unwrap()
+            .into_inner();
         users.extend(page.entries.into_iter().map(|entry| entry.user));
         if page.next_page_token.is_empty() {
             break;
         }
         request.page_token = page.next_page_token;
     }
-    let expected: Vec<_> = (1..=3).map(|number| world.device(number).id.user.0.to_vec()).collect();
+    let expected: Vec<_> = (1..=3)
+        .map(|number| world.device(number).id.user.0.to_vec())
+        .collect();
     assert_eq!(users, expected);
 }
 

@@ -14,7 +14,10 @@ use waypost_tests::{Stream, World, hello, ping, ping_at};
 
 /// Runs one attack on its own connection while another device is connected, and sees that the other
 /// one's pings are acknowledged before and after, on the same connection.
-async fn beside_a_good_device(world: &World, attack: impl AsyncFnOnce(&World, Stream, u32) -> Stream) -> Stream {
+async fn beside_a_good_device(
+    world: &World,
+    attack: impl AsyncFnOnce(&World, Stream, u32) -> Stream,
+) -> Stream {
     let good = world.connect(&world.device(99)).await;
     let mut good = good.open(hello(Lane::Live, 0)).await;
     let good_epoch = good.welcome().await.epoch;
@@ -45,18 +48,32 @@ async fn closes_with(code: CloseCode, attack: impl AsyncFnOnce(&mut Stream, u32)
     assert_eq!(stream.link().closed().await, Some(code));
     let label = code.as_label();
     world
-        .metrics_until(|metrics| metrics.value(&format!("waypost_connections_closed_total{{code=\"{label}\"}}")) == 1.0)
+        .metrics_until(|metrics| {
+            metrics.value(&format!(
+                "waypost_connections_closed_total{{code=\"{label}\"}}"
+            )) == 1.0
+        })
         .await;
 }
 
 async fn rejected(batch: impl FnOnce(u32) -> v1::PingBatch, code: RejectCode) {
     let world = World::start().await;
     beside_a_good_device(&world, async |_, mut stream, epoch| {
-        stream.send(v1::device_frame::Kind::Batch(batch(epoch))).await;
+        stream
+            .send(v1::device_frame::Kind::Batch(batch(epoch)))
+            .await;
         let ack = stream.ack().await;
-        let rejects: Vec<_> = ack.rejects.iter().map(|reject| (reject.seq, reject.code(), reject.retryable)).collect();
+        let rejects: Vec<_> = ack
+            .rejects
+            .iter()
+            .map(|reject| (reject.seq, reject.code(), reject.retryable))
+            .collect();
         assert_eq!(rejects, [(2, code, false)]);
-        assert_eq!((ack.accepted, ack.durable_upto), (2, 3), "its neighbours are stored, and it blocks nothing");
+        assert_eq!(
+            (ack.accepted, ack.durable_upto),
+            (2, 3),
+            "its neighbours are stored, and it blocks nothing"
+        );
         stream
     })
     .await;
@@ -96,13 +113,20 @@ async fn extremes_in_place_of_not_a_number() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_in_the_far_future() {
     let far = 4_102_444_800_000; // 2100-01-01
-    rejected(|epoch| waypost_proto::batch::encode(epoch, &[ping(1), ping_at(2, far), ping(3)]), RejectCode::TimeInFuture)
-        .await;
+    rejected(
+        |epoch| waypost_proto::batch::encode(epoch, &[ping(1), ping_at(2, far), ping(3)]),
+        RejectCode::TimeInFuture,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_time_older_than_pings_are_kept() {
-    rejected(|epoch| waypost_proto::batch::encode(epoch, &[ping(1), ping_at(2, 1), ping(3)]), RejectCode::TooOld).await;
+    rejected(
+        |epoch| waypost_proto::batch::encode(epoch, &[ping(1), ping_at(2, 1), ping(3)]),
+        RejectCode::TooOld,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,7 +161,9 @@ async fn a_truncated_frame() {
 async fn random_bytes() {
     closes_with(CloseCode::BadFrame, async |stream, _| {
         // A length of 7, then a field number of 0, which protobuf does not have.
-        stream.send_raw(&[7, 0, 0xff, 0x13, 0x37, 0xc0, 0xff, 0xee]).await;
+        stream
+            .send_raw(&[7, 0, 0xff, 0x13, 0x37, 0xc0, 0xff, 0xee])
+            .await;
     })
     .await;
 }
@@ -173,14 +199,25 @@ async fn a_lower_epoch_is_fenced() {
 
     let link = world.connect(&device).await;
     let _stream = link.open(hello(Lane::Live, first)).await;
-    assert_eq!(link.closed().await, Some(CloseCode::FencedEpoch), "by Hello");
+    assert_eq!(
+        link.closed().await,
+        Some(CloseCode::FencedEpoch),
+        "by Hello"
+    );
 
     let link = world.connect(&device).await;
     let mut stream = link.open(hello(Lane::Live, second)).await;
     stream.welcome().await;
     stream.send_pings(first, &[ping(1)]).await;
-    assert_eq!(link.closed().await, Some(CloseCode::FencedEpoch), "by a batch");
-    assert_eq!(world.metrics().await.value("waypost_pings_received_total"), 0.0);
+    assert_eq!(
+        link.closed().await,
+        Some(CloseCode::FencedEpoch),
+        "by a batch"
+    );
+    assert_eq!(
+        world.metrics().await.value("waypost_pings_received_total"),
+        0.0
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -188,10 +225,11 @@ async fn a_fifth_stream_does_not_open() {
     let world = World::start().await;
     beside_a_good_device(&world, async |_, mut stream, epoch| {
         let link = stream.link().clone();
-        let mut others = Vec::new();
-        for _ in 0..3 {
-            others.push(link.open_raw().await);
-        }
+        let _others = [
+            link.open_raw().await,
+            link.open_raw().await,
+            link.open_raw().await,
+        ];
         let fifth = tokio::time::timeout(Duration::from_millis(200), link.open_raw()).await;
         assert!(fifth.is_err(), "QUIC holds it back");
         stream.send_pings(epoch, &[ping(1)]).await;
@@ -215,7 +253,11 @@ async fn a_second_stream_of_a_lane() {
 async fn a_ping_before_hello() {
     closes_with(CloseCode::HelloExpected, async |stream, epoch| {
         let second = stream.link().open_raw().await;
-        second.leak_after_writing(&raw_frame(v1::device_frame::Kind::Batch(three_pings(epoch)))).await;
+        second
+            .leak_after_writing(&raw_frame(v1::device_frame::Kind::Batch(three_pings(
+                epoch,
+            ))))
+            .await;
     })
     .await;
 }
@@ -224,7 +266,9 @@ async fn a_ping_before_hello() {
 async fn an_unknown_field_is_ignored() {
     let world = World::start().await;
     beside_a_good_device(&world, async |_, mut stream, epoch| {
-        let frame = v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Batch(three_pings(epoch))) };
+        let frame = v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Batch(three_pings(epoch))),
+        };
         let mut body = frame.encode_to_vec();
         // Field 999, length-delimited: three bytes.
         body.extend([0xba, 0x3e, 3, 1, 2, 3]);
@@ -246,7 +290,8 @@ async fn a_device_that_reads_no_answers_is_let_go() {
     .await;
     let link = world.connect_not_reading(&world.device(1)).await;
     let mut stream = link.open(hello(Lane::Live, 0)).await;
-    let heartbeats: Vec<u8> = raw_frame(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {})).repeat(400_000);
+    let heartbeats: Vec<u8> =
+        raw_frame(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {})).repeat(400_000);
     // Writing stalls when the gateway stops reading; it is the close that ends it.
     stream.send_raw_until_closed(&heartbeats).await;
     assert_eq!(link.closed().await, Some(CloseCode::NotReading));

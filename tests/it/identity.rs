@@ -11,10 +11,18 @@ async fn refused(reason: &str, attempt: impl AsyncFnOnce(&World) -> Attempt) {
     assert!(!attempt.is_served().await, "{reason}: must not be served");
     world
         .metrics_until(|metrics| {
-            metrics.value(&format!("waypost_connections_refused_total{{reason=\"{reason}\"}}")) == 1.0
+            metrics.value(&format!(
+                "waypost_connections_refused_total{{reason=\"{reason}\"}}"
+            )) == 1.0
         })
         .await;
-    assert_eq!(world.metrics().await.value("waypost_connections_accepted_total"), 0.0);
+    assert_eq!(
+        world
+            .metrics()
+            .await
+            .value("waypost_connections_accepted_total"),
+        0.0
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -35,10 +43,19 @@ async fn a_certificate_of_another_authority() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_certificate() {
     refused("expired", async |world| {
-        let names = world.authority.names_of(&Identity::Device(world.device(1).id)).unwrap();
-        let validity = Validity { not_before_s: 1_000_000_000, not_after_s: 1_100_000_000 };
+        let names = world
+            .authority
+            .names_of(&Identity::Device(world.device(1).id))
+            .unwrap();
+        let validity = Validity {
+            not_before_s: 1_000_000_000,
+            not_after_s: 1_100_000_000,
+        };
         let key = rcgen::KeyPair::generate().unwrap();
-        let credentials = world.authority.issue(names, Purpose::Client, validity, &key).unwrap();
+        let credentials = world
+            .authority
+            .issue(names, Purpose::Client, validity, &key)
+            .unwrap();
         world.attempt(Some(&credentials)).await
     })
     .await;
@@ -49,7 +66,10 @@ async fn a_certificate_without_a_uri() {
     refused("no_identity", async |world| {
         let names = waypost_gateway::pki::host_names(&["device.example.org"]).unwrap();
         let key = rcgen::KeyPair::generate().unwrap();
-        let credentials = world.authority.issue(names, Purpose::Client, Validity::days(1), &key).unwrap();
+        let credentials = world
+            .authority
+            .issue(names, Purpose::Client, Validity::days(1), &key)
+            .unwrap();
         world.attempt(Some(&credentials)).await
     })
     .await;

@@ -1,4 +1,5 @@
 //! The promises of Waypost, end to end. One binary, so that RocksDB is linked once.
+#![allow(clippy::unwrap_used)]
 
 mod crash;
 mod freshness;

@@ -31,10 +31,18 @@ async fn a_real_prometheus_scrapes_the_metrics_and_finds_them_well_formed() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    promtool.stdin.take().unwrap().write_all(page.as_bytes()).unwrap();
+    promtool
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(page.as_bytes())
+        .unwrap();
     let checked = promtool.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&checked.stderr);
-    assert!(checked.status.success() && said.trim().is_empty(), "promtool says: {said}");
+    assert!(
+        checked.status.success() && said.trim().is_empty(),
+        "promtool says: {said}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -50,15 +58,24 @@ async fn prometheus_itself_reports_the_target_up_and_the_four_fates_adding_up() 
     live.ack().await;
 
     let prometheus = waypost_tests::Prometheus::start(gateway.addresses().admin).await;
-    let up = prometheus.query_until("up{job=\"waypost\"}", |value| value == 1.0).await;
+    let up = prometheus
+        .query_until("up{job=\"waypost\"}", |value| value == 1.0)
+        .await;
     assert_eq!(up, 1.0);
     let sum = prometheus
-        .query_until("sum(waypost_pings_total) - sum(waypost_pings_received_total)", |_| true)
+        .query_until(
+            "sum(waypost_pings_total) - sum(waypost_pings_received_total)",
+            |_| true,
+        )
         .await;
     assert_eq!(sum, 0.0);
-    let accepted = prometheus.query_until("waypost_pings_total{fate=\"accepted\"}", |_| true).await;
+    let accepted = prometheus
+        .query_until("waypost_pings_total{fate=\"accepted\"}", |_| true)
+        .await;
     assert_eq!(accepted, 3.0);
-    let duplicate = prometheus.query_until("waypost_pings_total{fate=\"duplicate\"}", |_| true).await;
+    let duplicate = prometheus
+        .query_until("waypost_pings_total{fate=\"duplicate\"}", |_| true)
+        .await;
     assert_eq!(duplicate, 1.0);
 }
 
@@ -73,9 +90,11 @@ async fn no_coordinate_leaves_through_logs_metrics_pages_or_commands() {
     (marked.latitude_e7, marked.longitude_e7) = (123_456_789, 987_654_321);
     live.send_pings(epoch, &[marked]).await;
     live.ack().await;
-    let mut batch = waypost_proto::batch::encode(epoch, &[waypost_proto::ping::Ping { seq: 2, ..marked }]);
+    let mut batch =
+        waypost_proto::batch::encode(epoch, &[waypost_proto::ping::Ping { seq: 2, ..marked }]);
     batch.latitude[0] = 12_345_678_901;
-    live.send(waypost_proto::v1::device_frame::Kind::Batch(batch)).await;
+    live.send(waypost_proto::v1::device_frame::Kind::Batch(batch))
+        .await;
     assert_eq!(live.ack().await.rejected, 1);
 
     let mut said = String::new();
@@ -90,13 +109,20 @@ async fn no_coordinate_leaves_through_logs_metrics_pages_or_commands() {
         &["inspect", "--data", &data, "--user", &user, "--json"],
     ] {
         let output = waypost(args);
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         said += &String::from_utf8_lossy(&output.stdout);
     }
     gateway.terminate();
     gateway.exit_code().await;
     let log = gateway.log();
-    assert!(log.contains("TRACE") || log.contains("DEBUG"), "the log was as talkative as it can be");
+    assert!(
+        log.contains("TRACE") || log.contains("DEBUG"),
+        "the log was as talkative as it can be"
+    );
     said += &log;
     assert!(said.contains(&user), "the device is in there, by its id");
     for coordinate in ["12.345", "123456789", "98.765", "987654321", "12345678901"] {
@@ -108,11 +134,19 @@ async fn no_coordinate_leaves_through_logs_metrics_pages_or_commands() {
 fn a_misspelt_key_is_refused_with_its_line_and_a_suggestion() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("waypost.toml");
-    std::fs::write(&file, "[devices]\nlisten = \"127.0.0.1:0\"\nidle_timout = \"90s\"\n").unwrap();
+    std::fs::write(
+        &file,
+        "[devices]\nlisten = \"127.0.0.1:0\"\nidle_timout = \"90s\"\n",
+    )
+    .unwrap();
     let output = waypost(&["check-config", "--config", &file.display().to_string()]);
     assert_eq!(output.status.code(), Some(2));
     let said = String::from_utf8_lossy(&output.stderr);
-    for part in ["waypost.toml:3", "devices.idle_timout", "devices.idle_timeout"] {
+    for part in [
+        "waypost.toml:3",
+        "devices.idle_timout",
+        "devices.idle_timeout",
+    ] {
         assert!(said.contains(part), "{part} is missing in: {said}");
     }
 }
@@ -122,13 +156,24 @@ fn a_newcomers_pki_passes_check_config() {
     let dir = tempfile::tempdir().unwrap();
     let pki = dir.path().join("pki").display().to_string();
     for args in [
-        &["pki", "init", "--dir", &pki, "--trust-domain", "example.org"][..],
+        &[
+            "pki",
+            "init",
+            "--dir",
+            &pki,
+            "--trust-domain",
+            "example.org",
+        ][..],
         &["pki", "server", "--dir", &pki],
         &["pki", "device", "--dir", &pki],
         &["pki", "checker", "--dir", &pki, "night-watch"],
     ] {
         let output = waypost(args);
-        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     let file = dir.path().join("waypost.toml");
     let config = format!(
@@ -139,6 +184,10 @@ fn a_newcomers_pki_passes_check_config() {
     );
     std::fs::write(&file, config).unwrap();
     let output = waypost(&["check-config", "--config", &file.display().to_string()]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     assert!(String::from_utf8_lossy(&output.stdout).contains("example.org"));
 }

@@ -18,7 +18,8 @@ fn a_day_of_vessels_arrives_exactly_and_a_second_time_as_duplicates() {
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).expect(&said)).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&json).expect(&said)).unwrap();
     assert!(output.status.success(), "{said}\n{report:#}");
     for (field, value) in [
         ("sent", 199_998),

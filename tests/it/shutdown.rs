@@ -24,7 +24,11 @@ async fn what_was_sent_before_the_signal_is_acknowledged_and_stored() {
 
     let store = World::open_store(gateway.data_dir());
     let acknowledged: Vec<_> = (1..=last.durable_upto).map(|seq| (epoch, seq)).collect();
-    assert_eq!(stored_seqs(&store, &device), acknowledged, "all that was stored was acknowledged before the close");
+    assert_eq!(
+        stored_seqs(&store, &device),
+        acknowledged,
+        "all that was stored was acknowledged before the close"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

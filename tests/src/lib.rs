@@ -37,8 +37,14 @@ pub struct Device {
 impl Device {
     /// Another device of the same user.
     pub fn sibling(&self, world: &World, device: u32) -> Self {
-        let id = DeviceId { user: self.id.user, device };
-        Self { id, credentials: std::sync::Arc::new(world.authority.issue_device(id).unwrap()) }
+        let id = DeviceId {
+            user: self.id.user,
+            device,
+        };
+        Self {
+            id,
+            credentials: std::sync::Arc::new(world.authority.issue_device(id).unwrap()),
+        }
     }
 }
 
@@ -46,7 +52,10 @@ impl Device {
 pub(crate) fn device_id(number: u32) -> DeviceId {
     let mut user = [0x11; 16];
     user[12..].copy_from_slice(&number.to_be_bytes());
-    DeviceId { user: UserId(user), device: 1 }
+    DeviceId {
+        user: UserId(user),
+        device: 1,
+    }
 }
 
 /// A ping sampled `seq` seconds after a fixed moment of today, so that later numbers are later samples.
@@ -82,7 +91,11 @@ pub fn hello(lane: Lane, epoch: u32) -> v1::Hello {
         Lane::Live => v1::Lane::Live,
         Lane::Backfill => v1::Lane::Backfill,
     };
-    v1::Hello { epoch, lane: lane.into(), ..v1::Hello::default() }
+    v1::Hello {
+        epoch,
+        lane: lane.into(),
+        ..v1::Hello::default()
+    }
 }
 
 /// Every `(epoch, seq)` that the store holds of a device, in key order, as often as it holds it.
@@ -91,7 +104,12 @@ pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
         .rows_of(device.id.user)
         .map(Result::unwrap)
         .filter(|row| row.key.device == device.id)
-        .flat_map(|row| row.record.pings.into_iter().map(move |ping| (row.key.epoch, ping.seq)))
+        .flat_map(|row| {
+            row.record
+                .pings
+                .into_iter()
+                .map(move |ping| (row.key.epoch, ping.seq))
+        })
         .collect();
     seqs.sort_unstable();
     seqs
@@ -101,24 +119,38 @@ pub fn stored_seqs(store: &Store, device: &Device) -> Vec<(u32, u64)> {
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let built = test.parent().and_then(Path::parent).unwrap().join(name);
-    assert!(built.exists(), "{} is not built: run `make test`, or `cargo build --workspace --bins`", built.display());
+    assert!(
+        built.exists(),
+        "{} is not built: run `make test`, or `cargo build --workspace --bins`",
+        built.display()
+    );
     built
 }
 
 /// A program that `.ci/prometheus` fetches, or that the system has.
 pub fn tool(name: &str) -> PathBuf {
-    let fetched = root().join("target/tools/usr/bin").join(name);
-    if fetched.exists() { fetched } else { name.into() }
+    let fetched = root().join("target/prometheus/bin").join(name);
+    if fetched.exists() {
+        fetched
+    } else {
+        name.into()
+    }
 }
 
 /// The real AIS day, or `None` with a message where it is not at hand.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 pub fn ais_file() -> Option<PathBuf> {
-    let file = std::env::var_os("AIS_FILE")
-        .map_or_else(|| root().join("../shared/data/ais-2022-01-03.csv.gz"), PathBuf::from);
+    let file = std::env::var_os("AIS_FILE").map_or_else(
+        || root().join("../shared/data/ais-2022-01-03.csv.gz"),
+        PathBuf::from,
+    );
     if file.exists() {
         return Some(file);
     }
-    eprintln!("skipped: there is no AIS file at {}; set AIS_FILE to one", file.display());
+    eprintln!(
+        "skipped: there is no AIS file at {}; set AIS_FILE to one",
+        file.display()
+    );
     None
 }
 

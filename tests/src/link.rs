@@ -29,11 +29,15 @@ impl Attempt {
     /// gateway has looked at its certificate.
     pub async fn is_served(self) -> bool {
         let Ok(link) = self.0 else { return false };
-        let Ok((mut send, mut recv)) = link.connection.open_bi().await else { return false };
+        let Ok((mut send, mut recv)) = link.connection.open_bi().await else {
+            return false;
+        };
         let mut bytes = BytesMut::new();
         let hello = crate::hello(waypost_proto::session::Lane::Live, 0);
         waypost_proto::frame::encode_frame(
-            &v1::DeviceFrame { kind: Some(v1::device_frame::Kind::Hello(hello)) },
+            &v1::DeviceFrame {
+                kind: Some(v1::device_frame::Kind::Hello(hello)),
+            },
             &mut bytes,
         );
         if send.write_all(&bytes).await.is_err() {
@@ -52,24 +56,35 @@ pub(crate) async fn attempt(
     transport: TransportConfig,
 ) -> Attempt {
     let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap()).unwrap();
+    roots
+        .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
+        .unwrap();
     let builder = rustls::ClientConfig::builder_with_provider(tls::provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots);
     let mut config = match credentials {
         Some(credentials) => builder
-            .with_client_auth_cert(vec![credentials.certificate_der()], credentials.private_key_der())
+            .with_client_auth_cert(
+                vec![credentials.certificate_der()],
+                credentials.private_key_der(),
+            )
             .unwrap(),
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = vec![waypost_proto::ALPN.to_vec()];
-    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
+    let mut config =
+        quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
     config.transport_config(Arc::new(transport));
     let endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let connecting = endpoint.connect_with(config, gateway, "localhost").unwrap();
-    let connected = tokio::time::timeout(PATIENCE, connecting).await.expect("a handshake ends");
-    Attempt(connected.map(|connection| Link { connection, _endpoint: endpoint }))
+    let connected = tokio::time::timeout(PATIENCE, connecting)
+        .await
+        .expect("a handshake ends");
+    Attempt(connected.map(|connection| Link {
+        connection,
+        _endpoint: endpoint,
+    }))
 }
 
 impl Attempt {
@@ -89,13 +104,23 @@ impl Link {
     /// Opens a stream and says nothing.
     pub async fn open_raw(&self) -> Stream {
         let (send, recv) = self.connection.open_bi().await.unwrap();
-        Stream { link: self.clone(), send, recv, unread: BytesMut::new() }
+        Stream {
+            link: self.clone(),
+            send,
+            recv,
+            unread: BytesMut::new(),
+        }
     }
 
     /// Waits for the end of the connection; the gateway's code, or `None` if it gave none.
     pub async fn closed(&self) -> Option<CloseCode> {
-        match tokio::time::timeout(PATIENCE, self.connection.closed()).await.expect("the gateway closes") {
-            ConnectionError::ApplicationClosed(close) => CloseCode::from_number(close.error_code.into_inner()),
+        match tokio::time::timeout(PATIENCE, self.connection.closed())
+            .await
+            .expect("the gateway closes")
+        {
+            ConnectionError::ApplicationClosed(close) => {
+                CloseCode::from_number(close.error_code.into_inner())
+            }
             _ => None,
         }
     }
@@ -122,7 +147,8 @@ impl Stream {
     }
 
     pub async fn send_pings(&mut self, epoch: u32, pings: &[Ping]) {
-        self.send(v1::device_frame::Kind::Batch(batch::encode(epoch, pings))).await;
+        self.send(v1::device_frame::Kind::Batch(batch::encode(epoch, pings)))
+            .await;
     }
 
     pub async fn send_raw(&mut self, bytes: &[u8]) {
@@ -132,7 +158,9 @@ impl Stream {
     /// Writes until all is written or the gateway has closed the connection.
     pub async fn send_raw_until_closed(&mut self, bytes: &[u8]) {
         let written = tokio::time::timeout(PATIENCE, self.send.write_all(bytes)).await;
-        written.expect("the gateway ends it").expect_err("the gateway closes before all is written");
+        written
+            .expect("the gateway ends it")
+            .expect_err("the gateway closes before all is written");
     }
 
     pub fn finish(&mut self) {
@@ -167,13 +195,21 @@ impl Stream {
     pub async fn welcome(&mut self) -> v1::Welcome {
         match self.next().await {
             Some(v1::gateway_frame::Kind::Welcome(welcome)) => welcome,
-            other => panic!("no Welcome but {other:?}; closed with {:?}", self.link.connection.close_reason()),
+            other => panic!(
+                "no Welcome but {other:?}; closed with {:?}",
+                self.link.connection.close_reason()
+            ),
         }
     }
 
     pub async fn ack(&mut self) -> v1::Ack {
         let ack = self.next_ack().await;
-        ack.unwrap_or_else(|| panic!("no Ack; closed with {:?}", self.link.connection.close_reason()))
+        ack.unwrap_or_else(|| {
+            panic!(
+                "no Ack; closed with {:?}",
+                self.link.connection.close_reason()
+            )
+        })
     }
 
     pub async fn next_ack(&mut self) -> Option<v1::Ack> {

@@ -41,11 +41,20 @@ impl Process {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let mut environment: Vec<_> = environment.iter().map(owned).collect();
         // Ports are chosen once, so that devices find the gateway again after a restart.
-        for name in ["WAYPOST_DEVICES_LISTEN", "WAYPOST_FRESHNESS_LISTEN", "WAYPOST_ADMIN_LISTEN"] {
+        for name in [
+            "WAYPOST_DEVICES_LISTEN",
+            "WAYPOST_FRESHNESS_LISTEN",
+            "WAYPOST_ADMIN_LISTEN",
+        ] {
             environment.push((name.to_owned(), free_address(name).to_string()));
         }
         let (child, addresses) = spawn(dir.path(), &environment).await;
-        Self { child, environment, addresses, dir }
+        Self {
+            child,
+            environment,
+            addresses,
+            dir,
+        }
     }
 
     /// Starts it again after it was killed or has ended.
@@ -61,7 +70,10 @@ impl Process {
 
     /// SIGTERM: drain.
     pub fn terminate(&self) {
-        let sent = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status().unwrap();
+        let sent = Command::new("kill")
+            .args(["-TERM", &self.child.id().to_string()])
+            .status()
+            .unwrap();
         assert!(sent.success());
     }
 
@@ -84,7 +96,10 @@ impl Process {
 
     pub fn device(&self, number: u32) -> Device {
         let id = device_id(number);
-        Device { id, credentials: std::sync::Arc::new(self.authority().issue_device(id).unwrap()) }
+        Device {
+            id,
+            credentials: std::sync::Arc::new(self.authority().issue_device(id).unwrap()),
+        }
     }
 
     pub fn authority(&self) -> Authority {
@@ -94,9 +109,14 @@ impl Process {
     pub async fn connect(&self, device: &Device) -> Link {
         let authority = self.authority();
         let credentials = Some(&*device.credentials);
-        link::attempt(self.addresses.devices, authority.certificate_pem(), credentials, link::ordinary())
-            .await
-            .unwrap()
+        link::attempt(
+            self.addresses.devices,
+            authority.certificate_pem(),
+            credentials,
+            link::ordinary(),
+        )
+        .await
+        .unwrap()
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
@@ -104,7 +124,8 @@ impl Process {
     }
 
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
-        until(async || Some(MetricsPage(self.admin("/metrics").await.1)).filter(|page| is_so(page))).await
+        until(async || Some(MetricsPage(self.admin("/metrics").await.1)).filter(|page| is_so(page)))
+            .await
     }
 }
 
@@ -118,7 +139,11 @@ impl Drop for Process {
 async fn spawn(dir: &Path, environment: &[(String, String)]) -> (Child, Addresses) {
     let addresses_file = dir.join("addresses.json");
     drop(std::fs::remove_file(&addresses_file));
-    let log = std::fs::OpenOptions::new().create(true).append(true).open(log_file(dir)).unwrap();
+    let log = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(log_file(dir))
+        .unwrap();
     let mut child = Command::new(binary("waypost"))
         .args(["serve", "--dev", "--data"])
         .arg(dir)
@@ -130,10 +155,16 @@ async fn spawn(dir: &Path, environment: &[(String, String)]) -> (Child, Addresse
         .unwrap();
     let addresses = until(async || {
         if let Some(status) = child.try_wait().unwrap() {
-            panic!("the gateway ended with {status}: {}", std::fs::read_to_string(log_file(dir)).unwrap());
+            panic!(
+                "the gateway ended with {status}: {}",
+                std::fs::read_to_string(log_file(dir)).unwrap()
+            );
         }
-        let addresses: Addresses = serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
-        let ready = http_get(addresses.admin, "/readyz").await.is_ok_and(|(status, _)| status == 200);
+        let addresses: Addresses =
+            serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
+        let ready = http_get(addresses.admin, "/readyz")
+            .await
+            .is_ok_and(|(status, _)| status == 200);
         ready.then_some(addresses)
     })
     .await;
@@ -148,9 +179,15 @@ fn log_file(dir: &Path) -> PathBuf {
 fn free_address(name: &str) -> SocketAddr {
     let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
     if name.contains("DEVICES") {
-        std::net::UdpSocket::bind(loopback).unwrap().local_addr().unwrap()
+        std::net::UdpSocket::bind(loopback)
+            .unwrap()
+            .local_addr()
+            .unwrap()
     } else {
-        std::net::TcpListener::bind(loopback).unwrap().local_addr().unwrap()
+        std::net::TcpListener::bind(loopback)
+            .unwrap()
+            .local_addr()
+            .unwrap()
     }
 }
 
@@ -161,8 +198,13 @@ pub(crate) async fn http_get(address: SocketAddr, path: &str) -> io::Result<(u16
     connection.write_all(request.as_bytes()).await?;
     let mut answer = String::new();
     connection.read_to_string(&mut answer).await?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .ok_or(io::ErrorKind::InvalidData)?;
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
     Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
 }
 
@@ -176,5 +218,7 @@ pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), looking).await.expect("it happens within a minute")
+    tokio::time::timeout(Duration::from_secs(60), looking)
+        .await
+        .expect("it happens within a minute")
 }

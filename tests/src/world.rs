@@ -53,10 +53,16 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         let pki = dir.path().join("pki");
         let authority = Authority::create(&pki, TRUST_DOMAIN).unwrap();
-        authority.issue_server(&["localhost", "127.0.0.1"]).unwrap().write(&pki, "server").unwrap();
+        authority
+            .issue_server(&["localhost", "127.0.0.1"])
+            .unwrap()
+            .write(&pki, "server")
+            .unwrap();
         let any_port = "127.0.0.1:0".parse().unwrap();
-        let mut config = Config::default();
-        config.data_dir = dir.path().join("data");
+        let mut config = Config {
+            data_dir: dir.path().join("data"),
+            ..Config::default()
+        };
         config.devices.listen = any_port;
         config.freshness.listen = any_port;
         config.freshness.checkers = vec!["dev".to_owned()];
@@ -67,7 +73,12 @@ impl World {
         config.tls.trust_domain = TRUST_DOMAIN.to_owned();
         change(&mut config);
         let running = run(&config).await;
-        Self { authority, config, running: Some(running), dir }
+        Self {
+            authority,
+            config,
+            running: Some(running),
+            dir,
+        }
     }
 
     /// Stops the gateway as SIGTERM would and opens its store.
@@ -93,7 +104,10 @@ impl World {
 
     pub fn device(&self, number: u32) -> Device {
         let id = device_id(number);
-        Device { id, credentials: Arc::new(self.authority.issue_device(id).unwrap()) }
+        Device {
+            id,
+            credentials: Arc::new(self.authority.issue_device(id).unwrap()),
+        }
     }
 
     pub async fn connect(&self, device: &Device) -> Link {
@@ -103,16 +117,29 @@ impl World {
     pub async fn connect_not_reading(&self, device: &Device) -> Link {
         let ca_pem = self.authority.certificate_pem();
         let credentials = Some(&*device.credentials);
-        link::attempt(self.addresses().devices, ca_pem, credentials, link::not_reading()).await.unwrap()
+        link::attempt(
+            self.addresses().devices,
+            ca_pem,
+            credentials,
+            link::not_reading(),
+        )
+        .await
+        .unwrap()
     }
 
     pub async fn attempt(&self, credentials: Option<&Credentials>) -> Attempt {
-        link::attempt(self.addresses().devices, self.authority.certificate_pem(), credentials, link::ordinary())
-            .await
+        link::attempt(
+            self.addresses().devices,
+            self.authority.certificate_pem(),
+            credentials,
+            link::ordinary(),
+        )
+        .await
     }
 
     pub async fn checker(&self) -> FreshnessClient<Channel> {
-        self.checker_with(&self.authority.issue_checker("dev").unwrap()).await
+        self.checker_with(&self.authority.issue_checker("dev").unwrap())
+            .await
     }
 
     pub async fn checker_with(&self, credentials: &Credentials) -> FreshnessClient<Channel> {
@@ -131,12 +158,21 @@ impl World {
     pub async fn entry(&self, device: &Device) -> v1::Entry {
         let user_ids = vec![bytes::Bytes::copy_from_slice(&device.id.user.0)];
         let mut checker = self.checker().await;
-        let response = checker.get(v1::GetRequest { user_ids }).await.unwrap().into_inner();
+        let response = checker
+            .get(v1::GetRequest { user_ids })
+            .await
+            .unwrap()
+            .into_inner();
         response.entries.into_iter().next().unwrap()
     }
 
     pub async fn metrics(&self) -> MetricsPage {
-        MetricsPage(process::http_get(self.addresses().admin, "/metrics").await.unwrap().1)
+        MetricsPage(
+            process::http_get(self.addresses().admin, "/metrics")
+                .await
+                .unwrap()
+                .1,
+        )
     }
 
     /// Scrapes until the page is as a test wants it.
@@ -169,5 +205,9 @@ async fn run(config: &Config) -> Running {
     let addresses = gateway.addresses();
     let stop = CancellationToken::new();
     let ended = tokio::spawn(gateway.run(stop.clone()));
-    Running { addresses, stop, ended }
+    Running {
+        addresses,
+        stop,
+        ended,
+    }
 }

@@ -141,8 +141,8 @@ pub mod freshness_client {
         }
         /// Snapshot and changes in one ordered stream:
         /// Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Reset)\*
-        /// To resume, pass the token of the last Header, SnapshotEnd or Progress that was fully worked
-        /// through: every user changed since comes once, with the latest value. Tokens do not expire.
+        /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
+        /// user changed since comes, with the latest value. Tokens do not expire.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoRequest<::waypost_proto::v1::WatchRequest>,
@@ -211,8 +211,8 @@ pub mod freshness_server {
             + 'static;
         /// Snapshot and changes in one ordered stream:
         /// Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Reset)\*
-        /// To resume, pass the token of the last Header, SnapshotEnd or Progress that was fully worked
-        /// through: every user changed since comes once, with the latest value. Tokens do not expire.
+        /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
+        /// user changed since comes, with the latest value. Tokens do not expire.
         async fn watch(
             &self,
             request: tonic::Request<::waypost_proto::v1::WatchRequest>,
