@@ -92,9 +92,19 @@ impl Checker {
             let path = pki.join(name);
             std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
         };
-        let (ca, certificate, key) = (read("ca.pem")?, read("checker-dev.pem")?, read("checker-dev.key")?);
-        let client =
-            client::connect(&format!("https://{freshness}"), ca, certificate, key, SERVER_NAME).await?;
+        let (ca, certificate, key) = (
+            read("ca.pem")?,
+            read("checker-dev.pem")?,
+            read("checker-dev.key")?,
+        );
+        let client = client::connect(
+            &format!("https://{freshness}"),
+            ca,
+            certificate,
+            key,
+            SERVER_NAME,
+        )
+        .await?;
         Ok(Self { client })
     }
 
@@ -106,7 +116,10 @@ impl Checker {
         let mut entries = Vec::with_capacity(users.len());
         let mut resolved_ms = 0;
         for page in users.chunks(GET_PAGE_USERS) {
-            let user_ids = page.iter().map(|user| Bytes::copy_from_slice(&user.0)).collect();
+            let user_ids = page
+                .iter()
+                .map(|user| Bytes::copy_from_slice(&user.0))
+                .collect();
             let answer = self.client.get(GetRequest { user_ids }).await?.into_inner();
             ensure!(
                 answer.entries.len() == page.len(),
@@ -118,7 +131,10 @@ impl Checker {
             resolved_ms = resolved_ms.max(answer.resolved_ms);
         }
         // The gateway's clock is ahead of ours only if ours was set back.
-        Ok(Answer { entries, at_most_ms: system_now_ms().max(resolved_ms) })
+        Ok(Answer {
+            entries,
+            at_most_ms: system_now_ms().max(resolved_ms),
+        })
     }
 
     /// Begins to watch all users.
@@ -187,7 +203,10 @@ impl Drop for Watch {
 impl WatchState {
     async fn read(&self, client: &mut FreshnessClient<Channel>) -> Result<(), tonic::Status> {
         let token = self.book.lock().token.clone();
-        let request = WatchRequest { token, ..WatchRequest::default() };
+        let request = WatchRequest {
+            token,
+            ..WatchRequest::default()
+        };
         let mut stream = client.watch(request).await?.into_inner();
         while let Some(message) = stream.message().await? {
             let now_ms = system_now_ms();
@@ -225,7 +244,10 @@ impl WatchBook {
             }
             Kind::Progress(progress) => {
                 if progress.position < self.announced {
-                    self.fault(format!("progress went back from {} to {}", self.announced, progress.position));
+                    self.fault(format!(
+                        "progress went back from {} to {}",
+                        self.announced, progress.position
+                    ));
                 }
                 self.announced = progress.position;
                 self.token = progress.token;
@@ -238,14 +260,23 @@ impl WatchBook {
 
     fn take_entry(&mut self, entry: &Entry) -> Option<u64> {
         let Ok(user) = <[u8; 16]>::try_from(entry.user.as_ref()).map(UserId) else {
-            self.fault(format!("an entry names a user of {} bytes", entry.user.len()));
+            self.fault(format!(
+                "an entry names a user of {} bytes",
+                entry.user.len()
+            ));
             return None;
         };
         if !self.is_snapshot && entry.position <= self.announced {
-            self.fault(format!("{user} came at position {}, after {} was announced", entry.position, self.announced));
+            self.fault(format!(
+                "{user} came at position {}, after {} was announced",
+                entry.position, self.announced
+            ));
         }
-        let seen =
-            Seen { position: entry.position, contact_ms: entry.last_contact_ms, sample_ms: entry.last_sample_ms };
+        let seen = Seen {
+            position: entry.position,
+            contact_ms: entry.last_contact_ms,
+            sample_ms: entry.last_sample_ms,
+        };
         let before = self.newest.insert(user, seen).unwrap_or_default();
         if seen.position < before.position
             || seen.contact_ms < before.contact_ms
@@ -293,7 +324,10 @@ mod tests {
 
     fn after(events: impl IntoIterator<Item = WatchEvent>) -> (WatchBook, Vec<u64>) {
         let mut book = WatchBook::default();
-        let durable = events.into_iter().filter_map(|event| book.take(event)).collect();
+        let durable = events
+            .into_iter()
+            .filter_map(|event| book.take(event))
+            .collect();
         (book, durable)
     }
 
@@ -302,14 +336,24 @@ mod tests {
             event(Kind::Header(Header::default())),
             entry(1, 5, 100),
             entry(2, 3, 100),
-            event(Kind::SnapshotEnd(SnapshotEnd { count: 2, position: 5, token: Bytes::from_static(b"t") })),
+            event(Kind::SnapshotEnd(SnapshotEnd {
+                count: 2,
+                position: 5,
+                token: Bytes::from_static(b"t"),
+            })),
         ]
     }
 
     #[test]
     fn a_stream_in_order_has_no_fault_and_only_changes_are_timed() {
         let mut events = snapshot();
-        events.extend([entry(1, 6, 200), event(Kind::Progress(Progress { position: 6, ..Progress::default() }))]);
+        events.extend([
+            entry(1, 6, 200),
+            event(Kind::Progress(Progress {
+                position: 6,
+                ..Progress::default()
+            })),
+        ]);
         let (book, durable) = after(events);
         assert_eq!((book.faults, book.announced, durable), (0, 6, vec![77]));
         assert_eq!(book.newest[&UserId([1; 16])].sample_ms, 200);
@@ -320,7 +364,13 @@ mod tests {
         for (broken, words) in [
             (entry(1, 5, 100), "was announced"),
             (entry(1, 6, 99), "went back"),
-            (event(Kind::Progress(Progress { position: 4, ..Progress::default() })), "progress went back"),
+            (
+                event(Kind::Progress(Progress {
+                    position: 4,
+                    ..Progress::default()
+                })),
+                "progress went back",
+            ),
         ] {
             let mut events = snapshot();
             events.push(broken);

@@ -89,7 +89,10 @@ impl Fleet {
         let links = Arc::new(Links::open(target.devices, GATEWAY_NAME, root, SOCKETS)?);
         let books = Arc::new(Books {
             begun: Instant::now(),
-            ledgers: devices.iter().map(|device| Mutex::new(DeviceLedger::new(*device, keep_each))).collect(),
+            ledgers: devices
+                .iter()
+                .map(|device| Mutex::new(DeviceLedger::new(*device, keep_each)))
+                .collect(),
             latencies: Mutex::default(),
             sent: AtomicU64::default(),
             acked: AtomicU64::default(),
@@ -103,23 +106,40 @@ impl Fleet {
         let mut made = Vec::with_capacity(devices.len());
         for (at, device) in devices.iter().enumerate() {
             let issued = authority.issue_device_with_key(*device, &key)?;
-            let credentials = links.credentials(vec![issued.certificate_der()], issued.private_key_der())?;
-            let config = DeviceConfig { credentials, capacity: CAPACITY, seed: at as u64 };
-            let bookkeeper = Bookkeeper { books: books.clone(), at, is_welcomed: false };
+            let credentials =
+                links.credentials(vec![issued.certificate_der()], issued.private_key_der())?;
+            let config = DeviceConfig {
+                credentials,
+                capacity: CAPACITY,
+                seed: at as u64,
+            };
+            let bookkeeper = Bookkeeper {
+                books: books.clone(),
+                at,
+                is_welcomed: false,
+            };
             made.push(Device::spawn(links.clone(), config, bookkeeper));
             if at.is_multiple_of(ENROL_STRIDE) {
                 progress.at(at as u64, String::new);
                 tokio::task::yield_now().await;
             }
         }
-        Ok(Self { links, devices: made, books })
+        Ok(Self {
+            links,
+            devices: made,
+            books,
+        })
     }
 
     /// Connects all devices, not too many at a time.
     ///
     /// # Errors
     /// When none gets through for too long.
-    pub async fn connect(&self, progress: &Progress, stop: &CancellationToken) -> anyhow::Result<()> {
+    pub async fn connect(
+        &self,
+        progress: &Progress,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<()> {
         let total = self.devices.len() as u64;
         progress.begin("connecting", Some(total));
         let mut waiting = self.devices.iter();
@@ -157,7 +177,11 @@ impl Fleet {
     ///
     /// # Errors
     /// When none gets through for too long.
-    pub async fn reconnect(&self, progress: &Progress, stop: &CancellationToken) -> anyhow::Result<()> {
+    pub async fn reconnect(
+        &self,
+        progress: &Progress,
+        stop: &CancellationToken,
+    ) -> anyhow::Result<()> {
         self.devices.iter().for_each(Device::go_offline);
         while 0 < self.connected() {
             sleep(CONNECT_LOOK_INTERVAL).await;
@@ -203,7 +227,10 @@ impl Fleet {
     #[must_use]
     pub fn open(&self) -> u64 {
         let answered = self.acked() + self.books.dropped.load(Ordering::Relaxed);
-        self.books.sent.load(Ordering::Relaxed).saturating_sub(answered)
+        self.books
+            .sent
+            .load(Ordering::Relaxed)
+            .saturating_sub(answered)
     }
 
     /// How many devices are connected.
@@ -239,7 +266,11 @@ impl Fleet {
     /// What checkers must be told from now on, at least.
     #[must_use]
     pub fn expected(&self) -> Vec<Expected> {
-        self.books.ledgers.iter().map(|ledger| Expected::from(&*ledger.lock())).collect()
+        self.books
+            .ledgers
+            .iter()
+            .map(|ledger| Expected::from(&*ledger.lock()))
+            .collect()
     }
 
     /// Disconnects all devices and hands out their books.
@@ -271,7 +302,9 @@ impl Observer for Bookkeeper {
 
     fn observed(&mut self, event: &Event, read_at: Instant) {
         let books = &*self.books;
-        if matches!(event, Event::Welcomed { .. }) && !std::mem::replace(&mut self.is_welcomed, true) {
+        if matches!(event, Event::Welcomed { .. })
+            && !std::mem::replace(&mut self.is_welcomed, true)
+        {
             books.connected.fetch_add(1, Ordering::Relaxed);
         }
         let read_us = books.us_at(read_at);

@@ -157,10 +157,19 @@ impl DeviceLedger {
     /// acknowledged.
     pub fn book(&mut self, event: &Event, acked: impl FnMut(u64)) {
         match event {
-            Event::Welcomed { server_ms, position } => self.heard(*server_ms, *position),
+            Event::Welcomed {
+                server_ms,
+                position,
+            } => self.heard(*server_ms, *position),
             Event::Renumbered { epoch, .. } => self.renumber(*epoch),
-            Event::Rejected { retryable: true, .. } => self.retried += 1,
-            Event::Rejected { seq, retryable: false, .. } => {
+            Event::Rejected {
+                retryable: true, ..
+            } => self.retried += 1,
+            Event::Rejected {
+                seq,
+                retryable: false,
+                ..
+            } => {
                 // The event that settles it follows.
                 if let Some(sent) = self.current().get_mut(*seq) {
                     sent.fate = Fate::Refused;
@@ -168,11 +177,18 @@ impl DeviceLedger {
             }
             Event::Settled(range) => self.settle(*range, acked),
             Event::Repeated(range) => {
-                let again = usize::try_from(range.len()).unwrap_or(usize::MAX).min(self.repeats_due_us.len());
+                let again = usize::try_from(range.len())
+                    .unwrap_or(usize::MAX)
+                    .min(self.repeats_due_us.len());
                 self.acked += again as u64;
                 self.repeats_due_us.drain(..again).for_each(acked);
             }
-            Event::Acknowledged { receive_ms, position, totals, .. } => {
+            Event::Acknowledged {
+                receive_ms,
+                position,
+                totals,
+                ..
+            } => {
                 self.heard(*receive_ms, *position);
                 self.count(*totals);
             }
@@ -201,10 +217,26 @@ impl DeviceLedger {
     /// Running totals may arrive late, on the other lane; an older one adds nothing.
     fn count(&mut self, totals: Totals) {
         for (sum, told, total) in [
-            (&mut self.fates.accepted, &mut self.told.accepted, totals.accepted),
-            (&mut self.fates.duplicate, &mut self.told.duplicate, totals.duplicate),
-            (&mut self.fates.filtered, &mut self.told.filtered, totals.filtered),
-            (&mut self.fates.rejected, &mut self.told.rejected, totals.rejected),
+            (
+                &mut self.fates.accepted,
+                &mut self.told.accepted,
+                totals.accepted,
+            ),
+            (
+                &mut self.fates.duplicate,
+                &mut self.told.duplicate,
+                totals.duplicate,
+            ),
+            (
+                &mut self.fates.filtered,
+                &mut self.told.filtered,
+                totals.filtered,
+            ),
+            (
+                &mut self.fates.rejected,
+                &mut self.told.rejected,
+                totals.rejected,
+            ),
         ] {
             *sum += total.saturating_sub(*told);
             *told = total.max(*told);
@@ -220,8 +252,17 @@ impl DeviceLedger {
     /// where it was.
     fn renumber(&mut self, epoch: u32) {
         let current = self.current();
-        let open = current.sent.iter().filter(|sent| sent.fate == Fate::Open).copied().collect();
-        let begun = EpochLedger { number: epoch, sent: open, forgotten: 0 };
+        let open = current
+            .sent
+            .iter()
+            .filter(|sent| sent.fate == Fate::Open)
+            .copied()
+            .collect();
+        let begun = EpochLedger {
+            number: epoch,
+            sent: open,
+            forgotten: 0,
+        };
         if current.number == 0 {
             *current = begun;
         } else {
@@ -236,7 +277,9 @@ impl DeviceLedger {
         let current = self.current();
         let mut newly = 0;
         for seq in range.first..=range.last.min(current.highest()) {
-            let Some(sent) = current.get_mut(seq) else { continue };
+            let Some(sent) = current.get_mut(seq) else {
+                continue;
+            };
             if sent.fate != Fate::Refused {
                 sent.fate = Fate::Settled;
                 newest.sample_ms = newest.sample_ms.max(sent.time_ms);
@@ -247,7 +290,12 @@ impl DeviceLedger {
             acked(sent.due_us);
             newly += 1;
         }
-        while keep < current.sent.len() && current.sent.front().is_some_and(|sent| sent.fate != Fate::Open) {
+        while keep < current.sent.len()
+            && current
+                .sent
+                .front()
+                .is_some_and(|sent| sent.fate != Fate::Open)
+        {
             current.sent.pop_front();
             current.forgotten += 1;
         }
@@ -288,41 +336,67 @@ pub fn digest(ping: &Ping) -> u64 {
         source,
     } = *ping;
     let mut hasher = DefaultHasher::new();
-    (time_ms, latitude_e7, longitude_e7, accuracy_dm, altitude_dm, speed_cm_per_s).hash(&mut hasher);
+    (
+        time_ms,
+        latitude_e7,
+        longitude_e7,
+        accuracy_dm,
+        altitude_dm,
+        speed_cm_per_s,
+    )
+        .hash(&mut hasher);
     (course_ddeg, heading_deg, battery_percent, source as i32).hash(&mut hasher);
     hasher.finish()
 }
 
+/// A ping for tests of the books: the source is a repetition for each fifth.
+#[cfg(test)]
+pub(crate) fn example_ping(seq: u64) -> Ping {
+    Ping {
+        seq,
+        time_ms: 1_000 * seq,
+        latitude_e7: 1,
+        longitude_e7: 2,
+        accuracy_dm: None,
+        altitude_dm: None,
+        speed_cm_per_s: None,
+        course_ddeg: None,
+        heading_deg: None,
+        battery_percent: None,
+        source: if seq.is_multiple_of(5) {
+            waypost_proto::ping::Source::LastKnown
+        } else {
+            waypost_proto::ping::Source::Gnss
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use waypost_proto::{id::UserId, ping::{RejectCode, Source}};
+    use waypost_proto::{id::UserId, ping::RejectCode};
 
     use super::*;
 
-    fn ping(seq: u64) -> Ping {
-        Ping {
-            seq,
-            time_ms: 1_000 * seq,
-            latitude_e7: 1,
-            longitude_e7: 2,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
-            source: if seq.is_multiple_of(5) { Source::LastKnown } else { Source::Gnss },
-        }
-    }
-
     /// Books of a device in epoch 1 that has sent pings; each is due at its number.
     fn ledger(sent: u64, keep: usize) -> DeviceLedger {
-        let mut ledger = DeviceLedger::new(DeviceId { user: UserId([7; 16]), device: 1 }, keep);
+        let mut ledger = DeviceLedger::new(
+            DeviceId {
+                user: UserId([7; 16]),
+                device: 1,
+            },
+            keep,
+        );
         for seq in 1..=sent {
-            ledger.send(&ping(seq), seq);
+            ledger.send(&example_ping(seq), seq);
         }
         ledger.connected();
-        book(&mut ledger, &Event::Renumbered { epoch: 1, previous_seqs: (1..=sent).collect() });
+        book(
+            &mut ledger,
+            &Event::Renumbered {
+                epoch: 1,
+                previous_seqs: (1..=sent).collect(),
+            },
+        );
         ledger
     }
 
@@ -338,8 +412,18 @@ mod tests {
     }
 
     fn counted(accepted: u64, duplicate: u64, rejected: u64) -> Event {
-        let totals = Totals { accepted, duplicate, filtered: 0, rejected };
-        Event::Acknowledged { receive_ms: 1, commit_ms: 2, position: 3, totals }
+        let totals = Totals {
+            accepted,
+            duplicate,
+            filtered: 0,
+            rejected,
+        };
+        Event::Acknowledged {
+            receive_ms: 1,
+            commit_ms: 2,
+            position: 3,
+            totals,
+        }
     }
 
     #[test]
@@ -360,13 +444,25 @@ mod tests {
         book(&mut ledger, &counted(4, 0, 0));
         ledger.connected();
         book(&mut ledger, &counted(2, 0, 1));
-        assert_eq!(ledger.fates, Totals { accepted: 7, duplicate: 1, filtered: 0, rejected: 1 });
+        assert_eq!(
+            ledger.fates,
+            Totals {
+                accepted: 7,
+                duplicate: 1,
+                filtered: 0,
+                rejected: 1
+            }
+        );
     }
 
     #[test]
     fn a_refused_ping_is_acknowledged_but_no_sign_of_a_sample() {
         let mut ledger = ledger(2, usize::MAX);
-        let rejected = |seq, retryable| Event::Rejected { seq, code: RejectCode::TooOld, retryable };
+        let rejected = |seq, retryable| Event::Rejected {
+            seq,
+            code: RejectCode::TooOld,
+            retryable,
+        };
         book(&mut ledger, &rejected(1, true));
         book(&mut ledger, &rejected(2, false));
         assert_eq!(book(&mut ledger, &settled(2, 2)), [2]);
@@ -374,8 +470,18 @@ mod tests {
         assert_eq!((ledger.newest.sample_ms, ledger.untold()), (0, 0));
         book(&mut ledger, &settled(1, 1));
         book(&mut ledger, &counted(1, 0, 2));
-        assert_eq!((ledger.newest.sample_ms, ledger.untold(), ledger.open()), (1_000, 0, 0));
-        assert_eq!(ledger.epochs[0].sent.iter().map(|sent| sent.fate).collect::<Vec<_>>(), [Fate::Settled, Fate::Refused]);
+        assert_eq!(
+            (ledger.newest.sample_ms, ledger.untold(), ledger.open()),
+            (1_000, 0, 0)
+        );
+        assert_eq!(
+            ledger.epochs[0]
+                .sent
+                .iter()
+                .map(|sent| sent.fate)
+                .collect::<Vec<_>>(),
+            [Fate::Settled, Fate::Refused]
+        );
     }
 
     #[test]
@@ -387,7 +493,10 @@ mod tests {
         book(&mut ledger, &settled(3, 4));
         book(&mut ledger, &settled(5, 5));
         book(&mut ledger, &counted(1, 0, 0));
-        assert_eq!((ledger.fates.accepted, ledger.untold(), ledger.open()), (3, 2, 0));
+        assert_eq!(
+            (ledger.fates.accepted, ledger.untold(), ledger.open()),
+            (3, 2, 0)
+        );
     }
 
     #[test]
@@ -395,10 +504,19 @@ mod tests {
         let mut ledger = ledger(5, usize::MAX);
         book(&mut ledger, &settled(1, 2));
         book(&mut ledger, &settled(4, 4));
-        book(&mut ledger, &Event::Renumbered { epoch: 3, previous_seqs: vec![3, 5] });
+        book(
+            &mut ledger,
+            &Event::Renumbered {
+                epoch: 3,
+                previous_seqs: vec![3, 5],
+            },
+        );
         assert_eq!(book(&mut ledger, &settled(1, 2)), [3, 5]);
         assert_eq!((ledger.epochs_lost, ledger.open()), (1, 0));
-        assert_eq!(ledger.epochs[1].get_mut(2).unwrap().digest, digest(&ping(5)));
+        assert_eq!(
+            ledger.epochs[1].get_mut(2).unwrap().digest,
+            digest(&example_ping(5))
+        );
         assert_eq!(ledger.epochs[0].get_mut(4).unwrap().fate, Fate::Settled);
     }
 
@@ -406,11 +524,18 @@ mod tests {
     fn settled_pings_are_forgotten_when_they_are_too_many() {
         let mut ledger = ledger(10, 3);
         book(&mut ledger, &settled(2, 10));
-        assert_eq!(ledger.epochs[0].sent.len(), 10, "an open ping is never forgotten");
+        assert_eq!(
+            ledger.epochs[0].sent.len(),
+            10,
+            "an open ping is never forgotten"
+        );
         book(&mut ledger, &settled(1, 1));
         let epoch = &mut ledger.epochs[0];
-        assert_eq!((epoch.forgotten, epoch.sent.len(), epoch.highest()), (7, 3, 10));
-        assert_eq!(epoch.get_mut(8).unwrap().digest, digest(&ping(8)));
+        assert_eq!(
+            (epoch.forgotten, epoch.sent.len(), epoch.highest()),
+            (7, 3, 10)
+        );
+        assert_eq!(epoch.get_mut(8).unwrap().digest, digest(&example_ping(8)));
         assert!(epoch.get_mut(7).is_none());
     }
 
@@ -420,7 +545,13 @@ mod tests {
         book(&mut ledger, &settled(1, 2));
         ledger.send_again(101);
         ledger.send_again(102);
-        assert_eq!(book(&mut ledger, &Event::Repeated(SeqRange { first: 1, last: 1 })), [101]);
+        assert_eq!(
+            book(
+                &mut ledger,
+                &Event::Repeated(SeqRange { first: 1, last: 1 })
+            ),
+            [101]
+        );
         assert_eq!((ledger.sent, ledger.acked, ledger.open()), (4, 3, 1));
     }
 
@@ -434,12 +565,24 @@ mod tests {
 
     #[test]
     fn any_other_value_is_another_digest() {
-        let one = ping(1);
+        let one = example_ping(1);
         assert_eq!(digest(&one), digest(&Ping { seq: 2, ..one }));
-        assert_ne!(digest(&one), digest(&Ping { heading_deg: Some(0), ..one }));
         assert_ne!(
-            digest(&Ping { course_ddeg: Some(9), ..one }),
-            digest(&Ping { heading_deg: Some(9), ..one }),
+            digest(&one),
+            digest(&Ping {
+                heading_deg: Some(0),
+                ..one
+            })
+        );
+        assert_ne!(
+            digest(&Ping {
+                course_ddeg: Some(9),
+                ..one
+            }),
+            digest(&Ping {
+                heading_deg: Some(9),
+                ..one
+            }),
             "the same number in another column"
         );
     }

@@ -45,7 +45,9 @@ impl LocalGateway {
     /// When there is no `waypost` beside this program, or it does not become ready.
     pub async fn start() -> anyhow::Result<Self> {
         let program = program_beside_this_one()?;
-        let folder = tempfile::Builder::new().prefix("waypost-loadtest-").tempdir()?;
+        let folder = tempfile::Builder::new()
+            .prefix("waypost-loadtest-")
+            .tempdir()?;
         let log = File::create(folder.path().join(LOG_FILE))?;
         let mut child = Command::new(&program)
             .args(["serve", "--dev", "--data"])
@@ -60,7 +62,11 @@ impl LocalGateway {
             .spawn()
             .with_context(|| format!("cannot start {}", program.display()))?;
         let addresses = wait_until_ready(&mut child, folder.path()).await?;
-        Ok(Self { child, addresses, folder })
+        Ok(Self {
+            child,
+            addresses,
+            folder,
+        })
     }
 
     /// How the load test reaches it.
@@ -82,7 +88,11 @@ impl LocalGateway {
     /// When it does not end in time, or with an error.
     pub async fn stop(mut self) -> anyhow::Result<TempDir> {
         let ended = self.terminate().await?;
-        ensure!(ended.success(), "the gateway ended with {ended}; its log ends:\n{}", log_tail(self.folder.path()));
+        ensure!(
+            ended.success(),
+            "the gateway ended with {ended}; its log ends:\n{}",
+            log_tail(self.folder.path())
+        );
         Ok(self.folder)
     }
 
@@ -90,10 +100,15 @@ impl LocalGateway {
         if let Some(ended) = self.child.try_wait()? {
             return Ok(ended);
         }
-        let pid = self.child.id().and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
+        let pid = self
+            .child
+            .id()
+            .and_then(|pid| Pid::from_raw(pid.try_into().ok()?));
         kill_process(pid.context("the gateway has no process id")?, Signal::TERM)?;
         let ended = timeout(STOP_TIMEOUT, self.child.wait()).await;
-        Ok(ended.with_context(|| format!("the gateway did not stop within {STOP_TIMEOUT:?} of SIGTERM"))??)
+        Ok(ended.with_context(|| {
+            format!("the gateway did not stop within {STOP_TIMEOUT:?} of SIGTERM")
+        })??)
     }
 }
 
@@ -111,10 +126,16 @@ async fn wait_until_ready(child: &mut Child, folder: &Path) -> anyhow::Result<Ad
     let patience = Instant::now() + START_TIMEOUT;
     loop {
         if let Some(ended) = child.try_wait()? {
-            bail!("the gateway ended with {ended} before it was ready; its log ends:\n{}", log_tail(folder));
+            bail!(
+                "the gateway ended with {ended} before it was ready; its log ends:\n{}",
+                log_tail(folder)
+            );
         }
-        let written = tokio::fs::read(data_in(folder).join(ADDRESSES_FILE)).await.ok();
-        if let Some(addresses) = written.and_then(|json| serde_json::from_slice::<Addresses>(&json).ok())
+        let written = tokio::fs::read(data_in(folder).join(ADDRESSES_FILE))
+            .await
+            .ok();
+        if let Some(addresses) =
+            written.and_then(|json| serde_json::from_slice::<Addresses>(&json).ok())
             && scrape::get(addresses.admin, "/readyz").await.is_ok()
         {
             return Ok(addresses);

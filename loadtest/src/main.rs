@@ -126,7 +126,9 @@ async fn main() -> ExitCode {
         None => run::on_own_gateway(scenario, &progress, &stop).await,
     };
     progress.end();
-    match outcome.and_then(|report| publish(&report, common.json.as_deref()).map(|()| report.passed())) {
+    match outcome
+        .and_then(|report| publish(&report, common.json.as_deref()).map(|()| report.passed()))
+    {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(EXIT_FAILED),
         Err(error) => fail(&error, EXIT_FAILED),
@@ -135,23 +137,42 @@ async fn main() -> ExitCode {
 
 fn prepare(command: Command) -> anyhow::Result<(Scenario, CommonArgs)> {
     match command {
-        Command::Replay(ReplayArgs { file, speed_up, original_times, passes, common }) => {
+        Command::Replay(ReplayArgs {
+            file,
+            speed_up,
+            original_times,
+            passes,
+            common,
+        }) => {
             let mut replay = Replay::open(&file, speed_up.0, passes)?;
             if !original_times {
                 replay.end_at(system_now_ms());
             }
             Ok((Scenario::Replay(replay), common))
         }
-        Command::Steady(SteadyArgs { devices, rate, duration, seed, common }) => {
+        Command::Steady(SteadyArgs {
+            devices,
+            rate,
+            duration,
+            seed,
+            common,
+        }) => {
             let seed = seed.unwrap_or_else(|| u64::from(rand::random::<u32>()));
-            let steady = Steady { devices, pings_per_s: rate, duration: duration.0, seed };
+            let steady = Steady {
+                devices,
+                pings_per_s: rate,
+                duration: duration.0,
+                seed,
+            };
             Ok((Scenario::Steady(steady), common))
         }
     }
 }
 
 async fn target(common: &CommonArgs) -> anyhow::Result<Option<Target>> {
-    let (Some(addr), Some(pki)) = (&common.addr, &common.pki) else { return Ok(None) };
+    let (Some(addr), Some(pki)) = (&common.addr, &common.pki) else {
+        return Ok(None);
+    };
     Ok(Some(Target {
         devices: resolve(addr).await?,
         freshness: resolve_if_given(common.freshness.as_deref()).await?,
@@ -170,10 +191,16 @@ async fn resolve_if_given(host_port: Option<&str>) -> anyhow::Result<Option<Sock
 
 async fn resolve(host_port: &str) -> anyhow::Result<SocketAddr> {
     let found = tokio::net::lookup_host(host_port).await;
-    let mut found = found.with_context(|| format!("{host_port:?} is not an address like localhost:4433"))?;
+    let mut found =
+        found.with_context(|| format!("{host_port:?} is not an address like localhost:4433"))?;
     // The gateway listens on IPv4 loopback unless told otherwise; localhost may name IPv6 first.
-    let first = found.next().with_context(|| format!("{host_port:?} has no address"))?;
-    Ok(found.chain([first]).find(SocketAddr::is_ipv4).unwrap_or(first))
+    let first = found
+        .next()
+        .with_context(|| format!("{host_port:?} has no address"))?;
+    Ok(found
+        .chain([first])
+        .find(SocketAddr::is_ipv4)
+        .unwrap_or(first))
 }
 
 /// The first Ctrl-C ends the sending, and the run is checked; the second ends the process.
@@ -191,7 +218,11 @@ fn stop_on_ctrl_c() -> CancellationToken {
     stop
 }
 
-#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the report is what the command is for")]
+#[expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "the report is what the command is for"
+)]
 fn publish(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
     let to_stdout = json == Some(Path::new("-"));
     match json {
@@ -204,7 +235,8 @@ fn publish(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
             print!("\n{report}");
             let mut text = serde_json::to_vec_pretty(report)?;
             text.push(b'\n');
-            std::fs::write(path, text).with_context(|| format!("cannot write the report to {}", path.display()))?;
+            std::fs::write(path, text)
+                .with_context(|| format!("cannot write the report to {}", path.display()))?;
         }
         None => print!("\n{report}"),
     }
@@ -240,7 +272,8 @@ fn parse_length(text: &str) -> anyhow::Result<Length> {
     if text == "forever" {
         return Ok(Length(None));
     }
-    let duration = humantime::parse_duration(text).context("write a time such as 90s, or `forever`")?;
+    let duration =
+        humantime::parse_duration(text).context("write a time such as 90s, or `forever`")?;
     Ok(Length(Some(duration)))
 }
 
@@ -265,7 +298,10 @@ mod tests {
         for (line, is_right) in [
             ("loadtest steady", true),
             ("loadtest steady --addr localhost:4433", false),
-            ("loadtest steady --addr localhost:4433 --pki pki --freshness localhost:4434", true),
+            (
+                "loadtest steady --addr localhost:4433 --pki pki --freshness localhost:4434",
+                true,
+            ),
             ("loadtest steady --freshness localhost:4434", false),
             ("loadtest steady --duration forever --rate 0.5", true),
             ("loadtest steady --rate 0", false),
@@ -273,7 +309,11 @@ mod tests {
             ("loadtest replay day.csv.gz --passes 0", false),
             ("loadtest replay", false),
         ] {
-            assert_eq!(Cli::try_parse_from(line.split(' ')).is_ok(), is_right, "{line}");
+            assert_eq!(
+                Cli::try_parse_from(line.split(' ')).is_ok(),
+                is_right,
+                "{line}"
+            );
         }
     }
 

@@ -30,7 +30,10 @@ impl Progress {
     /// A display that shows everything.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_target(ProgressDrawTarget::stderr_with_hz(DRAWS_PER_S), stderr().is_terminal())
+        Self::with_target(
+            ProgressDrawTarget::stderr_with_hz(DRAWS_PER_S),
+            stderr().is_terminal(),
+        )
     }
 
     /// A display that shows nothing, for tests.
@@ -41,13 +44,21 @@ impl Progress {
 
     fn with_target(target: ProgressDrawTarget, is_terminal: bool) -> Self {
         let bar = ProgressBar::with_draw_target(None, target);
-        Self { bar, is_terminal, spoken: Mutex::new(Spoken { step: "", at: Instant::now() }) }
+        Self {
+            bar,
+            is_terminal,
+            spoken: Mutex::new(Spoken {
+                step: "",
+                at: Instant::now(),
+            }),
+        }
     }
 
     /// A line that stays.
     pub fn say(&self, line: impl Display) {
         if self.is_terminal {
-            self.bar.suspend(|| print_line(!self.bar.is_hidden(), &line));
+            self.bar
+                .suspend(|| print_line(!self.bar.is_hidden(), &line));
         } else {
             print_line(true, &line);
         }
@@ -55,15 +66,22 @@ impl Progress {
 
     /// Begins a step of `total` things, or of an unknown number.
     pub fn begin(&self, step: &'static str, total: Option<u64>) {
-        *self.spoken.lock() = Spoken { step, at: Instant::now() };
+        *self.spoken.lock() = Spoken {
+            step,
+            at: Instant::now(),
+        };
         self.bar.reset();
         match total {
             Some(total) => {
-                self.bar.set_style(style("  {prefix:<10} {bar:24.green/dim} {human_pos} of {human_len}  {wide_msg}"));
+                self.bar.set_style(style(
+                    "  {prefix:<10} {bar:24.green/dim} {human_pos} of {human_len}  {wide_msg}",
+                ));
                 self.bar.set_length(total);
             }
             None => {
-                self.bar.set_style(style("  {prefix:<10} {spinner:.green} {human_pos} in {elapsed}  {wide_msg}"));
+                self.bar.set_style(style(
+                    "  {prefix:<10} {spinner:.green} {human_pos} in {elapsed}  {wide_msg}",
+                ));
                 self.bar.unset_length();
             }
         }

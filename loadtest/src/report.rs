@@ -127,7 +127,8 @@ impl Report {
 impl Default for Latencies {
     fn default() -> Self {
         #[expect(clippy::expect_used, reason = "constants; a test makes one")]
-        let histogram = Histogram::new_with_bounds(1, LONGEST_US, 3).expect("bounds and digits are valid");
+        let histogram =
+            Histogram::new_with_bounds(1, LONGEST_US, 3).expect("bounds and digits are valid");
         Self { histogram }
     }
 }
@@ -153,7 +154,10 @@ impl Latencies {
     #[must_use]
     pub fn quantile_ms(&self, quantile: f64) -> f64 {
         // Three digits are known; more would only look exact.
-        let latency_us = self.histogram.value_at_quantile(quantile).min(self.histogram.max());
+        let latency_us = self
+            .histogram
+            .value_at_quantile(quantile)
+            .min(self.histogram.max());
         latency_us as f64 / 1_000.0
     }
 
@@ -172,7 +176,11 @@ impl Latencies {
     /// The percentiles of the report.
     #[must_use]
     pub fn freshness_ms(&self) -> FreshnessMs {
-        FreshnessMs { p50: self.quantile_ms(0.5), p99: self.quantile_ms(0.99), max: self.quantile_ms(1.0) }
+        FreshnessMs {
+            p50: self.quantile_ms(0.5),
+            p99: self.quantile_ms(0.99),
+            max: self.quantile_ms(1.0),
+        }
     }
 }
 
@@ -195,7 +203,11 @@ impl fmt::Display for Report {
             Count(self.filtered),
             Count(self.rejected),
         )?;
-        for (what, count) in [("untold", self.untold), ("dropped", self.dropped), ("unchecked", self.unchecked)] {
+        for (what, count) in [
+            ("untold", self.untold),
+            ("dropped", self.dropped),
+            ("unchecked", self.unchecked),
+        ] {
             if 0 < count {
                 write!(f, "   {what} {}", Count(count))?;
             }
@@ -219,9 +231,18 @@ impl fmt::Display for Report {
                 Ms(freshness.max),
             )?;
         }
-        let rss = self.gateway.rss_bytes.map_or_else(unknown, |bytes| format!("{} MiB", Count(bytes >> 20)));
-        let cpu = self.gateway.cpu_s.map_or_else(unknown, |cpu_s| Seconds(cpu_s).to_string());
-        let connections = self.gateway.connections.map_or_else(unknown, |count| Count(count).to_string());
+        let rss = self
+            .gateway
+            .rss_bytes
+            .map_or_else(unknown, |bytes| format!("{} MiB", Count(bytes >> 20)));
+        let cpu = self
+            .gateway
+            .cpu_s
+            .map_or_else(unknown, |cpu_s| Seconds(cpu_s).to_string());
+        let connections = self
+            .gateway
+            .connections
+            .map_or_else(unknown, |count| Count(count).to_string());
         writeln!(
             f,
             "  gateway    memory {rss}   cpu {cpu}   connections {connections}   reconnects {}",
@@ -248,7 +269,10 @@ fn unknown() -> String {
 pub(crate) struct Count(pub(crate) u64);
 
 impl Count {
-    #[expect(clippy::cast_possible_truncation, reason = "for people; casts of floats saturate")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "for people; casts of floats saturate"
+    )]
     pub(crate) fn of(number: f64) -> Self {
         Self(number.round() as u64)
     }
@@ -333,7 +357,11 @@ mod tests {
             ack_ms: AckMs::default(),
             freshness_ms: Some(FreshnessMs::default()),
             gateway: GatewayUse::default(),
-            checks: vec![Check { promise: "every ping was acknowledged", passed: true, detail: String::new() }],
+            checks: vec![Check {
+                promise: "every ping was acknowledged",
+                passed: true,
+                detail: String::new(),
+            }],
         }
     }
 
@@ -375,8 +403,16 @@ mod tests {
     fn one_failed_check_fails_the_run_and_is_shown() {
         let mut report = report();
         assert!(report.passed());
-        assert!(report.to_string().contains("PASS  every ping was acknowledged"));
-        report.checks.push(Check { promise: "nothing is stored twice", passed: false, detail: "3 pings".to_owned() });
+        assert!(
+            report
+                .to_string()
+                .contains("PASS  every ping was acknowledged")
+        );
+        report.checks.push(Check {
+            promise: "nothing is stored twice",
+            passed: false,
+            detail: "3 pings".to_owned(),
+        });
         assert!(!report.passed());
         assert!(report.to_string().contains("FAIL  nothing is stored twice"));
     }
@@ -390,13 +426,19 @@ mod tests {
         latencies.record_us(u64::MAX);
         let ack = latencies.ack_ms();
         let near = |found: f64, expected: f64| (found / expected - 1.0).abs() < 0.002;
-        assert!(near(ack.p50, 501.0) && near(ack.p90, 901.0) && near(ack.p99, 991.0), "{ack:?}");
+        assert!(
+            near(ack.p50, 501.0) && near(ack.p90, 901.0) && near(ack.p99, 991.0),
+            "{ack:?}"
+        );
         assert!(near(ack.max, 3_600_000.0), "{ack:?}");
     }
 
     #[test]
     fn numbers_are_written_for_people() {
-        assert_eq!([0, 999, 1_000, 1_234_567].map(|count| Count(count).to_string()), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!(
+            [0, 999, 1_000, 1_234_567].map(|count| Count(count).to_string()),
+            ["0", "999", "1,000", "1,234,567"]
+        );
         assert_eq!(
             [0.5, 12.34, 4_321.0, 65_000.0].map(|ms| Ms(ms).to_string()),
             ["0.50 ms", "12.3 ms", "4,321 ms", "65.0 s"]

@@ -65,7 +65,10 @@ pub async fn on_own_gateway(
 ) -> anyhow::Result<Report> {
     let gateway = LocalGateway::start().await?;
     let target = gateway.target();
-    progress.say(format_args!("  gateway    started for this run; devices on udp {}", target.devices));
+    progress.say(format_args!(
+        "  gateway    started for this run; devices on udp {}",
+        target.devices
+    ));
     let mut outcome = load(&target, scenario, progress, stop).await?;
     progress.begin("stopping", None);
     let stopped = gateway.stop().await;
@@ -93,7 +96,9 @@ async fn load(
     };
     let usage = target.admin.map(UseWatch::start);
 
-    let keep_each = scenario.pings_per_pass().map_or(0, |_| MOST_KEPT_PINGS / devices.len().max(1));
+    let keep_each = scenario
+        .pings_per_pass()
+        .map_or(0, |_| MOST_KEPT_PINGS / devices.len().max(1));
     let fleet = Arc::new(Fleet::enrol(&devices, target, keep_each, progress).await?);
     fleet.connect(progress, stop).await?;
     let watch = checker.as_ref().map(Checker::watch);
@@ -104,13 +109,19 @@ async fn load(
         }
         let begun_us = fleet.now_us();
         send(&fleet, &scenario, pass, watch.as_ref(), progress, stop).await?;
-        took_us += fleet.last_acked_us().map_or(0, |last_us| last_us.saturating_sub(begun_us));
+        took_us += fleet
+            .last_acked_us()
+            .map_or(0, |last_us| last_us.saturating_sub(begun_us));
     }
 
     progress.begin("checking", None);
     let expected = fleet.expected();
     let freshness = match &mut checker {
-        Some(checker) => Some(verify::check_freshness(&expected, &before, &checker.get(&users).await?)),
+        Some(checker) => Some(verify::check_freshness(
+            &expected,
+            &before,
+            &checker.get(&users).await?,
+        )),
         None => None,
     };
     let stream = match &watch {
@@ -148,7 +159,10 @@ async fn send(
     progress: &Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    progress.begin(if pass == 1 { "sending" } else { "again" }, scenario.pings_per_pass());
+    progress.begin(
+        if pass == 1 { "sending" } else { "again" },
+        scenario.pings_per_pass(),
+    );
     let acked_before = fleet.acked();
     let mut sender = tokio::task::spawn_blocking({
         let (fleet, scenario, stop) = (fleet.clone(), scenario.clone(), stop.clone());
@@ -187,7 +201,9 @@ fn hand_out(fleet: &Fleet, scenario: &Scenario, pass: u32, stop: &CancellationTo
         let due_us = if scenario.is_paced() {
             let due_us = begun_us + u64::try_from(due_ping.due.as_micros()).unwrap_or(u64::MAX / 2);
             while fleet.now_us() < due_us && !stop.is_cancelled() {
-                thread::sleep(Duration::from_micros(due_us - fleet.now_us().min(due_us)).min(STOP_LATENCY));
+                thread::sleep(
+                    Duration::from_micros(due_us - fleet.now_us().min(due_us)).min(STOP_LATENCY),
+                );
             }
             due_us
         } else {
@@ -216,7 +232,11 @@ struct Live {
 
 impl Live {
     fn new(acked: u64) -> Self {
-        Self { since: Instant::now(), acked, recent: String::new() }
+        Self {
+            since: Instant::now(),
+            acked,
+            recent: String::new(),
+        }
     }
 
     fn line(&mut self, fleet: &Fleet, watch: Option<&Watch>) -> String {
@@ -246,9 +266,18 @@ impl Live {
 
 /// The stream must have told of each user what is known now, in the promised order.
 async fn check_stream(watch: &Watch, expected: &[Expected]) -> FreshnessFindings {
-    let last_position = expected.iter().map(|expected| expected.newest.position).max().unwrap_or(0);
+    let last_position = expected
+        .iter()
+        .map(|expected| expected.newest.position)
+        .max()
+        .unwrap_or(0);
     let is_level = watch.reaches(last_position).await;
-    verify::check_stream(expected, |user| watch.seen(user), is_level.then_some(last_position), watch.faults())
+    verify::check_stream(
+        expected,
+        |user| watch.seen(user),
+        is_level.then_some(last_position),
+        watch.faults(),
+    )
 }
 
 async fn check_store(
@@ -256,8 +285,14 @@ async fn check_store(
     ledgers: &mut Vec<DeviceLedger>,
     progress: &Progress,
 ) -> anyhow::Result<Option<StoreFindings>> {
-    let Some(data) = target.data.clone() else { return Ok(None) };
-    if ledgers.iter().flat_map(|ledger| &ledger.epochs).all(|epoch| epoch.sent.is_empty()) {
+    let Some(data) = target.data.clone() else {
+        return Ok(None);
+    };
+    if ledgers
+        .iter()
+        .flat_map(|ledger| &ledger.epochs)
+        .all(|epoch| epoch.sent.is_empty())
+    {
         return Ok(None);
     }
     progress.begin("reading", None);

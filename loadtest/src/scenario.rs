@@ -52,15 +52,30 @@ impl Scenario {
                     || "as fast as acknowledged".to_owned(),
                     |speed_up| format!("{speed_up} times as fast as recorded"),
                 );
-                let passes = if 1 < replay.passes { format!(", {} times", replay.passes) } else { String::new() };
-                format!("replay: {pings} pings of {} devices, {pace}{passes}", Count(replay.devices().len() as u64))
+                let passes = if 1 < replay.passes {
+                    format!(", {} times", replay.passes)
+                } else {
+                    String::new()
+                };
+                format!(
+                    "replay: {pings} pings of {} devices, {pace}{passes}",
+                    Count(replay.devices().len() as u64)
+                )
             }
-            Self::Steady(Steady { devices, pings_per_s, duration, seed }) => {
+            Self::Steady(Steady {
+                devices,
+                pings_per_s,
+                duration,
+                seed,
+            }) => {
                 let length = duration.map_or_else(
                     || "until Ctrl-C".to_owned(),
                     |duration| format!("for {}", humantime::format_duration(duration)),
                 );
-                format!("steady: {} devices, {pings_per_s} pings/s, {length}, seed {seed}", Count((*devices).into()))
+                format!(
+                    "steady: {} devices, {pings_per_s} pings/s, {length}, seed {seed}",
+                    Count((*devices).into())
+                )
             }
         }
     }
@@ -123,7 +138,10 @@ impl Scenario {
 
 /// The one device of a simulated user, who is named by a UUID made of `name`: the same each time.
 pub(crate) fn only_device_of(name: &str) -> DeviceId {
-    DeviceId { user: UserId(Uuid::new_v5(&NAMESPACE, name.as_bytes()).into_bytes()), device: 1 }
+    DeviceId {
+        user: UserId(Uuid::new_v5(&NAMESPACE, name.as_bytes()).into_bytes()),
+        device: 1,
+    }
 }
 
 /// The namespace of simulated users: a random UUID of our own, so that they are nobody else's.

@@ -55,7 +55,10 @@ impl UseWatch {
     pub fn most(&self) -> GatewayUse {
         let seen = self.seen.lock();
         let cpu_s = seen.newest.cpu_s.zip(seen.cpu_before_s);
-        GatewayUse { cpu_s: cpu_s.map(|(now_s, before_s)| now_s + seen.cpu_ended_s - before_s), ..seen.most }
+        GatewayUse {
+            cpu_s: cpu_s.map(|(now_s, before_s)| now_s + seen.cpu_ended_s - before_s),
+            ..seen.most
+        }
     }
 }
 
@@ -97,15 +100,29 @@ pub async fn get(admin: SocketAddr, path: &str) -> anyhow::Result<String> {
         .await
         .context("no answer in time")?
         .with_context(|| format!("cannot read http://{admin}{path}"))?;
-    let (head, body) = response.split_once("\r\n\r\n").context("the answer is not HTTP")?;
-    ensure!(head.starts_with("HTTP/1.1 200"), "http://{admin}{path} answered: {body}");
+    let (head, body) = response
+        .split_once("\r\n\r\n")
+        .context("the answer is not HTTP")?;
+    ensure!(
+        head.starts_with("HTTP/1.1 200"),
+        "http://{admin}{path} answered: {body}"
+    );
     Ok(body.to_owned())
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "Prometheus writes whole numbers as floats, too")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "Prometheus writes whole numbers as floats, too"
+)]
 fn parse(page: &str) -> GatewayUse {
     let value = |name: &str| -> Option<f64> {
-        page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+        page.lines().find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(' ')?
+                .trim()
+                .parse()
+                .ok()
+        })
     };
     GatewayUse {
         rss_bytes: value("process_resident_memory_bytes").map(|bytes| bytes as u64),
@@ -121,7 +138,11 @@ mod tests {
     use super::*;
 
     fn looked(cpu_s: f64, rss_bytes: u64) -> GatewayUse {
-        GatewayUse { rss_bytes: Some(rss_bytes), cpu_s: Some(cpu_s), connections: None }
+        GatewayUse {
+            rss_bytes: Some(rss_bytes),
+            cpu_s: Some(cpu_s),
+            connections: None,
+        }
     }
 
     #[test]
@@ -129,14 +150,22 @@ mod tests {
         let page = "# HELP waypost_connections Open.\nwaypost_connections_accepted_total 9\nwaypost_connections 3\n\
                     process_resident_memory_bytes 1048576\nprocess_cpu_seconds_total 1.5\n";
         let found = parse(page);
-        assert_eq!((found.connections, found.rss_bytes, found.cpu_s), (Some(3), Some(1_048_576), Some(1.5)));
+        assert_eq!(
+            (found.connections, found.rss_bytes, found.cpu_s),
+            (Some(3), Some(1_048_576), Some(1.5))
+        );
         assert_eq!(parse("").connections, None);
     }
 
     #[test]
     fn processor_time_goes_on_over_a_restart() {
         let mut seen = Seen::default();
-        for found in [looked(10.0, 5), looked(12.0, 9), looked(1.0, 2), looked(4.0, 3)] {
+        for found in [
+            looked(10.0, 5),
+            looked(12.0, 9),
+            looked(1.0, 2),
+            looked(4.0, 3),
+        ] {
             seen.look(found);
         }
         let watch = |seen: Seen| {

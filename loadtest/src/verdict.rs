@@ -72,12 +72,22 @@ pub fn report(outcome: &Outcome) -> Report {
         unchecked: sum(|ledger| ledger.epochs.iter().map(|epoch| epoch.forgotten).sum()),
         freshness_checked: freshness.map(|freshness| freshness.checked),
         freshness_wrong: freshness.map(|freshness| freshness.wrong),
-        reconnects: ledgers.iter().map(|ledger| ledger.connections.saturating_sub(outcome.passes.into())).sum(),
+        reconnects: ledgers
+            .iter()
+            .map(|ledger| ledger.connections.saturating_sub(outcome.passes.into()))
+            .sum(),
         breaks: outcome.breaks.clone(),
         seconds: outcome.seconds,
-        pings_per_s: if 0.0 < outcome.seconds { acked as f64 / outcome.seconds } else { 0.0 },
+        pings_per_s: if 0.0 < outcome.seconds {
+            acked as f64 / outcome.seconds
+        } else {
+            0.0
+        },
         ack_ms: outcome.ack_latencies.ack_ms(),
-        freshness_ms: outcome.freshness_latencies.as_ref().map(Latencies::freshness_ms),
+        freshness_ms: outcome
+            .freshness_latencies
+            .as_ref()
+            .map(Latencies::freshness_ms),
         gateway: outcome.gateway,
         checks: checks(outcome, sent, acked),
     }
@@ -90,32 +100,94 @@ fn checks(outcome: &Outcome, sent: u64, acked: u64) -> Vec<Check> {
         passed: 0 < sent && sent == acked,
         detail: format!("{} of {}", Count(acked), Count(sent)),
     }];
-    let uneven = ledgers.iter().filter(|ledger| !adds_up(ledger, outcome.passes)).count() as u64;
-    checks.push(none_of("the four fates add up to what was acknowledged", uneven, "devices", &[]));
-    let epochs_lost = ledgers.iter().map(|ledger| u64::from(ledger.epochs_lost)).sum();
-    checks.push(none_of("the gateway remembered each device's queue", epochs_lost, "devices forgotten", &[]));
-    if let Some(StoreFindings { stored, lost, stored_twice, altered, unknown, examples, .. }) = &outcome.store {
+    let uneven = ledgers
+        .iter()
+        .filter(|ledger| !adds_up(ledger, outcome.passes))
+        .count() as u64;
+    checks.push(none_of(
+        "the four fates add up to what was acknowledged",
+        uneven,
+        "devices",
+        &[],
+    ));
+    let epochs_lost = ledgers
+        .iter()
+        .map(|ledger| u64::from(ledger.epochs_lost))
+        .sum();
+    checks.push(none_of(
+        "the gateway remembered each device's queue",
+        epochs_lost,
+        "devices forgotten",
+        &[],
+    ));
+    if let Some(StoreFindings {
+        stored,
+        lost,
+        stored_twice,
+        altered,
+        unknown,
+        examples,
+        ..
+    }) = &outcome.store
+    {
         checks.push(Check {
             promise: "every acknowledged ping is stored",
             passed: *lost == 0,
-            detail: with_examples(format!("{} lost, {} stored", Count(*lost), Count(*stored)), *lost, examples),
+            detail: with_examples(
+                format!("{} lost, {} stored", Count(*lost), Count(*stored)),
+                *lost,
+                examples,
+            ),
         });
-        checks.push(none_of("no ping is stored twice", *stored_twice, "stored twice", examples));
-        checks.push(none_of("every stored ping is as it was sent", *altered, "altered", examples));
-        checks.push(none_of("nothing is stored that was not sent", *unknown, "unknown", examples));
+        checks.push(none_of(
+            "no ping is stored twice",
+            *stored_twice,
+            "stored twice",
+            examples,
+        ));
+        checks.push(none_of(
+            "every stored ping is as it was sent",
+            *altered,
+            "altered",
+            examples,
+        ));
+        checks.push(none_of(
+            "nothing is stored that was not sent",
+            *unknown,
+            "unknown",
+            examples,
+        ));
     }
-    if let Some(FreshnessFindings { checked, wrong, examples }) = &outcome.freshness {
+    if let Some(FreshnessFindings {
+        checked,
+        wrong,
+        examples,
+    }) = &outcome.freshness
+    {
         checks.push(Check {
             promise: "every user's freshness is right",
             passed: *wrong == 0,
-            detail: with_examples(format!("{} wrong of {} users", Count(*wrong), Count(*checked)), *wrong, examples),
+            detail: with_examples(
+                format!("{} wrong of {} users", Count(*wrong), Count(*checked)),
+                *wrong,
+                examples,
+            ),
         });
     }
-    if let Some(FreshnessFindings { checked, wrong, examples }) = &outcome.stream {
+    if let Some(FreshnessFindings {
+        checked,
+        wrong,
+        examples,
+    }) = &outcome.stream
+    {
         checks.push(Check {
             promise: "the freshness stream told everything in order",
             passed: *wrong == 0,
-            detail: with_examples(format!("{} faults, {} users", Count(*wrong), Count(*checked)), *wrong, examples),
+            detail: with_examples(
+                format!("{} faults, {} users", Count(*wrong), Count(*checked)),
+                *wrong,
+                examples,
+            ),
         });
     }
     if let Some(error) = &outcome.gateway_end {
@@ -131,7 +203,12 @@ fn checks(outcome: &Outcome, sent: u64, acked: u64) -> Vec<Check> {
 /// A device that stayed connected was told of each ping once; one that lost its connection may not have
 /// been told of some.
 fn adds_up(ledger: &DeviceLedger, passes: u32) -> bool {
-    let Totals { accepted, duplicate, filtered, rejected } = ledger.fates;
+    let Totals {
+        accepted,
+        duplicate,
+        filtered,
+        rejected,
+    } = ledger.fates;
     let told = accepted + duplicate + filtered + rejected;
     if ledger.connections <= u64::from(passes) {
         told == ledger.acked + ledger.retried
@@ -142,11 +219,19 @@ fn adds_up(ledger: &DeviceLedger, passes: u32) -> bool {
 
 fn none_of(promise: &'static str, count: u64, what: &str, examples: &[String]) -> Check {
     let detail = with_examples(format!("{} {what}", Count(count)), count, examples);
-    Check { promise, passed: count == 0, detail }
+    Check {
+        promise,
+        passed: count == 0,
+        detail,
+    }
 }
 
 fn with_examples(numbers: String, count: u64, examples: &[String]) -> String {
-    if count == 0 || examples.is_empty() { numbers } else { format!("{numbers}: {}", examples.join("; ")) }
+    if count == 0 || examples.is_empty() {
+        numbers
+    } else {
+        format!("{numbers}: {}", examples.join("; "))
+    }
 }
 
 #[cfg(test)]
@@ -154,34 +239,46 @@ mod tests {
     use waypost_proto::{
         id::{DeviceId, UserId},
         outbox::Event,
-        ping::{Ping, Source},
         ranges::SeqRange,
     };
 
     use super::*;
+    use crate::ledger::example_ping;
 
     /// A device that sent one ping, which was stored and acknowledged.
     fn outcome() -> Outcome {
-        let mut ledger = DeviceLedger::new(DeviceId { user: UserId([7; 16]), device: 1 }, usize::MAX);
+        let mut ledger = DeviceLedger::new(
+            DeviceId {
+                user: UserId([7; 16]),
+                device: 1,
+            },
+            usize::MAX,
+        );
         ledger.connected();
-        ledger.book(&Event::Renumbered { epoch: 1, previous_seqs: Vec::new() }, |_| ());
-        let ping = Ping {
-            seq: 1,
-            time_ms: 1,
-            latitude_e7: 0,
-            longitude_e7: 0,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
-            source: Source::Gnss,
-        };
-        ledger.send(&ping, 0);
+        ledger.book(
+            &Event::Renumbered {
+                epoch: 1,
+                previous_seqs: Vec::new(),
+            },
+            |_| (),
+        );
+        ledger.send(&example_ping(1), 0);
         ledger.book(&Event::Settled(SeqRange { first: 1, last: 1 }), |_| ());
-        let totals = Totals { accepted: 1, duplicate: 0, filtered: 0, rejected: 0 };
-        ledger.book(&Event::Acknowledged { receive_ms: 1, commit_ms: 2, position: 3, totals }, |_| ());
+        let totals = Totals {
+            accepted: 1,
+            duplicate: 0,
+            filtered: 0,
+            rejected: 0,
+        };
+        ledger.book(
+            &Event::Acknowledged {
+                receive_ms: 1,
+                commit_ms: 2,
+                position: 3,
+                totals,
+            },
+            |_| (),
+        );
         Outcome {
             scenario: "steady",
             seed: Some(1),
@@ -192,9 +289,15 @@ mod tests {
             gateway: GatewayUse::default(),
             breaks: BTreeMap::new(),
             ledgers: vec![ledger],
-            freshness: Some(FreshnessFindings { checked: 1, ..FreshnessFindings::default() }),
+            freshness: Some(FreshnessFindings {
+                checked: 1,
+                ..FreshnessFindings::default()
+            }),
             stream: Some(FreshnessFindings::default()),
-            store: Some(StoreFindings { stored: 1, ..StoreFindings::default() }),
+            store: Some(StoreFindings {
+                stored: 1,
+                ..StoreFindings::default()
+            }),
             gateway_end: Some(None),
         }
     }
@@ -209,8 +312,19 @@ mod tests {
     fn a_right_run_passes_and_is_counted() {
         let report = report(&outcome());
         assert!(report.passed(), "{report}");
-        assert_eq!((report.sent, report.acked, report.accepted, report.pings_per_s), (1, 1, 1, 2.0));
-        assert_eq!((report.lost, report.freshness_wrong, report.reconnects), (Some(0), Some(0), 0));
+        assert_eq!(
+            (
+                report.sent,
+                report.acked,
+                report.accepted,
+                report.pings_per_s
+            ),
+            (1, 1, 1, 2.0)
+        );
+        assert_eq!(
+            (report.lost, report.freshness_wrong, report.reconnects),
+            (Some(0), Some(0), 0)
+        );
     }
 
     #[test]
@@ -220,21 +334,36 @@ mod tests {
         }
         assert!(!passes_with(|outcome| outcome.ledgers[0].sent = 2));
         assert!(!passes_with(|outcome| outcome.ledgers.clear()));
-        assert!(!passes_with(|outcome| outcome.ledgers[0].fates.duplicate = 1));
+        assert!(!passes_with(
+            |outcome| outcome.ledgers[0].fates.duplicate = 1
+        ));
         assert!(!passes_with(|outcome| outcome.ledgers[0].epochs_lost = 1));
         assert!(!passes_with(|outcome| store(outcome).lost = 1));
         assert!(!passes_with(|outcome| store(outcome).stored_twice = 1));
         assert!(!passes_with(|outcome| store(outcome).altered = 1));
         assert!(!passes_with(|outcome| store(outcome).unknown = 1));
-        assert!(!passes_with(|outcome| outcome.freshness.get_or_insert_default().wrong = 1));
-        assert!(!passes_with(|outcome| outcome.stream.get_or_insert_default().wrong = 1));
-        assert!(!passes_with(|outcome| outcome.gateway_end = Some(Some("killed".to_owned()))));
+        assert!(!passes_with(|outcome| outcome
+            .freshness
+            .get_or_insert_default()
+            .wrong = 1));
+        assert!(!passes_with(|outcome| outcome
+            .stream
+            .get_or_insert_default()
+            .wrong = 1));
+        assert!(!passes_with(
+            |outcome| outcome.gateway_end = Some(Some("killed".to_owned()))
+        ));
     }
 
     #[test]
     fn what_was_not_checked_is_absent_and_no_failure() {
         let mut outcome = outcome();
-        (outcome.store, outcome.freshness, outcome.stream, outcome.gateway_end) = (None, None, None, None);
+        (
+            outcome.store,
+            outcome.freshness,
+            outcome.stream,
+            outcome.gateway_end,
+        ) = (None, None, None, None);
         let report = report(&outcome);
         assert!(report.passed());
         assert_eq!((report.lost, report.freshness_checked), (None, None));
