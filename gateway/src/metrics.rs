@@ -876,7 +876,10 @@ mod tests {
         thread,
     };
 
+    use waypost_proto::{device::Admission, session::CloseCode};
+
     use super::*;
+    use crate::tls::Refusal;
 
     /// Every series of a rendered page: name with labels, value.
     fn series(page: &str) -> HashMap<String, f64> {
@@ -1028,6 +1031,36 @@ mod tests {
             torn
         });
         assert!(torn, "the test above would pass without its protection");
+    }
+
+    #[test]
+    fn every_close_code_refusal_and_admission_has_a_series_of_its_own() {
+        for code in (0..=u8::MAX).filter_map(|number| CloseCode::from_number(number.into())) {
+            assert!(CLOSES.contains(&code.as_label()), "{code:?}");
+        }
+        for refusal in [
+            Refusal::NoCertificate,
+            Refusal::UnknownAuthority,
+            Refusal::Expired,
+            Refusal::NotYetValid,
+            Refusal::BadCertificate,
+            Refusal::NoSharedProtocol,
+            Refusal::NoUri,
+            Refusal::OtherTrustDomain,
+            Refusal::NotAnIdentity,
+            Refusal::NotADevice,
+            Refusal::NotAChecker,
+        ] {
+            assert!(REFUSALS.contains(&refusal.as_label()), "{refusal:?}");
+        }
+        for admission in [
+            Admission::Resumed,
+            Admission::NewEpoch,
+            Admission::LostAcknowledged,
+            Admission::Fenced,
+        ] {
+            assert!(ADMISSIONS.contains(&admission.as_label()), "{admission:?}");
+        }
     }
 
     #[test]
