@@ -1,2 +1,23 @@
+//! A fleet of devices that loads a gateway, then checks that nothing was lost.
+//!
+//! In the order of a run: a [`scenario`] ([`replay`] or [`steady`]) says what is sent and when; [`run`]
+//! takes it through the stations. [`local_gateway`] starts a gateway if there is none; the [`fleet`]
+//! connects its [`device`]s over a few sockets ([`link`]) and keeps a [`ledger`] of each; a [`checker`]
+//! watches freshness meanwhile and [`scrape`] what the gateway uses. Then [`verify`] compares store and
+//! freshness with the ledgers, and [`verdict`] makes a [`report`] of it.
+
+pub mod checker;
 pub mod device;
+pub mod fleet;
+pub mod ledger;
 pub mod link;
+pub mod local_gateway;
+pub mod progress;
+pub mod replay;
+pub mod report;
+pub mod run;
+pub mod scenario;
+pub mod scrape;
+pub mod steady;
+pub mod verdict;
+pub mod verify;
