@@ -30,18 +30,15 @@ async fn a_killed_gateway_has_everything_it_acknowledged() {
         .arg(&report)
         .spawn()
         .unwrap();
-    for stored_pings in [10_000.0, 50_000.0] {
+    for _ in 1..=2 {
+        // Counters begin again with each process; what was stored before does not come again.
         gateway
             .metrics_until(|metrics| {
-                stored_pings <= metrics.value("waypost_pings_total{fate=\"accepted\"}")
+                20_000.0 <= metrics.value("waypost_pings_total{fate=\"accepted\"}")
             })
             .await;
         gateway.kill();
-        // The counters begin again with the process; the pings stored so far do not come again.
         gateway.restart().await;
-        if stored_pings > 10_000.0 {
-            break;
-        }
     }
     let output = tokio::task::spawn_blocking(|| replay.wait_with_output())
         .await

@@ -208,7 +208,7 @@ pub(crate) async fn http_get(address: SocketAddr, path: &str) -> io::Result<(u16
     Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
 }
 
-/// Looks again and again until there is something; panics after a minute, which only a hang takes.
+/// Looks again and again until there is something; panics after minutes, which only a hang takes.
 pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let looking = async {
         loop {
@@ -218,7 +218,7 @@ pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(60), looking)
+    tokio::time::timeout(Duration::from_secs(300), looking)
         .await
-        .expect("it happens within a minute")
+        .expect("it happens within five minutes")
 }
