@@ -434,7 +434,7 @@ impl Committer {
             Request::Hello(claim) => {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
-                judged.gaps += record.gaps - gaps_before;
+                judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
                 self.metrics
                     .sessions
                     .hellos
