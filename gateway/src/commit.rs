@@ -487,6 +487,7 @@ impl Committer {
                     judged.fates.reject(*code, 1);
                 }
                 Answer::Settled(Settled {
+                    epoch: record.epoch,
                     pings,
                     accepted,
                     duplicate: judgement.duplicate,
@@ -499,6 +500,7 @@ impl Committer {
                 })
             }
             Request::Heartbeat => Answer::Settled(Settled {
+                epoch: record.epoch,
                 pings: 0,
                 accepted: 0,
                 duplicate: 0,
