@@ -284,7 +284,10 @@ impl Gateway {
                 readiness.advance(Stage::StorageFailed(failure.to_string()));
                 error!(%failure, "the gateway stops");
                 draining.cancel();
-                drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
+                // It may be the one that ended, and must not be asked twice.
+                if !listener.is_finished() {
+                    drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
+                }
                 Err(failure)
             }
         };
