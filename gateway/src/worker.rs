@@ -177,7 +177,10 @@ impl Worker {
             b"the gateway is stopping",
         );
         if !is_prompt {
-            warn!(sessions = sessions.len(), "closing on devices that do not take their last acks");
+            warn!(
+                sessions = sessions.len(),
+                "closing on devices that do not take their last acks"
+            );
             sessions.wait().await;
         }
         // Let the last CONNECTION_CLOSE frames leave, within reason.
