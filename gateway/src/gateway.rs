@@ -127,7 +127,7 @@ impl Gateway {
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
-            clock.now_ms(),
+            clock.now_ms().saturating_sub(1),
         ));
         info!(
             devices = devices.len(),
