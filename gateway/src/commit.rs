@@ -256,7 +256,7 @@ impl Committer {
             backfill: backfill_sender,
             clock: parts.clock.clone(),
         };
-        let resolved_ms = parts.clock.now_ms();
+        let resolved_ms = parts.clock.now_ms().saturating_sub(1);
         let committer = Self {
             live,
             backfill,
@@ -343,7 +343,8 @@ impl Committer {
         }
         // BACKFILL keeps an eighth of every group, so that it goes on under any load of LIVE.
         let bounds = [self.group_pings - self.group_pings / 8, self.group_pings];
-        let mut resolved_ms = drain_ms;
+        // More may be received within the millisecond of the drain, and of the last request taken.
+        let mut resolved_ms = drain_ms.saturating_sub(1);
         for ((queue, bound), upto_ms) in [&mut self.live, &mut self.backfill]
             .into_iter()
             .zip(bounds)
@@ -358,7 +359,7 @@ impl Committer {
                 group.push(submission);
             }
             if !queue.is_empty() {
-                resolved_ms = resolved_ms.min(*upto_ms);
+                resolved_ms = resolved_ms.min(upto_ms.saturating_sub(1));
             }
         }
         self.resolved_ms.max(resolved_ms)
@@ -421,8 +422,8 @@ impl Committer {
             reply,
         } = submission;
         // A request that was stamped just before an announcement and queued just after it was heard,
-        // as far as anybody can know, at the announced moment.
-        let receive_ms = receive_ms.max(self.resolved_ms);
+        // as far as anybody can know, right after the announced moment.
+        let receive_ms = receive_ms.max(self.resolved_ms + 1);
         let record = self.devices.entry(device).or_default();
         record.contact(receive_ms);
         record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
@@ -434,7 +435,7 @@ impl Committer {
             Request::Hello(claim) => {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
-                judged.gaps += record.gaps - gaps_before;
+                judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
                 self.metrics
                     .sessions
                     .hellos
@@ -487,6 +488,7 @@ impl Committer {
                     judged.fates.reject(*code, 1);
                 }
                 Answer::Settled(Settled {
+                    epoch: record.epoch,
                     pings,
                     accepted,
                     duplicate: judgement.duplicate,
@@ -499,6 +501,7 @@ impl Committer {
                 })
             }
             Request::Heartbeat => Answer::Settled(Settled {
+                epoch: record.epoch,
                 pings: 0,
                 accepted: 0,
                 duplicate: 0,

@@ -127,7 +127,7 @@ impl Gateway {
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
-            clock.now_ms(),
+            clock.now_ms().saturating_sub(1),
         ));
         info!(
             devices = devices.len(),
@@ -284,7 +284,10 @@ impl Gateway {
                 readiness.advance(Stage::StorageFailed(failure.to_string()));
                 error!(%failure, "the gateway stops");
                 draining.cancel();
-                drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
+                // It may be the one that ended, and must not be asked twice.
+                if !listener.is_finished() {
+                    drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
+                }
                 Err(failure)
             }
         };

@@ -209,7 +209,10 @@ impl<'a> Shell<'a> {
                     self.session.go_away();
                     Ok(())
                 }
-                Wake::Answers(answers) => self.deliver(answers).await,
+                Wake::Answers(answers) => match self.deliver(answers).await {
+                    Ok(()) if !self.is_draining => self.resume().await,
+                    result => result,
+                },
                 Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
                 Wake::Read(at, Ok(None)) => self.finished(at),
                 Wake::Read(at, Err(error)) => self.broken(at, &error),
@@ -232,18 +235,22 @@ impl<'a> Shell<'a> {
 
     /// Waits for the next thing to do, the most urgent first.
     async fn wake(&mut self, silent_until: Instant) -> Wake {
+        let may_read = !self.is_draining && !self.is_full();
+        // Nobody is late while it is we who do not read.
         let deadline = self
             .streams
             .iter()
             .filter_map(|stream| stream.deadline)
             .chain((self.streams.is_empty() && self.taken_over.is_none()).then_some(silent_until))
-            .min();
-        let may_read = !self.is_draining && !self.is_full();
+            .min()
+            .filter(|_| may_read);
         let streams = &mut self.streams;
         let taken_over = self.taken_over.as_ref();
         tokio::select! {
             biased;
             () = async { taken_over.expect("guarded").cancelled().await }, if taken_over.is_some() => Wake::TakenOver,
+            // Before all that a busy device could keep ready for ever.
+            () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
             answers = self.mailbox.take() => Wake::Answers(answers),
             (at, read) = read_any(streams), if may_read => Wake::Read(at, read),
             opened = self.connection.accept_bi(), if !self.is_draining => match opened {
@@ -251,7 +258,6 @@ impl<'a> Shell<'a> {
                 Err(error) => Wake::Gone(error),
             },
             error = self.connection.closed() => Wake::Gone(error),
-            () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
             () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => Wake::Deadline,
         }
     }
@@ -275,11 +281,30 @@ impl<'a> Shell<'a> {
     /// Takes bytes of a stream and works through the frames that they complete.
     async fn receive(&mut self, at: usize, bytes: &[u8]) -> Result<(), End> {
         self.streams[at].reader.extend(bytes);
+        self.work_through(at).await
+    }
+
+    /// Goes on with frames that had arrived when there was no room for more requests.
+    async fn resume(&mut self) -> Result<(), End> {
+        let mut begun: Vec<usize> = (0..self.streams.len())
+            .filter(|&at| self.streams[at].reader.is_inside_frame())
+            .collect();
+        begun.sort_by_key(|&at| (self.streams[at].lane.is_none(), self.streams[at].lane));
+        for at in begun {
+            self.work_through(at).await?;
+        }
+        Ok(())
+    }
+
+    /// Works through the complete frames of a stream, as long as there is room for more requests: a few
+    /// bytes can hold many frames, and a short frame many pings.
+    async fn work_through(&mut self, at: usize) -> Result<(), End> {
         let mut is_progress = false;
-        while let Some(frame) = self.streams[at]
-            .reader
-            .next::<v1::DeviceFrame>()
-            .map_err(Violation::from)?
+        while !self.is_full()
+            && let Some(frame) = self.streams[at]
+                .reader
+                .next::<v1::DeviceFrame>()
+                .map_err(Violation::from)?
         {
             is_progress = true;
             self.handle_frame(at, frame).await?;

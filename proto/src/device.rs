@@ -153,7 +153,9 @@ impl DeviceRecord {
         } else if self.epoch < claim.epoch || self.settled.floor() < claim.last_acked {
             Admission::LostAcknowledged
         } else {
-            self.gaps += self.settled.close_below(claim.oldest_unsent_seq);
+            // One Hello can give up nearly all numbers there are, and the next epoch begins anew.
+            let given_up = self.settled.close_below(claim.oldest_unsent_seq);
+            self.gaps = self.gaps.saturating_add(given_up);
             return Admission::Resumed;
         };
         // An epoch above both, so that no (epoch, seq) can ever name two pings. A device that has burnt
@@ -380,6 +382,20 @@ mod tests {
         });
         assert_eq!((device.gaps, device.settled.floor()), (2, 5));
         assert!(device.settled.above().is_empty());
+    }
+
+    #[test]
+    fn giving_up_all_numbers_of_epoch_after_epoch_does_not_overflow() {
+        let mut device = device_in_epoch(1);
+        for epoch in 1..=3 {
+            device.admit(Claim {
+                epoch,
+                oldest_unsent_seq: u64::MAX,
+                ..Claim::default()
+            });
+            assert_eq!(device.admit(claim(0)), Admission::NewEpoch);
+        }
+        assert_eq!(device.gaps, u64::MAX);
     }
 
     #[test]

@@ -1849,6 +1849,7 @@ mod tests {
         };
         durable.extend(judgement.stored.iter().map(|&at| pings[at].time_ms));
         Settled {
+            epoch: record.epoch,
             pings: u32::try_from(pings.len()).unwrap(),
             accepted: judgement.stored.len() as u64,
             duplicate: judgement.duplicate,

@@ -214,6 +214,9 @@ pub struct Welcomed {
 /// The committer's answer to [`Request::Batch`] and [`Request::Heartbeat`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settled {
+    /// The device's epoch at that commit: what `settled` and `rejects` count in. Not always that of the
+    /// session, since a heartbeat of an older connection may come after the Hello of a newer one.
+    pub epoch: u32,
     /// How many pings the request held.
     pub pings: u32,
     /// How many were stored.
@@ -292,7 +295,8 @@ impl Session {
             (None, _) => Err(Violation::HelloExpected),
             (Some(_), Some(Kind::Hello(_))) => Err(Violation::HelloRepeated),
             (Some(lane), Some(Kind::Batch(wire))) => {
-                if Some(wire.epoch) != self.epoch {
+                // Whoever asked for an epoch has none before Welcome.
+                if wire.epoch == 0 || Some(wire.epoch) != self.epoch {
                     return Err(Violation::Fenced { named: wire.epoch });
                 }
                 let batch = batch::decode(&wire, self.limits.batch_pings as usize)?;
@@ -355,6 +359,7 @@ impl Session {
     /// Takes what one commit settled for one lane, in the order it was asked, and makes one ack of it.
     /// `None` when there is nothing to acknowledge.
     pub fn handle_settled(&mut self, settled: Vec<Settled>) -> Option<v1::GatewayFrame> {
+        let epoch = settled.last()?.epoch;
         let mut rejects = Vec::new();
         let mut is_too_sparse = false;
         let mut newest: Option<Settled> = None;
@@ -364,6 +369,9 @@ impl Session {
             self.totals.duplicate += one.duplicate;
             self.totals.filtered += one.filtered;
             self.totals.rejected += one.rejects.len() as u64;
+            if one.epoch != epoch {
+                one.rejects.clear();
+            }
             is_too_sparse |= one
                 .rejects
                 .iter()
@@ -382,7 +390,7 @@ impl Session {
             Vec::new()
         };
         let ack = v1::Ack {
-            epoch: self.epoch.unwrap_or_default(),
+            epoch,
             incarnation: self.incarnation.clone(),
             durable_upto: newest.settled.floor(),
             ranges: to_wire(newest.settled.above().iter().copied()),
@@ -454,10 +462,11 @@ impl Session {
     }
 
     /// The claim of a later Hello on a connection that has its epoch. One that was written before the
-    /// device could read Welcome names the old epoch, or none; what it says of that is void.
+    /// device could read Welcome names the old epoch, or none, or that of another store; what it says of
+    /// that is void.
     fn join(&self, claim: Claim) -> Claim {
         match self.epoch {
-            Some(epoch) if claim.epoch < epoch => Claim {
+            Some(epoch) if claim.epoch != epoch || claim.is_foreign => Claim {
                 epoch,
                 ..Claim::default()
             },
@@ -554,6 +563,7 @@ mod tests {
 
     fn settled(pings: u32) -> Settled {
         Settled {
+            epoch: 1,
             pings,
             accepted: u64::from(pings),
             duplicate: 0,
@@ -727,6 +737,63 @@ mod tests {
         assert_eq!(heartbeat.accepted, 6, "totals run on");
         assert!(heartbeat.rejects.is_empty());
         assert_eq!(session.handle_settled(Vec::new()), None);
+    }
+
+    #[test]
+    fn an_ack_speaks_of_the_epoch_that_was_settled_and_of_no_other() {
+        let mut session = session();
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        session.handle_welcomed(&welcomed(1)).unwrap();
+        let mut refused = settled(1);
+        refused.rejects = vec![(1, RejectCode::TooOld)];
+        // A heartbeat that is judged after a newer connection's Hello has begun the next epoch.
+        let mut heartbeat = settled(0);
+        heartbeat.epoch = 2;
+        heartbeat.settled.insert(1);
+        let ack = ack(session.handle_settled(vec![refused, heartbeat]));
+        assert_eq!((ack.epoch, ack.durable_upto), (2, 1));
+        assert!(ack.rejects.is_empty(), "1 is another ping in epoch 2");
+        assert_eq!(ack.rejected, 1, "the totals are of the connection");
+    }
+
+    #[test]
+    fn an_epoch_that_was_asked_for_cannot_be_used_before_welcome() {
+        let mut session = session();
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 0))
+            .unwrap();
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), batch(0, 1..=1)),
+            Err(Violation::Fenced { named: 0 })
+        );
+    }
+
+    #[test]
+    fn no_second_hello_of_a_connection_begins_another_epoch() {
+        for (epoch, is_foreign) in [(0, false), (1, false), (3, false), (2_000_000, true)] {
+            let mut session = session();
+            session
+                .handle_frame(None, hello(v1::Lane::Live, 0))
+                .unwrap();
+            session.handle_welcomed(&welcomed(2)).unwrap();
+            let mut second = hello(v1::Lane::Backfill, epoch);
+            if let Some(v1::device_frame::Kind::Hello(hello)) = &mut second.kind
+                && is_foreign
+            {
+                hello.incarnation = Bytes::from_static(b"other");
+            }
+            let claim = Claim {
+                epoch: 2,
+                ..Claim::default()
+            };
+            assert_eq!(
+                session.handle_frame(None, second),
+                Ok(Step::Ask(Lane::Backfill, Request::Hello(claim))),
+                "{epoch}"
+            );
+        }
     }
 
     #[test]

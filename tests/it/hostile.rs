@@ -296,3 +296,34 @@ async fn a_device_that_reads_no_answers_is_let_go() {
     stream.send_raw_until_closed(&heartbeats).await;
     assert_eq!(link.closed().await, Some(CloseCode::NotReading));
 }
+
+/// A few bytes can claim a thousand pings. What a connection has in flight is bounded all the same, and
+/// so is the answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_large_batches_in_a_few_bytes_keep_to_the_credit() {
+    let world = World::start().await;
+    let link = world.connect(&world.device(1)).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    let mut bytes = BytesMut::new();
+    for at in 0..500 {
+        let batch = v1::PingBatch {
+            epoch,
+            first_seq: 1 + at * 1_000,
+            count: 1_000,
+            ..v1::PingBatch::default()
+        };
+        bytes.extend_from_slice(&raw_frame(v1::device_frame::Kind::Batch(batch)));
+    }
+    live.send_raw(&bytes).await;
+    let mut rejected = 0;
+    while rejected < 500_000 {
+        let ack = live.ack().await;
+        assert!(
+            ack.encoded_len() <= 65_536,
+            "{} bytes in one ack",
+            ack.encoded_len()
+        );
+        rejected = ack.rejected;
+    }
+}
