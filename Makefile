@@ -31,6 +31,10 @@ check: setup ## formatting, lints, documentation, dependencies
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps
 	.ci/deny
 
+.PHONY: bench
+bench: setup ## ratios against RocksDB alone and a bare QUIC echo, on this machine
+	$(CARGO) bench --locked --profile release --package waypost-gateway --bench '*'
+
 .PHONY: setup
 setup: ## installs what this machine lacks (Debian, Ubuntu), and compiles RocksDB once
 	@.ci/setup

@@ -272,8 +272,12 @@ fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<Devic
 }
 
 /// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream
-/// and byte of window is memory that every one of them may claim.
-fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError> {
+/// and byte of window is memory that every one of them may claim. Public, so that a server without a
+/// gateway behind it can be measured with the same.
+///
+/// # Errors
+/// When the idle timeout does not fit QUIC.
+pub fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError> {
     let window = |bytes: u32| VarInt::from_u32(bytes);
     let mut transport = TransportConfig::default();
     transport

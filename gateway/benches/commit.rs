@@ -1,0 +1,255 @@
+//! The commit path against RocksDB alone.
+//!
+//! In each round the real committer with a real store takes what a thousand devices ask, one request
+//! outstanding each, as sessions make it. Then RocksDB is given the same keys and values, with the
+//! store's own settings, in groups as large as the committer's were on average, each of them synced.
+//! The ratio says what judging, publishing and answering cost on top.
+
+#![expect(clippy::print_stdout, reason = "the figures are the point")]
+
+mod fleet;
+
+use std::{
+    collections::HashMap,
+    iter,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use rocksdb::{Cache, DB, Env, IteratorMode, Options, WriteBatch, WriteOptions};
+use rustc_hash::FxHashMap;
+use tokio::task::JoinSet;
+use waypost_gateway::{
+    clock::{Clock, system_now_ms},
+    commit::{Answer, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
+    freshness::Freshness,
+    metrics::Metrics,
+    session::SessionConfig,
+    store::{Store, StoreConfig},
+};
+use waypost_proto::{
+    id::DeviceId,
+    session::{Lane, Limits, Request, Session, Step},
+};
+
+use fleet::{DEVICES, Load, ROUNDS, median, rate};
+
+/// Where the store keeps RocksDB, within the data folder.
+const DATABASE: &str = "store/rocksdb";
+/// A row's key begins with its device's.
+const DEVICE_KEY_BYTES: usize = 20;
+
+fn main() -> Result<()> {
+    println!(
+        "commit path against RocksDB alone: {DEVICES} devices, one request outstanding each; medians of \
+         {ROUNDS} rounds each, in turn"
+    );
+    for load in Load::chosen() {
+        let rounds = iter::repeat_with(|| round(&load))
+            .take(ROUNDS)
+            .collect::<Result<Vec<_>>>()?;
+        let middle = |figure: fn(&Round) -> f64| median(rounds.iter().map(figure));
+        let pings = load.pings() as f64;
+        println!(
+            "  {:<14}  committer {:>7} pings/s  RocksDB {:>7} pings/s  ratio {:.2} (goal 0.70)  {:.0} requests a group",
+            load.name,
+            rate(pings / middle(|round| round.committer.as_secs_f64())),
+            rate(pings / middle(|round| round.rocksdb.as_secs_f64())),
+            middle(|round| round.rocksdb.as_secs_f64() / round.committer.as_secs_f64()),
+            middle(|round| round.group_requests as f64),
+        );
+    }
+    Ok(())
+}
+
+struct Round {
+    committer: Duration,
+    rocksdb: Duration,
+    group_requests: usize,
+}
+
+fn round(load: &Load) -> Result<Round> {
+    // Beside the build's output, because the system's folder for temporary files may be in memory.
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+    let data_dir = dir.path().join("data");
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let (committer, commits) = runtime.block_on(commit(load, &data_dir))?;
+    let rows = rows_of(&data_dir)?;
+    let group_requests = rows.len().div_ceil(usize::try_from(commits)?);
+    let rocksdb = write(&rows, group_requests, &data_dir, &dir.path().join("alone"))?;
+    Ok(Round {
+        committer,
+        rocksdb,
+        group_requests,
+    })
+}
+
+/// Returns how long the committer took, and for how many commits.
+async fn commit(load: &Load, data_dir: &Path) -> Result<(Duration, u64)> {
+    let store = Arc::new(Store::open(
+        data_dir,
+        &StoreConfig::default(),
+        system_now_ms(),
+    )?);
+    let clock = Clock::starting_at(0);
+    let freshness = Arc::new(Freshness::restore(iter::empty(), clock.now_ms()));
+    let (handle, committer) = Committer::new(
+        &CommitConfig::default(),
+        CommitParts {
+            store,
+            freshness: Arc::clone(&freshness),
+            metrics: Metrics::new(),
+            clock,
+            devices: FxHashMap::default(),
+            position: 0,
+            retention: StoreConfig::default().retention,
+        },
+    );
+    let ended = committer.spawn()?;
+    let mut devices = Vec::new();
+    for number in 0..DEVICES {
+        devices.push(Device::prepare(number, load, &handle).await?);
+    }
+
+    let commits_before = freshness.head().position;
+    let started = Instant::now();
+    let mut running = JoinSet::new();
+    for device in devices {
+        running.spawn(device.run(handle.clone()));
+    }
+    let accepted: u64 = running.join_all().await.into_iter().sum::<Result<u64>>()?;
+    let took = started.elapsed();
+    let commits = freshness.head().position - commits_before;
+
+    anyhow::ensure!(accepted == load.pings(), "{accepted} pings were accepted");
+    drop(handle);
+    ended.await??;
+    Ok((took, commits))
+}
+
+struct Device {
+    id: DeviceId,
+    mailbox: Arc<Mailbox>,
+    requests: Vec<Request>,
+}
+
+impl Device {
+    /// Says Hello, and takes all of the round's frames through a session.
+    async fn prepare(number: u32, load: &Load, handle: &CommitHandle) -> Result<Self> {
+        let config = SessionConfig::default();
+        let limits = Limits {
+            frame_bytes: config.frame_bytes,
+            batch_pings: config.batch_pings,
+            credit_pings: config.credit_pings,
+        };
+        let mut session = Session::new(limits, Bytes::new());
+        let mut device = Self {
+            id: fleet::device_id(number),
+            mailbox: Arc::default(),
+            requests: Vec::new(),
+        };
+        let Step::Ask(_, hello) = session.handle_frame(None, fleet::hello())? else {
+            bail!("Hello is a request");
+        };
+        let Answer::Welcomed(welcomed) = device.ask(hello, handle).await? else {
+            bail!("Hello is answered with Welcome");
+        };
+        session.handle_welcomed(&welcomed)?;
+        for at in 0..load.requests {
+            let first_seq = 1 + at * load.request_pings;
+            let frame = fleet::batch(welcomed.epoch, first_seq, load.request_pings);
+            let Step::Ask(_, request) = session.handle_frame(Some(Lane::Live), frame)? else {
+                bail!("a batch is a request");
+            };
+            device.requests.push(request);
+        }
+        Ok(device)
+    }
+
+    /// Returns how many pings were accepted.
+    async fn run(mut self, handle: CommitHandle) -> Result<u64> {
+        let mut accepted = 0;
+        for request in std::mem::take(&mut self.requests) {
+            let Answer::Settled(settled) = self.ask(request, &handle).await? else {
+                bail!("a batch is answered when it is settled");
+            };
+            accepted += settled.accepted;
+        }
+        Ok(accepted)
+    }
+
+    async fn ask(&self, request: Request, handle: &CommitHandle) -> Result<Answer> {
+        handle
+            .submit(self.id, Lane::Live, request, &self.mailbox)
+            .await?;
+        let (_, answer) = self.mailbox.take().await.remove(0);
+        Ok(answer)
+    }
+}
+
+/// One row of pings, and its device's record.
+struct Row {
+    key: Box<[u8]>,
+    value: Box<[u8]>,
+    device: Box<[u8]>,
+}
+
+/// What the committer has written, in about the order in which it did: all devices' first, all devices'
+/// second.
+fn rows_of(data_dir: &Path) -> Result<Vec<Row>> {
+    let database = data_dir.join(DATABASE);
+    let names = DB::list_cf(&Options::default(), &database)?;
+    let db = DB::open_cf_for_read_only(&Options::default(), &database, &names, false)?;
+    let all = |name: &str| -> Result<Vec<(Box<[u8]>, Box<[u8]>)>> {
+        let family = db.cf_handle(name).context("a family is missing")?;
+        let rows = db.iterator_cf(&family, IteratorMode::Start);
+        Ok(rows.collect::<Result<_, _>>()?)
+    };
+    let devices: HashMap<_, _> = all("devices")?.into_iter().collect();
+    let mut rows = Vec::new();
+    for name in names.iter().filter(|name| name.starts_with("pings-")) {
+        for (key, value) in all(name)? {
+            let device = devices.get(&key[..DEVICE_KEY_BYTES]);
+            let device = device.context("a device is missing")?.clone();
+            rows.push(Row { key, value, device });
+        }
+    }
+    // The key ends with the epoch, which is everybody's first, and the sequence number.
+    rows.sort_by(|a, b| a.key[DEVICE_KEY_BYTES..].cmp(&b.key[DEVICE_KEY_BYTES..]));
+    Ok(rows)
+}
+
+/// Returns how long RocksDB takes for the rows alone.
+fn write(rows: &[Row], group_requests: usize, settings_of: &Path, dir: &Path) -> Result<Duration> {
+    let cache = Cache::new_hyper_clock_cache(512 << 20, 0);
+    let (mut options, families) =
+        Options::load_latest(settings_of.join(DATABASE), Env::new()?, false, cache)?;
+    options.create_if_missing(true);
+    options.create_missing_column_families(true);
+    options.enable_statistics();
+    let day = families.iter().map(|family| family.name());
+    let day = day.filter(|name| name.starts_with("pings-")).max();
+    let day = day.context("there is a day")?.to_owned();
+    let db = DB::open_cf_descriptors(&options, dir, families)?;
+    let family = |name| db.cf_handle(name).context("a family is missing");
+    let (meta, devices, day) = (family("meta")?, family("devices")?, family(&day)?);
+    let mut synced = WriteOptions::default();
+    synced.set_sync(true);
+
+    let started = Instant::now();
+    for (position, group) in (1_u64..).zip(rows.chunks(group_requests)) {
+        let mut batch = WriteBatch::default();
+        for row in group {
+            batch.put_cf(&day, &row.key, &row.value);
+        }
+        for row in group {
+            batch.put_cf(&devices, &row.key[..DEVICE_KEY_BYTES], &row.device);
+        }
+        batch.put_cf(&meta, "position", position.to_be_bytes());
+        db.write_opt(batch, &synced)?;
+    }
+    Ok(started.elapsed())
+}
