@@ -24,7 +24,7 @@ use waypost_gateway::{
 };
 use waypost_proto::{
     id::UserId,
-    v1::{Entry, GetRequest, WatchEvent, WatchRequest, watch_event::Kind},
+    v1::{Entry, GetRequest, GetResponse, WatchEvent, WatchRequest, watch_event::Kind},
 };
 
 use crate::report::Latencies;
@@ -120,7 +120,7 @@ impl Checker {
                 .iter()
                 .map(|user| Bytes::copy_from_slice(&user.0))
                 .collect();
-            let answer = self.client.get(GetRequest { user_ids }).await?.into_inner();
+            let answer = self.ask(GetRequest { user_ids }).await?;
             ensure!(
                 answer.entries.len() == page.len(),
                 "the gateway answered for {} users of {}",
@@ -135,6 +135,18 @@ impl Checker {
             entries,
             at_most_ms: system_now_ms().max(resolved_ms),
         })
+    }
+
+    /// Asks again for a while: a gateway that was just restarted is not there at once.
+    async fn ask(&mut self, request: GetRequest) -> Result<GetResponse, tonic::Status> {
+        let patience = Instant::now() + ANSWER_PATIENCE;
+        loop {
+            match self.client.get(request.clone()).await {
+                Ok(answer) => return Ok(answer.into_inner()),
+                Err(_not_there) if Instant::now() < patience => sleep(RECONNECT_PAUSE).await,
+                Err(status) => return Err(status),
+            }
+        }
     }
 
     /// Begins to watch all users.
@@ -297,6 +309,7 @@ impl WatchBook {
 const SERVER_NAME: &str = "localhost";
 /// The service's limit.
 const GET_PAGE_USERS: usize = 1_000;
+const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// Progress comes at least every second.

@@ -206,10 +206,13 @@ impl Link {
         );
     }
 
-    /// Why the connection has ended, if it has.
+    /// Why the connection has ended, if the gateway or the network ended it.
     #[must_use]
     pub fn end(&self) -> Option<LinkError> {
-        self.connection.close_reason().map(LinkError::Connection)
+        let reason = self.connection.close_reason();
+        reason
+            .filter(|reason| *reason != ConnectionError::LocallyClosed)
+            .map(LinkError::Connection)
     }
 }
 

@@ -57,8 +57,9 @@ impl Progress {
     /// A line that stays.
     pub fn say(&self, line: impl Display) {
         if self.is_terminal {
-            self.bar
-                .suspend(|| print_line(!self.bar.is_hidden(), &line));
+            // Asked before: the bar is locked while it is suspended.
+            let is_shown = !self.bar.is_hidden();
+            self.bar.suspend(|| print_line(is_shown, &line));
         } else {
             print_line(true, &line);
         }
@@ -133,3 +134,18 @@ fn print_line(is_shown: bool, line: &impl Display) {
 
 const DRAWS_PER_S: u8 = 10;
 const PLAIN_LINE_INTERVAL: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hidden_display_takes_everything_and_returns() {
+        let progress = Progress::silent();
+        progress.begin("sending", Some(2));
+        progress.at(1, || "half".to_owned());
+        progress.say("a line");
+        progress.begin("waiting", None);
+        progress.end();
+    }
+}

@@ -254,7 +254,16 @@ impl fmt::Display for Report {
         writeln!(f)?;
         for check in &self.checks {
             let verdict = if check.passed { "PASS" } else { "FAIL" };
-            writeln!(f, "  {verdict}  {:<52}  {}", check.promise, check.detail)?;
+            writeln!(f, "  {verdict}  {:<50}  {}", check.promise, check.detail)?;
+        }
+        if self.lost.is_none() {
+            writeln!(f, "  ----  the store was not checked")?;
+        }
+        if self.freshness_checked.is_none() {
+            writeln!(f, "  ----  freshness was not checked")?;
+        }
+        if let Some(seed) = self.seed {
+            writeln!(f, "\n  The same again: --seed {seed}")?;
         }
         Ok(())
     }

@@ -69,9 +69,14 @@ pub async fn on_own_gateway(
         "  gateway    started for this run; devices on udp {}",
         target.devices
     ));
-    let mut outcome = load(&target, scenario, progress, stop).await?;
+    let loaded = load(&target, scenario, progress, stop).await;
     progress.begin("stopping", None);
     let stopped = gateway.stop().await;
+    let mut outcome = match (loaded, &stopped) {
+        // What ended the gateway is then likely what ended the run.
+        (Err(error), Err(gateway_end)) => return Err(error.context(format!("{gateway_end:#}"))),
+        (loaded, _) => loaded?,
+    };
     outcome.store = check_store(&target, &mut outcome.ledgers, progress).await?;
     outcome.gateway_end = Some(stopped.err().map(|error| format!("{error:#}")));
     Ok(verdict::report(&outcome))
