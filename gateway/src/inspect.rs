@@ -349,17 +349,8 @@ mod tests {
             };
             let pings: Vec<Ping> = (1..=5)
                 .map(|seq| Ping {
-                    seq,
-                    time_ms: NOW_MS,
-                    latitude_e7: LATITUDE_E7,
-                    longitude_e7: LONGITUDE_E7,
-                    accuracy_dm: None,
-                    altitude_dm: None,
-                    speed_cm_per_s: None,
-                    course_ddeg: None,
-                    heading_deg: None,
-                    battery_percent: None,
                     source: Source::Gnss,
+                    ..Ping::at(seq, NOW_MS, LATITUDE_E7, LONGITUDE_E7)
                 })
                 .collect();
             let mut record = DeviceRecord {

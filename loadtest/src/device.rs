@@ -566,17 +566,8 @@ mod tests {
 
     fn ping() -> Ping {
         Ping {
-            seq: 0,
-            time_ms: system_now_ms(),
-            latitude_e7: 1,
-            longitude_e7: 2,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
             source: Source::Gnss,
+            ..Ping::at(0, system_now_ms(), 1, 2)
         }
     }
 

@@ -225,17 +225,11 @@ mod tests {
         assert_eq!(
             ping,
             Ping {
-                seq: 1,
-                time_ms: 1_641_168_001_000,
-                latitude_e7: 299_408_000,
-                longitude_e7: -900_581_900,
-                accuracy_dm: None,
-                altitude_dm: None,
                 speed_cm_per_s: Some(540),
                 course_ddeg: Some(1_715),
                 heading_deg: Some(174),
-                battery_percent: None,
                 source: Source::Gnss,
+                ..Ping::at(1, 1_641_168_001_000, 299_408_000, -900_581_900)
             }
         );
     }

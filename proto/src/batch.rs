@@ -69,7 +69,7 @@ pub fn decode(wire: &v1::PingBatch, max_pings: usize) -> Result<DecodedBatch, Ba
     }
 
     let mut rows = Rows {
-        pings: seqs.map(blank).collect(),
+        pings: seqs.map(|seq| Ping::at(seq, 0, 0, 0)).collect(),
         malformed: Vec::new(),
     };
     let schema = RejectCode::Schema;
@@ -353,22 +353,6 @@ fn is_readable(wire: &v1::PingBatch) -> bool {
         && sources.remainder().is_empty()
         && (wire.source_runs.is_empty()
             || sources.map(|run| u64::from(run[0])).sum::<u64>() == count)
-}
-
-fn blank(seq: u64) -> Ping {
-    Ping {
-        seq,
-        time_ms: 0,
-        latitude_e7: 0,
-        longitude_e7: 0,
-        accuracy_dm: None,
-        altitude_dm: None,
-        speed_cm_per_s: None,
-        course_ddeg: None,
-        heading_deg: None,
-        battery_percent: None,
-        source: Source::Unspecified,
-    }
 }
 
 /// The values of a delta column. They are exact: no column is long enough to overflow 128 bits.

@@ -276,17 +276,8 @@ mod tests {
 
     fn ping(seq: u64, time_ms: u64) -> Ping {
         Ping {
-            seq,
-            time_ms,
-            latitude_e7: 500_000_000,
-            longitude_e7: 0,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
             source: Source::Gnss,
+            ..Ping::at(seq, time_ms, 500_000_000, 0)
         }
     }
 

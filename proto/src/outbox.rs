@@ -825,17 +825,8 @@ mod tests {
 
     fn ping(name: u64) -> Ping {
         Ping {
-            seq: 0,
-            time_ms: name,
-            latitude_e7: 0,
-            longitude_e7: 0,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
             source: Source::Gnss,
+            ..Ping::at(0, name, 0, 0)
         }
     }
 

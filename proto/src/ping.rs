@@ -32,6 +32,24 @@ pub struct Ping {
 }
 
 impl Ping {
+    /// A ping that says when and where and no more.
+    #[must_use]
+    pub fn at(seq: u64, time_ms: u64, latitude_e7: i32, longitude_e7: i32) -> Self {
+        Self {
+            seq,
+            time_ms,
+            latitude_e7,
+            longitude_e7,
+            accuracy_dm: None,
+            altitude_dm: None,
+            speed_cm_per_s: None,
+            course_ddeg: None,
+            heading_deg: None,
+            battery_percent: None,
+            source: Source::Unspecified,
+        }
+    }
+
     /// Whether the position was really fixed at `time_ms`, not repeated from before.
     #[must_use]
     pub fn is_fix(&self) -> bool {

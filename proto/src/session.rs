@@ -532,19 +532,7 @@ mod tests {
 
     fn batch(epoch: u32, seqs: std::ops::RangeInclusive<u64>) -> v1::DeviceFrame {
         let pings: Vec<_> = seqs
-            .map(|seq| crate::ping::Ping {
-                seq,
-                time_ms: 1,
-                latitude_e7: 0,
-                longitude_e7: 0,
-                accuracy_dm: None,
-                altitude_dm: None,
-                speed_cm_per_s: None,
-                course_ddeg: None,
-                heading_deg: None,
-                battery_percent: None,
-                source: v1::Source::Unspecified,
-            })
+            .map(|seq| crate::ping::Ping::at(seq, 1, 0, 0))
             .collect();
         v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Batch(batch::encode(epoch, &pings))),

@@ -79,17 +79,10 @@ fn a_vessels_day_costs_at_most_12_bytes_a_ping() {
 #[test]
 fn a_lone_ping_fits_one_small_packet() {
     let moving = Ping {
-        seq: 100_000_000,
-        time_ms: 4_102_444_800_001,
-        latitude_e7: -899_999_999,
-        longitude_e7: -1_799_999_999,
-        accuracy_dm: None,
-        altitude_dm: None,
         speed_cm_per_s: Some(5_144),
         course_ddeg: Some(1_799),
         heading_deg: Some(179),
-        battery_percent: None,
-        source: Source::Unspecified,
+        ..Ping::at(100_000_000, 4_102_444_800_001, -899_999_999, -1_799_999_999)
     };
     let frame = frame_bytes(&[moving]);
     let complete = frame_bytes(&[Ping {
@@ -148,17 +141,15 @@ fn ping(seq: u64, row: &csv::StringRecord) -> Ping {
     let number = |at: usize| row[at].parse::<f64>().expect("a number");
     let (speed_knots, course_degrees, heading_degrees) = (number(4), number(5), number(6));
     Ping {
-        seq,
-        time_ms: time_ms(&row[1]),
-        latitude_e7: whole(number(2) * 1e7),
-        longitude_e7: whole(number(3) * 1e7),
-        accuracy_dm: None,
-        altitude_dm: None,
         speed_cm_per_s: (speed_knots < 102.3).then(|| whole(speed_knots * CM_PER_S_PER_KNOT)),
         course_ddeg: (course_degrees < 360.0).then(|| whole(course_degrees * 10.0)),
         heading_deg: (heading_degrees < 360.0).then(|| whole(heading_degrees)),
-        battery_percent: None,
-        source: Source::Unspecified,
+        ..Ping::at(
+            seq,
+            time_ms(&row[1]),
+            whole(number(2) * 1e7),
+            whole(number(3) * 1e7),
+        )
     }
 }
 

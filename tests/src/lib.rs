@@ -66,17 +66,15 @@ pub fn ping(seq: u64) -> Ping {
 /// A ping with a time of its own.
 pub fn ping_at(seq: u64, time_ms: u64) -> Ping {
     Ping {
-        seq,
-        time_ms,
-        latitude_e7: 541_000_000 + i32::try_from(seq).unwrap_or_default() * 100,
-        longitude_e7: -45_000_000,
         accuracy_dm: Some(40),
-        altitude_dm: None,
         speed_cm_per_s: Some(150),
-        course_ddeg: None,
-        heading_deg: None,
-        battery_percent: None,
         source: Source::Gnss,
+        ..Ping::at(
+            seq,
+            time_ms,
+            541_000_000 + i32::try_from(seq).unwrap_or_default() * 100,
+            -45_000_000,
+        )
     }
 }
 

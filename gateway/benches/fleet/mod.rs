@@ -86,17 +86,15 @@ fn ping(seq: u64) -> Ping {
     let unsteady = u32::try_from(seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54).unwrap_or(0);
     let way_e7 = i32::try_from(seq * 1_000 + u64::from(unsteady)).expect("a drive of a day");
     Ping {
-        seq,
-        time_ms: begin_ms + seq * 1_000,
-        latitude_e7: 541_000_000 + way_e7,
-        longitude_e7: -45_000_000 - way_e7,
         accuracy_dm: Some(40 + unsteady % 32),
-        altitude_dm: None,
         speed_cm_per_s: Some(1_000 + unsteady),
-        course_ddeg: None,
-        heading_deg: None,
-        battery_percent: None,
         source: Source::Gnss,
+        ..Ping::at(
+            seq,
+            begin_ms + seq * 1_000,
+            541_000_000 + way_e7,
+            -45_000_000 - way_e7,
+        )
     }
 }
 

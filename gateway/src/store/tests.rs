@@ -29,17 +29,9 @@ fn device(user: u8, device: u32) -> DeviceId {
 
 fn pings(first_seq: u64, count: u64) -> Vec<Ping> {
     let ping = |seq| Ping {
-        seq,
-        time_ms: NOW_MS + seq,
-        latitude_e7: 535_000_000,
-        longitude_e7: 100_000_000,
-        accuracy_dm: None,
-        altitude_dm: None,
         speed_cm_per_s: Some(100),
-        course_ddeg: None,
-        heading_deg: None,
-        battery_percent: None,
         source: Source::Gnss,
+        ..Ping::at(seq, NOW_MS + seq, 535_000_000, 100_000_000)
     };
     (first_seq..first_seq + count).map(ping).collect()
 }
