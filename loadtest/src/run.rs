@@ -317,7 +317,7 @@ async fn check_store(
 /// How many pings are remembered for the check of the store: about a gigabyte.
 const MOST_KEPT_PINGS: usize = 24_000_000;
 /// How many pings wait for acknowledgement at a time when nothing is paced.
-const MOST_OPEN_PINGS: u64 = 10_000;
+const MOST_OPEN_PINGS: u64 = 2_000;
 /// A run is given up when nothing was acknowledged for this long: a gateway that was killed has time to
 /// come back.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
