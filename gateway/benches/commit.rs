@@ -141,9 +141,9 @@ impl Device {
     async fn prepare(number: u32, load: &Load, handle: &CommitHandle) -> Result<Self> {
         let config = SessionConfig::default();
         let limits = Limits {
-            frame_bytes: config.frame_bytes,
-            batch_pings: config.batch_pings,
-            credit_pings: config.credit_pings,
+            frame_bytes: config.frame_bytes.get(),
+            batch_pings: config.batch_pings.get(),
+            credit_pings: config.credit_pings.get(),
         };
         let mut session = Session::new(limits, Bytes::new());
         let mut device = Self {

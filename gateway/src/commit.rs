@@ -10,16 +10,17 @@
 //! place and read nothing more, so that QUIC flow control holds the devices back. The map of device
 //! records holds one record per device that the certificate authority has admitted.
 
-use std::{collections::hash_map::Entry, sync::Arc, thread, time::Duration};
+use std::{collections::hash_map::Entry, num::NonZeroUsize, sync::Arc, thread, time::Duration};
 
 use parking_lot::Mutex;
 use prost::Message;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, mpsc};
+use tracing::{error, info};
 use waypost_proto::{
     batch,
-    device::{DeviceRecord, LastStored, Policy},
+    device::{Admission, DeviceRecord, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::Ping,
     session::{Lane, Request, Settled, Welcomed, batch_len},
@@ -38,9 +39,9 @@ use crate::{
 pub struct CommitConfig {
     /// How many requests may wait per lane. Each holds at most one batch; a full queue holds the
     /// sessions back.
-    pub queue_requests: usize,
+    pub queue_requests: NonZeroUsize,
     /// How many pings one commit may hold, so that no ack waits behind an unbounded write.
-    pub group_pings: usize,
+    pub group_pings: NonZeroUsize,
     /// How far a device's clock may be ahead before its pings are refused with TIME_IN_FUTURE.
     #[serde(with = "humantime_serde")]
     pub future_tolerance: Duration,
@@ -53,9 +54,12 @@ pub struct CommitConfig {
 
 impl Default for CommitConfig {
     fn default() -> Self {
+        const fn number(number: usize) -> NonZeroUsize {
+            NonZeroUsize::new(number).expect("not zero")
+        }
         Self {
-            queue_requests: 4_096,
-            group_pings: 65_536,
+            queue_requests: const { number(4_096) },
+            group_pings: const { number(65_536) },
             future_tolerance: Duration::from_secs(300),
             least_interval: Duration::ZERO,
             least_distance_m: 0,
@@ -249,8 +253,8 @@ impl Committer {
     /// A committer and the handle to its queues.
     #[must_use]
     pub fn new(config: &CommitConfig, parts: CommitParts) -> (CommitHandle, Self) {
-        let (live_sender, live) = mpsc::channel(config.queue_requests);
-        let (backfill_sender, backfill) = mpsc::channel(config.queue_requests);
+        let (live_sender, live) = mpsc::channel(config.queue_requests.get());
+        let (backfill_sender, backfill) = mpsc::channel(config.queue_requests.get());
         let handle = CommitHandle {
             live: live_sender,
             backfill: backfill_sender,
@@ -260,7 +264,7 @@ impl Committer {
         let committer = Self {
             live,
             backfill,
-            group_pings: config.group_pings,
+            group_pings: config.group_pings.get(),
             policy: config.policy(parts.retention),
             store: parts.store,
             freshness: parts.freshness,
@@ -436,6 +440,14 @@ impl Committer {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
                 judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
+                if admission == Admission::LostAcknowledged {
+                    error!(
+                        %device,
+                        epoch = record.epoch,
+                        "this device was acknowledged more than the store remembers: data was lost; \
+                         it sends what it still has under a new epoch"
+                    );
+                }
                 self.metrics
                     .sessions
                     .hellos
@@ -528,7 +540,7 @@ impl Committer {
         let oldest = Day::of_ms(now_ms.saturating_sub(self.policy.retention_ms));
         let dropped = self.store.drop_days_before(oldest)?;
         if dropped > 0 {
-            tracing::info!(days = dropped, "dropped days whose retention is over");
+            info!(days = dropped, "dropped days whose retention is over");
         }
         Ok(())
     }

@@ -180,7 +180,7 @@ impl Gateway {
         metrics
             .commits
             .queue_capacity
-            .set(config.commit.queue_requests as f64);
+            .set(config.commit.queue_requests.get() as f64);
         let addresses = Addresses {
             devices: worker.local_addr()?,
             freshness: feed.local_addr(),

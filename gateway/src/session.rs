@@ -12,6 +12,7 @@
 
 use std::{
     future::{Future, poll_fn},
+    num::NonZeroU32,
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
@@ -42,14 +43,15 @@ use crate::{
 #[serde(deny_unknown_fields, default)]
 pub struct SessionConfig {
     /// Longest frame in bytes. A batch of 1,000 pings needs about 12,000.
-    pub frame_bytes: u32,
+    pub frame_bytes: NonZeroU32,
     /// Most pings in one batch.
-    pub batch_pings: u32,
+    pub batch_pings: NonZeroU32,
     /// Most pings of a connection that wait for their commit: enough to keep a backlog flowing over a
-    /// long round trip, few enough that ten thousand greedy devices fit into memory.
-    pub credit_pings: u32,
+    /// long round trip, few enough that ten thousand greedy devices fit into memory, and that an ack
+    /// which refuses every one of them fits a frame.
+    pub credit_pings: NonZeroU32,
     /// Most streams at a time: two lanes, and room to replace them.
-    pub streams: u32,
+    pub streams: NonZeroU32,
     /// How long the first frame of a stream may take.
     #[serde(with = "humantime_serde")]
     pub first_frame_timeout: Duration,
@@ -60,11 +62,14 @@ pub struct SessionConfig {
 
 impl Default for SessionConfig {
     fn default() -> Self {
+        const fn number(number: u32) -> NonZeroU32 {
+            NonZeroU32::new(number).expect("not zero")
+        }
         Self {
-            frame_bytes: 65_536,
-            batch_pings: 1_000,
-            credit_pings: 4_000,
-            streams: 4,
+            frame_bytes: const { number(65_536) },
+            batch_pings: const { number(1_000) },
+            credit_pings: const { number(3_000) },
+            streams: const { number(4) },
             first_frame_timeout: Duration::from_secs(10),
             frame_timeout: Duration::from_secs(10),
         }
@@ -178,9 +183,9 @@ enum Wake {
 impl<'a> Shell<'a> {
     fn new(connection: &'a Connection, device: DeviceId, parts: &'a Arc<SessionParts>) -> Self {
         let limits = Limits {
-            frame_bytes: parts.config.frame_bytes,
-            batch_pings: parts.config.batch_pings,
-            credit_pings: parts.config.credit_pings,
+            frame_bytes: parts.config.frame_bytes.get(),
+            batch_pings: parts.config.batch_pings.get(),
+            credit_pings: parts.config.credit_pings.get(),
         };
         Self {
             connection,
@@ -271,7 +276,7 @@ impl<'a> Shell<'a> {
         self.streams.push(Stream {
             send,
             recv,
-            reader: FrameReader::new(self.parts.config.frame_bytes as usize),
+            reader: FrameReader::new(self.parts.config.frame_bytes.get() as usize),
             lane: None,
             deadline: Some(Instant::now() + self.parts.config.first_frame_timeout),
             is_finished: false,
@@ -382,7 +387,7 @@ impl<'a> Shell<'a> {
                 Answer::Welcomed(welcomed) => {
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
-                    if let Some((lane, request)) = waiting {
+                    for (lane, request) in waiting {
                         self.ask(lane, request).await?;
                     }
                 }

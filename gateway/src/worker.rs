@@ -281,7 +281,7 @@ pub fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError>
     let window = |bytes: u32| VarInt::from_u32(bytes);
     let mut transport = TransportConfig::default();
     transport
-        .max_concurrent_bidi_streams(VarInt::from_u32(config.session.streams))
+        .max_concurrent_bidi_streams(VarInt::from_u32(config.session.streams.get()))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(window(128 << 10))
         .receive_window(window(256 << 10))

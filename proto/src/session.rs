@@ -246,9 +246,9 @@ pub struct Session {
     epoch: Option<u32>,
     /// Whether the first Hello has been answered.
     is_welcomed: bool,
-    /// The second lane's Hello, if it came before the first one's answer. It must not be judged on its
-    /// own, or a device that asks for an epoch on both lanes would get two.
-    waiting_hello: Option<(Lane, Claim)>,
+    /// Hellos that came before the first one's answer, at most one a lane. They must not be judged on
+    /// their own, or a device that asks for an epoch on both lanes would get two.
+    waiting_hellos: Vec<(Lane, Claim)>,
     open: [bool; 2],
     totals: Totals,
     pings_in_flight: u32,
@@ -272,7 +272,7 @@ impl Session {
             incarnation,
             epoch: None,
             is_welcomed: false,
-            waiting_hello: None,
+            waiting_hellos: Vec::new(),
             open: [false; 2],
             totals: Totals::default(),
             pings_in_flight: 0,
@@ -314,15 +314,15 @@ impl Session {
         }
     }
 
-    /// Takes the answer to a Hello. Returns what to write to the device, and the other lane's Hello if
-    /// it has waited for this.
+    /// Takes the answer to a Hello. Returns what to write to the device, and the Hellos that have waited
+    /// for this.
     ///
     /// # Errors
     /// When the device's queue is fenced.
     pub fn handle_welcomed(
         &mut self,
         welcomed: &Welcomed,
-    ) -> Result<(v1::GatewayFrame, Option<(Lane, Request)>), Violation> {
+    ) -> Result<(v1::GatewayFrame, Vec<(Lane, Request)>), Violation> {
         if welcomed.admission == Admission::Fenced {
             return Err(Violation::Fenced {
                 named: self.epoch.unwrap_or_default(),
@@ -330,10 +330,10 @@ impl Session {
         }
         self.epoch = Some(welcomed.epoch);
         self.is_welcomed = true;
-        let waiting = self
-            .waiting_hello
-            .take()
-            .map(|(lane, claim)| (lane, Request::Hello(self.join(claim))));
+        let waiting = std::mem::take(&mut self.waiting_hellos)
+            .into_iter()
+            .map(|(lane, claim)| (lane, Request::Hello(self.join(claim))))
+            .collect();
         let welcome = v1::Welcome {
             epoch: welcomed.epoch,
             ranges: to_wire(welcomed.settled.above().iter().copied()),
@@ -413,6 +413,7 @@ impl Session {
 
     /// A stream is done: its lane may be opened again.
     pub fn handle_lane_closed(&mut self, lane: Lane) {
+        self.waiting_hellos.retain(|(waiting, _)| *waiting != lane);
         self.open[lane as usize] = false;
     }
 
@@ -451,7 +452,7 @@ impl Session {
                 Ok(Step::Ask(lane, Request::Hello(claim)))
             }
             (Some(_), false) => {
-                self.waiting_hello = Some((lane, claim));
+                self.waiting_hellos.push((lane, claim));
                 Ok(Step::Wait(lane))
             }
             (Some(_), true) => {
@@ -619,7 +620,7 @@ mod tests {
             epoch: 7,
             ..Claim::default()
         };
-        assert_eq!(waiting, Some((Lane::Backfill, Request::Hello(joined))));
+        assert_eq!(waiting, [(Lane::Backfill, Request::Hello(joined))]);
     }
 
     #[test]
