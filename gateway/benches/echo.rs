@@ -92,10 +92,11 @@ fn report(load: &Load, rounds: &[(Cost, Cost)]) {
     let pings = load.pings() as f64;
     let line = |name: &str, side: fn(&(Cost, Cost)) -> &Cost| {
         println!(
-            "  {:<14}  {name:<7}  {:>7} pings/s  {:>6.2} µs of CPU a ping",
+            "  {:<14}  {name:<7}  {:>7} pings/s  {:>6.2} µs of CPU a ping  {:.2} packets a request",
             load.name,
             rate(pings / middle(&|round| side(round).elapsed.as_secs_f64())),
             middle(&|round| side(round).server_cpu.as_secs_f64()) * 1e6 / pings,
+            middle(&|round| side(round).packets as f64) / load.fleet_requests() as f64,
         );
     };
     line("Waypost", |(waypost, _)| waypost);
@@ -192,7 +193,7 @@ struct Link {
     reader: FrameReader,
     epoch: u32,
     next_seq: u64,
-    _connection: Connection,
+    connection: Connection,
 }
 
 async fn connect_all(
@@ -237,7 +238,7 @@ impl Link {
             reader: FrameReader::new(MAX_FRAME_BYTES),
             epoch: 1,
             next_seq: 1,
-            _connection: connection,
+            connection,
         };
         let hello = encoded(&fleet::hello());
         link.send.write_chunk(hello.clone()).await?;
@@ -311,6 +312,8 @@ fn encoded(frame: &v1::DeviceFrame) -> Bytes {
 struct Cost {
     elapsed: Duration,
     server_cpu: Duration,
+    /// Sent by the server; more than one a request means that acknowledgements of QUIC went alone.
+    packets: u64,
 }
 
 /// All connections work through their frames at once.
@@ -320,6 +323,8 @@ async fn round(links: &mut Vec<Link>, load: &Load) -> Result<Cost> {
         .drain(..)
         .map(|mut link| (link.prepare(load), link))
         .collect();
+    let packets_of = |link: &Link| link.connection.stats().udp_rx.datagrams;
+    let packets_before: u64 = prepared.iter().map(|(_, link)| packets_of(link)).sum();
     let cpu_before = server_cpu(kind)?;
     let started = Instant::now();
     let mut running = JoinSet::new();
@@ -332,6 +337,7 @@ async fn round(links: &mut Vec<Link>, load: &Load) -> Result<Cost> {
     Ok(Cost {
         elapsed: started.elapsed(),
         server_cpu: server_cpu(kind)?.saturating_sub(cpu_before),
+        packets: links.iter().map(packets_of).sum::<u64>() - packets_before,
     })
 }
 

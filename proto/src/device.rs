@@ -254,8 +254,10 @@ fn is_too_dense(ping: &Ping, policy: &Policy, last_stored: Option<LastStored>) -
     let Some(last) = last_stored else {
         return false;
     };
+    // A distance costs more than all else that is done for a ping, and the rule is off by default.
     ping.time_ms.abs_diff(last.time_ms) < policy.least_interval_ms
-        || ping.distance_m(last.latitude_e7, last.longitude_e7) < policy.least_distance_m
+        || (policy.least_distance_m > 0.0
+            && ping.distance_m(last.latitude_e7, last.longitude_e7) < policy.least_distance_m)
 }
 
 #[cfg(test)]

@@ -49,7 +49,12 @@ impl Load {
 
     /// The pings of all devices in one round.
     pub(crate) fn pings(&self) -> u64 {
-        u64::from(DEVICES) * self.requests * self.request_pings
+        self.fleet_requests() * self.request_pings
+    }
+
+    /// The requests of all devices in one round.
+    pub(crate) fn fleet_requests(&self) -> u64 {
+        u64::from(DEVICES) * self.requests
     }
 }
 
