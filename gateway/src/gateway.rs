@@ -298,6 +298,7 @@ impl Gateway {
             })
             .await,
         );
+        info!("stopped");
         result
     }
 }
