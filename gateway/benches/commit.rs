@@ -206,10 +206,14 @@ fn rows_of(data_dir: &Path) -> Result<Vec<Row>> {
     let database = data_dir.join(DATABASE);
     let names = DB::list_cf(&Options::default(), &database)?;
     let db = DB::open_cf_for_read_only(&Options::default(), &database, &names, false)?;
+<<<<<<< HEAD
     let all = |name: &str| -> Result<Vec<Pair>> {
+=======
+    let all = |name: &str| -> Result<Vec<_>> {
+>>>>>>> bench
         let family = db.cf_handle(name).context("a family is missing")?;
         let rows = db.iterator_cf(&family, IteratorMode::Start);
-        Ok(rows.collect::<Result<_, _>>()?)
+        Ok(rows.collect::<Result<Vec<_>, _>>()?)
     };
     let devices: HashMap<_, _> = all("devices")?.into_iter().collect();
     let mut rows = Vec::new();
