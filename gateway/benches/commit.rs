@@ -197,20 +197,13 @@ struct Row {
     device: Box<[u8]>,
 }
 
-/// A key and its value.
-type Pair = (Box<[u8]>, Box<[u8]>);
-
 /// What the committer has written, in about the order in which it did: all devices' first, all devices'
 /// second.
 fn rows_of(data_dir: &Path) -> Result<Vec<Row>> {
     let database = data_dir.join(DATABASE);
     let names = DB::list_cf(&Options::default(), &database)?;
     let db = DB::open_cf_for_read_only(&Options::default(), &database, &names, false)?;
-<<<<<<< HEAD
-    let all = |name: &str| -> Result<Vec<Pair>> {
-=======
     let all = |name: &str| -> Result<Vec<_>> {
->>>>>>> bench
         let family = db.cf_handle(name).context("a family is missing")?;
         let rows = db.iterator_cf(&family, IteratorMode::Start);
         Ok(rows.collect::<Result<Vec<_>, _>>()?)
