@@ -352,22 +352,15 @@ pub fn digest(ping: &Ping) -> u64 {
 /// A ping for tests of the books: the source is a repetition for each fifth.
 #[cfg(test)]
 pub(crate) fn example_ping(seq: u64) -> Ping {
+    use waypost_proto::ping::Source;
+    let is_repeated = seq.is_multiple_of(5);
     Ping {
-        seq,
-        time_ms: 1_000 * seq,
-        latitude_e7: 1,
-        longitude_e7: 2,
-        accuracy_dm: None,
-        altitude_dm: None,
-        speed_cm_per_s: None,
-        course_ddeg: None,
-        heading_deg: None,
-        battery_percent: None,
-        source: if seq.is_multiple_of(5) {
-            waypost_proto::ping::Source::LastKnown
+        source: if is_repeated {
+            Source::LastKnown
         } else {
-            waypost_proto::ping::Source::Gnss
+            Source::Gnss
         },
+        ..Ping::at(seq, 1_000 * seq, 1, 2)
     }
 }
 

@@ -88,19 +88,7 @@ mod tests {
     use super::*;
 
     fn at(latitude_e7: i32, longitude_e7: i32) -> Ping {
-        Ping {
-            seq: 1,
-            time_ms: 0,
-            latitude_e7,
-            longitude_e7,
-            accuracy_dm: None,
-            altitude_dm: None,
-            speed_cm_per_s: None,
-            course_ddeg: None,
-            heading_deg: None,
-            battery_percent: None,
-            source: Source::Gnss,
-        }
+        Ping::at(1, 0, latitude_e7, longitude_e7)
     }
 
     #[test]
