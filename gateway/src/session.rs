@@ -6,7 +6,7 @@
 //! # Bounds
 //!
 //! A connection has at most [`SessionConfig::streams`] streams (QUIC refuses more), one partly read
-//! frame on each, and [`SessionConfig::credit_pings`] pings or [`REQUESTS_IN_FLIGHT`] requests waiting
+//! frame on each, and [`SessionConfig::credit_pings`] pings or `REQUESTS_IN_FLIGHT` requests waiting
 //! for their commit. At that point its streams are not read, and QUIC flow control holds the device
 //! back. A device that does not read its acks is closed with NOT_READING.
 
