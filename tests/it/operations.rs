@@ -3,8 +3,10 @@
 use std::{
     io::Write,
     process::{Command, Stdio},
+    time::Duration,
 };
 
+use tokio::io::{AsyncBufReadExt, BufReader};
 use waypost_proto::session::Lane;
 use waypost_tests::{Process, binary, hello, ping, tool};
 
@@ -128,6 +130,58 @@ async fn no_coordinate_leaves_through_logs_metrics_pages_or_commands() {
     for coordinate in ["12.345", "123456789", "98.765", "987654321", "12345678901"] {
         assert!(!said.contains(coordinate), "{coordinate} got out");
     }
+}
+
+/// Done-when 7 of the main job, and that a watcher lives through a restart of the gateway.
+#[tokio::test(flavor = "multi_thread")]
+async fn watch_shows_a_ping_as_it_is_stored_also_after_a_restart() {
+    let mut gateway = Process::start(&[]).await;
+    let device = gateway.device(1);
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    let mut watch = tokio::process::Command::new(binary("waypost"))
+        .args(["watch", "--json", "--data"])
+        .arg(gateway.data_dir())
+        .args([
+            "--addr",
+            &format!("https://{}", gateway.addresses().freshness),
+        ])
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    let mut shows = async |last_sample_ms: u64| {
+        let user = device.id.user.to_string();
+        let shown = async {
+            while let Some(line) = lines.next_line().await.unwrap() {
+                let event: serde_json::Value = serde_json::from_str(&line).unwrap();
+                if event["event"] == "entry"
+                    && event["user"] == user
+                    && event["last_sample_ms"] == last_sample_ms
+                {
+                    return;
+                }
+            }
+            panic!("watch ended");
+        };
+        let shown = tokio::time::timeout(Duration::from_secs(60), shown).await;
+        shown.expect("watch shows it");
+    };
+
+    live.send_pings(epoch, &[ping(1)]).await;
+    live.ack().await;
+    shows(ping(1).time_ms).await;
+
+    gateway.kill();
+    gateway.restart().await;
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, epoch)).await;
+    live.welcome().await;
+    live.send_pings(epoch, &[ping(2)]).await;
+    live.ack().await;
+    shows(ping(2).time_ms).await;
 }
 
 #[test]
