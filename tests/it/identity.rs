@@ -2,7 +2,7 @@
 
 use waypost_gateway::pki::{Purpose, Validity};
 use waypost_proto::{id::Identity, session::Lane};
-use waypost_tests::{Attempt, World, hello, ping, stored_seqs};
+use waypost_tests::{Attempt, Process, World, hello, ping, stored_seqs};
 
 /// Done-when 4 of the main job: refused, with a reason in the metrics and the same in the log.
 async fn refused(reason: &str, attempt: impl AsyncFnOnce(&World) -> Attempt) {
@@ -82,6 +82,39 @@ async fn a_checkers_certificate() {
         world.attempt(Some(&credentials)).await
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_says_why_too() {
+    let mut gateway = Process::start(&[]).await;
+    let device = gateway.device(1);
+    let authority = gateway.authority();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let past = Validity {
+        not_before_s: 1_000_000_000,
+        not_after_s: 1_100_000_000,
+    };
+    let device_names = authority.names_of(&Identity::Device(device.id)).unwrap();
+    let expired = authority.issue(device_names, Purpose::Client, past, &key);
+    let host_names = waypost_gateway::pki::host_names(&["device.example.org"]).unwrap();
+    let nameless = authority.issue(host_names, Purpose::Client, Validity::days(1), &key);
+    let other = World::authority_in(&gateway.data_dir().join("other"));
+    let foreign = other.issue_device(device.id).unwrap();
+    for (reason, credentials) in [
+        ("no_certificate", None),
+        ("unknown_issuer", Some(foreign)),
+        ("expired", Some(expired.unwrap())),
+        ("no_identity", Some(nameless.unwrap())),
+    ] {
+        let attempt = gateway.attempt(credentials.as_ref()).await;
+        assert!(!attempt.is_served().await, "{reason}");
+    }
+    gateway.terminate();
+    gateway.exit_code().await;
+    let log = gateway.log();
+    for reason in ["no_certificate", "unknown_issuer", "expired", "no_identity"] {
+        assert!(log.contains(reason), "{reason} is not in the log:\n{log}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

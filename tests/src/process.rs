@@ -11,11 +11,11 @@ use std::{
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use waypost_gateway::pki::Authority;
+use waypost_gateway::pki::{Authority, Credentials};
 
 use crate::{
     Device, MetricsPage, binary, device_id,
-    link::{self, Link},
+    link::{self, Attempt, Link},
 };
 
 /// Where the process can be reached, from its `addresses.json`.
@@ -107,16 +107,19 @@ impl Process {
     }
 
     pub async fn connect(&self, device: &Device) -> Link {
+        self.attempt(Some(&device.credentials)).await.unwrap()
+    }
+
+    pub async fn attempt(&self, credentials: Option<&Credentials>) -> Attempt {
         let authority = self.authority();
-        let credentials = Some(&*device.credentials);
+        let ca_pem = authority.certificate_pem();
         link::attempt(
             self.addresses.devices,
-            authority.certificate_pem(),
+            ca_pem,
             credentials,
             link::ordinary(),
         )
         .await
-        .unwrap()
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
