@@ -1,7 +1,7 @@
 //! The Waypost gateway, in the order the data meets it.
 //!
 //! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
-//! hands batches to the one [`commit`]ter. The committer judges, writes through [`store`], publishes to
+//! ends the device's older one ([`takeover`]) and hands batches to the one [`commit`]ter. The committer judges, writes through [`store`], publishes to
 //! [`freshness`], and only then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns
 //! their tasks.
 //!
@@ -12,8 +12,9 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`session`] and [`tls`] know QUIC and TLS. Only
-//!    [`metrics`] knows metric names. `proto` knows none of them.
+//! 5. Only [`store`] knows RocksDB. Only [`worker`] and [`session`] speak QUIC, and only [`tls`] and
+//!    [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows none of
+//!    them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod admin;
