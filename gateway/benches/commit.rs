@@ -183,7 +183,7 @@ impl Device {
 
     async fn ask(&self, request: Request, handle: &CommitHandle) -> Result<Answer> {
         handle
-            .submit(self.id, Lane::Live, request, &self.mailbox)
+            .submit(self.id, Lane::Live, request, None, &self.mailbox)
             .await?;
         let (_, answer) = self.mailbox.take().await.remove(0);
         Ok(answer)

@@ -20,7 +20,7 @@ use tokio::sync::{Notify, mpsc};
 use tracing::{error, info};
 use waypost_proto::{
     batch,
-    device::{Admission, DeviceRecord, LastStored, Policy},
+    device::{Admission, Deferral, DeviceRecord, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::Ping,
     session::{Lane, Request, Settled, Welcomed, batch_len},
@@ -148,6 +148,8 @@ struct Submission {
     device: DeviceId,
     receive_ms: u64,
     request: Request,
+    /// A batch is to be put off, whatever is in it.
+    deferral: Option<Deferral>,
     reply: Reply,
 }
 
@@ -176,6 +178,7 @@ impl CommitHandle {
         device: DeviceId,
         lane: Lane,
         request: Request,
+        deferral: Option<Deferral>,
         mailbox: &Arc<Mailbox>,
     ) -> Result<(), Stopped> {
         // Hello is small, and nothing on either lane can start before it is answered.
@@ -194,6 +197,7 @@ impl CommitHandle {
             device,
             receive_ms,
             request,
+            deferral,
             reply,
         });
         Ok(())
@@ -423,6 +427,7 @@ impl Committer {
             device,
             receive_ms,
             request,
+            deferral,
             reply,
         } = submission;
         // A request that was stamped just before an announcement and queued just after it was heard,
@@ -465,13 +470,16 @@ impl Committer {
             Request::Batch { batch, columns } => {
                 let mut last_stored = self.last_stored.get(&device).copied();
                 let pings = batch_len(&batch);
-                let judgement = record.judge(
-                    &batch.pings,
-                    &batch.malformed,
-                    receive_ms,
-                    &self.policy,
-                    &mut last_stored,
-                );
+                let judgement = match deferral {
+                    Some(deferral) => record.defer(&batch.pings, &batch.malformed, deferral.code),
+                    None => record.judge(
+                        &batch.pings,
+                        &batch.malformed,
+                        receive_ms,
+                        &self.policy,
+                        &mut last_stored,
+                    ),
+                };
                 if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
@@ -510,6 +518,7 @@ impl Committer {
                     receive_ms,
                     commit_ms,
                     position,
+                    retry_after_ms: deferral.map_or(0, |deferral| deferral.retry_after_ms),
                 })
             }
             Request::Heartbeat => Answer::Settled(Settled {
@@ -523,6 +532,7 @@ impl Committer {
                 receive_ms,
                 commit_ms,
                 position,
+                retry_after_ms: 0,
             }),
         };
         judged.answers.push((reply, answer));

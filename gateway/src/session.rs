@@ -373,7 +373,7 @@ impl<'a> Shell<'a> {
         self.requests_in_flight[lane as usize] += 1;
         self.parts
             .commit
-            .submit(self.device, lane, request, &self.mailbox)
+            .submit(self.device, lane, request, None, &self.mailbox)
             .await
             .map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
     }

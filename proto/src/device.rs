@@ -121,6 +121,15 @@ impl Admission {
     }
 }
 
+/// Why a batch is put off, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deferral {
+    /// A retryable code.
+    pub code: RejectCode,
+    /// When the device may try again, in milliseconds from now.
+    pub retry_after_ms: u32,
+}
+
 /// What became of one batch. The four fates add up to the pings that came in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Judgement {
@@ -204,6 +213,29 @@ impl DeviceRecord {
                 Verdict::Duplicate => judgement.duplicate += 1,
                 Verdict::TooSparse => judgement.rejects.push((seq, RejectCode::TooSparse)),
                 Verdict::New => judgement.rejects.push((seq, code)),
+            }
+        }
+        judgement
+    }
+
+    /// Puts a batch of the current epoch off without judging it: what is settled already is a duplicate,
+    /// as ever, and all else may be sent again later. Nothing is settled here, so that the same pings
+    /// are judged when they come back.
+    #[must_use]
+    pub fn defer(
+        &self,
+        pings: &[Ping],
+        malformed: &[(u64, RejectCode)],
+        code: RejectCode,
+    ) -> Judgement {
+        debug_assert!(is_retryable(code), "{code:?} is for ever");
+        let seqs = pings.iter().map(|ping| ping.seq);
+        let mut judgement = Judgement::default();
+        for seq in seqs.chain(malformed.iter().map(|&(seq, _)| seq)) {
+            if self.settled.contains(seq) {
+                judgement.duplicate += 1;
+            } else {
+                judgement.rejects.push((seq, code));
             }
         }
         judgement
@@ -307,6 +339,27 @@ mod tests {
         assert_eq!(device.admit(claim(1)), Admission::Fenced);
         assert_eq!(device.admit(claim(2)), Admission::Resumed);
         assert_eq!(device.epoch, 2);
+    }
+
+    #[test]
+    fn what_was_put_off_is_judged_when_it_comes_back() {
+        let mut device = device_in_epoch(1);
+        let (first, both) = ([ping(1, NOW_MS)], [ping(1, NOW_MS), ping(2, NOW_MS)]);
+        device.judge(&first, &[], NOW_MS, &policy(), &mut None);
+        let before = device.clone();
+        let deferred = device.defer(
+            &both,
+            &[(3, RejectCode::BadCoordinates)],
+            RejectCode::Overloaded,
+        );
+        assert_eq!(deferred.duplicate, 1);
+        assert_eq!(
+            deferred.rejects,
+            [(2, RejectCode::Overloaded), (3, RejectCode::Overloaded)]
+        );
+        assert_eq!(device, before, "it leaves no trace");
+        let judged = device.judge(&both, &[], NOW_MS, &policy(), &mut None);
+        assert_eq!((judged.stored, judged.duplicate), (vec![1], 1));
     }
 
     #[test]

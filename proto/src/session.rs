@@ -235,6 +235,8 @@ pub struct Settled {
     pub commit_ms: u64,
     /// The commit.
     pub position: u64,
+    /// How long the device should wait before it sends more; 0 when it need not.
+    pub retry_after_ms: u32,
 }
 
 /// One connection of a device.
@@ -362,8 +364,10 @@ impl Session {
         let epoch = settled.last()?.epoch;
         let mut rejects = Vec::new();
         let mut is_too_sparse = false;
+        let mut retry_after_ms = 0;
         let mut newest: Option<Settled> = None;
         for mut one in settled {
+            retry_after_ms = retry_after_ms.max(one.retry_after_ms);
             self.pings_in_flight = self.pings_in_flight.saturating_sub(one.pings);
             self.totals.accepted += one.accepted;
             self.totals.duplicate += one.duplicate;
@@ -403,7 +407,10 @@ impl Session {
             receive_ms: newest.receive_ms,
             commit_ms: newest.commit_ms,
             position: newest.position,
-            flow: Some(self.flow()),
+            flow: Some(v1::Flow {
+                retry_after_ms,
+                ..self.flow()
+            }),
             missing,
         };
         Some(v1::GatewayFrame {
@@ -562,6 +569,7 @@ mod tests {
             receive_ms: 2,
             commit_ms: 3,
             position: 4,
+            retry_after_ms: 0,
         }
     }
 

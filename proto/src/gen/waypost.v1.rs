@@ -300,7 +300,8 @@ pub struct Flow {
     /// Send no more often than this, in milliseconds; 0 for no limit.
     #[prost(uint32, tag = "2")]
     pub min_interval_ms: u32,
-    /// Come back no sooner than this, in milliseconds, after a close or an OVERLOADED; 0 for no limit.
+    /// Send no sooner than this, in milliseconds, after a close, an OVERLOADED or a RATE_LIMITED; 0 for no
+    /// limit.
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
     /// Finish what is in flight, then reconnect: this gateway is about to stop.

@@ -1038,6 +1038,7 @@ fn judge(
         receive_ms: 0,
         commit_ms: 0,
         position: 0,
+        retry_after_ms: 0,
     }
 }
 
