@@ -154,6 +154,7 @@ impl Gateway {
             &config.devices,
             device_tls,
             &config.tls.trust_domain,
+            &store.secret(),
             metrics.clone(),
         )?;
         let feed = Feed::bind(
@@ -163,7 +164,7 @@ impl Gateway {
                 trust_domain: config.tls.trust_domain.clone(),
                 freshness: Arc::clone(&freshness),
                 incarnation: store.incarnation(),
-                token_key: store.token_key(),
+                token_key: store.secret(),
                 clock: clock.clone(),
                 metrics: metrics.clone(),
             },
