@@ -114,7 +114,7 @@ impl Gateway {
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
         let device_tls = tls::device_server_config(&config.tls)?;
-        let freshness_tls = tls::freshness_tls(&config.tls)?;
+        let freshness_tls = tls::freshness_server_config(&config.tls)?;
 
         let store = Arc::new(Store::open(
             &config.data_dir,
