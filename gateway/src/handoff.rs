@@ -2,7 +2,7 @@
 //!
 //! Requests wait in a queue per lane, answers in a mailbox per session. Knows order, receipt and who is
 //! to be woken; must not know what a request means, what a record is, or where anything is stored. All
-//! that waits or wakes here comes from [`crate::sync`], so that `tests/schedules` can try out the orders
+//! that waits or wakes here comes from `crate::sync`, so that `tests/schedules` can try out the orders
 //! in which sessions and committer meet.
 //!
 //! # Bounds
@@ -66,19 +66,34 @@ pub enum Answer {
 /// Where the answers for one session collect. Bounded by what the session may have in flight.
 #[derive(Debug, Default)]
 pub struct Mailbox {
-    answers: Mutex<Vec<(Lane, Answer)>>,
+    inbox: Mutex<Inbox>,
     arrived: Notify,
+    hello_answered: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    answers: Vec<(Lane, Answer)>,
+    /// Hellos that were handed over and not answered.
+    waiting_hellos: usize,
 }
 
 impl Mailbox {
     /// Waits until there is something, and takes all of it, in the order it was asked.
     pub async fn take(&self) -> Vec<(Lane, Answer)> {
         loop {
-            let answers = std::mem::take(&mut *self.answers.lock());
+            let answers = std::mem::take(&mut self.inbox.lock().answers);
             if !answers.is_empty() {
                 return answers;
             }
             self.arrived.notified().await;
+        }
+    }
+
+    /// Waits until no Hello of the session waits for its answer.
+    async fn greeted(&self) {
+        while self.inbox.lock().waiting_hellos > 0 {
+            self.hello_answered.notified().await;
         }
     }
 }
@@ -89,10 +104,23 @@ impl Mailbox {
 pub(crate) struct Reply {
     mailbox: Arc<Mailbox>,
     lane: Lane,
+    is_hello: bool,
     is_answered: bool,
 }
 
 impl Reply {
+    fn new(mailbox: &Arc<Mailbox>, lane: Lane, is_hello: bool) -> Self {
+        if is_hello {
+            mailbox.inbox.lock().waiting_hellos += 1;
+        }
+        Self {
+            mailbox: Arc::clone(mailbox),
+            lane,
+            is_hello,
+            is_answered: false,
+        }
+    }
+
     /// Answers, once and for all.
     pub(crate) fn answer(mut self, answer: Answer) {
         self.post(answer);
@@ -100,8 +128,14 @@ impl Reply {
 
     fn post(&mut self, answer: Answer) {
         self.is_answered = true;
-        self.mailbox.answers.lock().push((self.lane, answer));
+        let mut inbox = self.mailbox.inbox.lock();
+        inbox.waiting_hellos -= usize::from(self.is_hello);
+        inbox.answers.push((self.lane, answer));
+        drop(inbox);
         self.mailbox.arrived.notify_one();
+        if self.is_hello {
+            self.mailbox.hello_answered.notify_one();
+        }
     }
 }
 
@@ -143,11 +177,11 @@ pub struct CommitHandle {
 pub struct Stopped;
 
 impl CommitHandle {
-    /// Queues a request and returns its receive time; waits while the lane's queue is full. The receive
-    /// time is taken once there is a place, so that nothing older can be queued behind it.
+    /// Queues a request; waits while the lane's queue is full, and with a batch of BACKFILL while a Hello
+    /// of the session waits for its answer.
     ///
     /// # Errors
-    /// When the committer has stopped. The mailbox gets nothing then.
+    /// When the committer has stopped. The mailbox may get [`Answer::Lost`] for this request all the same.
     pub async fn submit(
         &self,
         device: DeviceId,
@@ -156,25 +190,31 @@ impl CommitHandle {
         deferral: Option<Deferral>,
         mailbox: &Arc<Mailbox>,
     ) -> Result<(), Stopped> {
-        // Hello is small, and nothing on either lane can start before it is answered.
-        let queue = match (lane, &request) {
-            (Lane::Live, _) | (_, Request::Hello(_)) => &self.live,
-            (Lane::Backfill, _) => &self.backfill,
+        let is_hello = matches!(request, Request::Hello(_));
+        let queue = if is_hello || lane == Lane::Live {
+            // Hello is small, and nothing on either lane can go on before it is answered.
+            &self.live
+        } else {
+            // LIVE may hold more than a group: this would be judged before the Hello that says what its
+            // numbers mean, and another store's pings be taken for duplicates of this one's.
+            mailbox.greeted().await;
+            &self.backfill
         };
         let place = queue.reserve().await.map_err(|_| Stopped)?;
+        // Once there is a place, so that what waited for one does not lie about when it was received.
         let receive_ms = self.clock.now_ms();
-        let reply = Reply {
-            mailbox: Arc::clone(mailbox),
-            lane,
-            is_answered: false,
-        };
         place.send(Submission {
             device,
             receive_ms,
             request,
             deferral,
-            reply,
+            reply: Reply::new(mailbox, lane, is_hello),
         });
+        // What is sent into a queue whose other end is gone is neither refused nor dropped: it lies there
+        // until the last handle goes, and nobody would answer it.
+        if queue.is_closed() {
+            return Err(Stopped);
+        }
         Ok(())
     }
 
@@ -226,7 +266,8 @@ impl Requests {
         // after it.
         let drain_ms = self.clock.now_ms();
         let mut pings = 0;
-        // Each queue is in the order of receipt: what is left in it is no older than what was taken.
+        // Each queue is in the order of receipt, but for sessions that meet between stamp and queue: what
+        // is left in it is no older than what was taken, or is moved below.
         let mut taken_upto_ms = [self.resolved_ms; 2];
         if let Some((lane, first)) = first {
             pings += request_len(&first.request);
