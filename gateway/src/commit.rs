@@ -1,37 +1,38 @@
 //! The committer: the one owner of dedup state and of writes.
 //!
-//! It takes what is queued up to a limit, judges it, commits it with one fsync, publishes it, and only
-//! then answers. There is no linger timer: the next group is what queued up during the last fsync.
-//! Knows device records and order; must not know connections or RocksDB.
+//! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
+//! publishes it, and only then answers. There is no linger timer: the next group is what queued up
+//! during the last fsync.
+//! Knows device records and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
-//! Each lane has a queue of [`CommitConfig::queue_requests`]. When one is full its sessions wait for a
-//! place and read nothing more, so that QUIC flow control holds the devices back. The map of device
-//! records holds one record per device that the certificate authority has admitted.
+//! The map of device records holds one record per device that the certificate authority has admitted.
+//! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{collections::hash_map::Entry, num::NonZeroUsize, sync::Arc, thread, time::Duration};
 
-use parking_lot::Mutex;
 use prost::Message;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, mpsc};
 use tracing::{error, info};
 use waypost_proto::{
     batch,
-    device::{Admission, Deferral, DeviceRecord, LastStored, Policy},
+    device::{Admission, DeviceRecord, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::Ping,
-    session::{Lane, Request, Settled, Welcomed, batch_len},
+    session::{Request, Settled, Welcomed, batch_len},
 };
 
 use crate::{
     clock::Clock,
     freshness::Freshness,
+    handoff::{self, Reply, Requests, Submission},
     metrics::{Fates, Metrics},
     store::{Batch, CommitError, Day, PingKey, Store, record},
 };
+
+pub use crate::handoff::{Answer, CommitHandle, Mailbox, Stopped};
 
 /// Settings of the committer and of what it admits.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -80,146 +81,10 @@ impl CommitConfig {
     }
 }
 
-/// What a session gets back.
-#[derive(Debug)]
-pub enum Answer {
-    /// To a Hello.
-    Welcomed(Welcomed),
-    /// To a batch or a heartbeat.
-    Settled(Settled),
-    /// The batch was of an epoch that ended while it waited.
-    Fenced,
-    /// It is not known whether the request is on disk: the committer stopped. The device keeps what it
-    /// has and sends it again.
-    Lost,
-}
-
-/// Where the answers for one session collect. Bounded by what the session may have in flight.
-#[derive(Debug, Default)]
-pub struct Mailbox {
-    answers: Mutex<Vec<(Lane, Answer)>>,
-    arrived: Notify,
-}
-
-impl Mailbox {
-    /// Waits until there is something, and takes all of it, in the order it was asked.
-    pub async fn take(&self) -> Vec<(Lane, Answer)> {
-        loop {
-            let answers = std::mem::take(&mut *self.answers.lock());
-            if !answers.is_empty() {
-                return answers;
-            }
-            self.arrived.notified().await;
-        }
-    }
-}
-
-/// The right to answer one request. Dropped without an answer, it answers [`Answer::Lost`], so that no
-/// session waits for ever whatever becomes of the committer.
-#[derive(Debug)]
-struct Reply {
-    mailbox: Arc<Mailbox>,
-    lane: Lane,
-    is_answered: bool,
-}
-
-impl Reply {
-    fn answer(mut self, answer: Answer) {
-        self.post(answer);
-    }
-
-    fn post(&mut self, answer: Answer) {
-        self.is_answered = true;
-        self.mailbox.answers.lock().push((self.lane, answer));
-        self.mailbox.arrived.notify_one();
-    }
-}
-
-impl Drop for Reply {
-    fn drop(&mut self) {
-        if !self.is_answered {
-            self.post(Answer::Lost);
-        }
-    }
-}
-
-#[derive(Debug)]
-struct Submission {
-    device: DeviceId,
-    receive_ms: u64,
-    request: Request,
-    /// A batch is to be put off, whatever is in it.
-    deferral: Option<Deferral>,
-    reply: Reply,
-}
-
-/// Hands requests to the committer. When the last clone is gone, the committer finishes what is queued
-/// and stops.
-#[derive(Clone, Debug)]
-pub struct CommitHandle {
-    live: mpsc::Sender<Submission>,
-    backfill: mpsc::Sender<Submission>,
-    clock: Clock,
-}
-
-/// The committer has stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the committer has stopped")]
-pub struct Stopped;
-
-impl CommitHandle {
-    /// Queues a request and returns its receive time; waits while the lane's queue is full. The receive
-    /// time is taken once there is a place, so that nothing older can be queued behind it.
-    ///
-    /// # Errors
-    /// When the committer has stopped. The mailbox gets nothing then.
-    pub async fn submit(
-        &self,
-        device: DeviceId,
-        lane: Lane,
-        request: Request,
-        deferral: Option<Deferral>,
-        mailbox: &Arc<Mailbox>,
-    ) -> Result<(), Stopped> {
-        // Hello is small, and nothing on either lane can start before it is answered.
-        let queue = match (lane, &request) {
-            (Lane::Live, _) | (_, Request::Hello(_)) => &self.live,
-            (Lane::Backfill, _) => &self.backfill,
-        };
-        let place = queue.reserve().await.map_err(|_| Stopped)?;
-        let receive_ms = self.clock.now_ms();
-        let reply = Reply {
-            mailbox: Arc::clone(mailbox),
-            lane,
-            is_answered: false,
-        };
-        place.send(Submission {
-            device,
-            receive_ms,
-            request,
-            deferral,
-            reply,
-        });
-        Ok(())
-    }
-
-    /// How many requests wait, per lane.
-    #[must_use]
-    pub fn depth(&self, lane: Lane) -> usize {
-        let queue = match lane {
-            Lane::Live => &self.live,
-            Lane::Backfill => &self.backfill,
-        };
-        queue.max_capacity() - queue.capacity()
-    }
-}
-
 /// The committer before it runs: all state, no thread.
 #[derive(Debug)]
 pub struct Committer {
-    live: mpsc::Receiver<Submission>,
-    backfill: mpsc::Receiver<Submission>,
-    group_pings: usize,
+    requests: Requests,
     policy: Policy,
     store: Arc<Store>,
     freshness: Arc<Freshness>,
@@ -230,7 +95,6 @@ pub struct Committer {
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
     last_stored: FxHashMap<DeviceId, LastStored>,
     position: u64,
-    resolved_ms: u64,
     day: Option<Day>,
 }
 
@@ -257,18 +121,13 @@ impl Committer {
     /// A committer and the handle to its queues.
     #[must_use]
     pub fn new(config: &CommitConfig, parts: CommitParts) -> (CommitHandle, Self) {
-        let (live_sender, live) = mpsc::channel(config.queue_requests.get());
-        let (backfill_sender, backfill) = mpsc::channel(config.queue_requests.get());
-        let handle = CommitHandle {
-            live: live_sender,
-            backfill: backfill_sender,
-            clock: parts.clock.clone(),
-        };
-        let resolved_ms = parts.clock.now_ms().saturating_sub(1);
+        let (handle, requests) = handoff::new(
+            config.queue_requests,
+            config.group_pings,
+            parts.clock.clone(),
+        );
         let committer = Self {
-            live,
-            backfill,
-            group_pings: config.group_pings.get(),
+            requests,
             policy: config.policy(parts.retention),
             store: parts.store,
             freshness: parts.freshness,
@@ -277,7 +136,6 @@ impl Committer {
             devices: parts.devices,
             last_stored: FxHashMap::default(),
             position: parts.position,
-            resolved_ms,
             day: None,
         };
         (handle, committer)
@@ -310,67 +168,15 @@ impl Committer {
     pub async fn run(mut self) -> Result<(), CommitError> {
         self.rotate(self.clock.now_ms())?;
         let mut group = Vec::new();
-        loop {
-            let first = tokio::select! {
-                biased;
-                Some(submission) = self.live.recv() => Some((Lane::Live, submission)),
-                Some(submission) = self.backfill.recv() => Some((Lane::Backfill, submission)),
-                () = tokio::time::sleep(IDLE_RESOLVE_INTERVAL),
-                    if !(self.live.is_closed() && self.backfill.is_closed()) => None,
-                else => return Ok(()),
-            };
-            // Read before the queues are drained: whatever is queued after this moment is received
-            // after it.
-            let drain_ms = self.clock.now_ms();
-            let resolved_ms = self.gather(first, drain_ms, &mut group);
+        while let Some(gathered) = self.requests.gather(&mut group).await {
             if group.is_empty() {
-                self.rotate(drain_ms)?;
-                self.resolved_ms = resolved_ms;
-                self.freshness.resolve(resolved_ms);
+                self.rotate(gathered.drain_ms)?;
+                self.freshness.resolve(gathered.resolved_ms);
             } else {
-                self.commit(&mut group, resolved_ms)?;
+                self.commit(&mut group, gathered.resolved_ms)?;
             }
         }
-    }
-
-    /// Drains the queues into `group`, LIVE first, and returns up to when all that was received is in
-    /// this group or an earlier one.
-    fn gather(
-        &mut self,
-        first: Option<(Lane, Submission)>,
-        drain_ms: u64,
-        group: &mut Vec<Submission>,
-    ) -> u64 {
-        let mut pings = 0;
-        // Each queue is in the order of receipt: what is left in it is no older than what was taken.
-        let mut taken_upto_ms = [self.resolved_ms; 2];
-        if let Some((lane, first)) = first {
-            pings += request_len(&first.request);
-            taken_upto_ms[lane as usize] = first.receive_ms;
-            group.push(first);
-        }
-        // BACKFILL keeps an eighth of every group, so that it goes on under any load of LIVE.
-        let bounds = [self.group_pings - self.group_pings / 8, self.group_pings];
-        // More may be received within the millisecond of the drain, and of the last request taken.
-        let mut resolved_ms = drain_ms.saturating_sub(1);
-        for ((queue, bound), upto_ms) in [&mut self.live, &mut self.backfill]
-            .into_iter()
-            .zip(bounds)
-            .zip(&mut taken_upto_ms)
-        {
-            while pings < bound {
-                let Ok(submission) = queue.try_recv() else {
-                    break;
-                };
-                pings += request_len(&submission.request);
-                *upto_ms = submission.receive_ms;
-                group.push(submission);
-            }
-            if !queue.is_empty() {
-                resolved_ms = resolved_ms.min(upto_ms.saturating_sub(1));
-            }
-        }
-        self.resolved_ms.max(resolved_ms)
+        Ok(())
     }
 
     /// Durable, then visible, then acknowledged.
@@ -396,7 +202,6 @@ impl Committer {
         self.metrics.commits.duration.record(started.elapsed());
         self.position = position;
 
-        self.resolved_ms = resolved_ms;
         self.freshness
             .publish(position, resolved_ms, &judged.changes);
 
@@ -430,9 +235,6 @@ impl Committer {
             deferral,
             reply,
         } = submission;
-        // A request that was stamped just before an announcement and queued just after it was heard,
-        // as far as anybody can know, right after the announced moment.
-        let receive_ms = receive_ms.max(self.resolved_ms + 1);
         let record = self.devices.entry(device).or_default();
         record.contact(receive_ms);
         record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
@@ -580,14 +382,3 @@ impl Judged {
         }
     }
 }
-
-fn request_len(request: &Request) -> usize {
-    match request {
-        Request::Hello(_) | Request::Heartbeat => 1,
-        Request::Batch { batch, .. } => batch_len(batch) as usize,
-    }
-}
-
-/// How often an idle committer says that nothing is left behind, well below the second that the
-/// freshness contract allows.
-const IDLE_RESOLVE_INTERVAL: Duration = Duration::from_millis(200);

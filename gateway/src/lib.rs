@@ -1,9 +1,9 @@
 //! The Waypost gateway, in the order the data meets it.
 //!
 //! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
-//! ends the device's older one ([`takeover`]) and hands batches to the one [`commit`]ter. The committer judges, writes through [`store`], publishes to
-//! [`freshness`], and only then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns
-//! their tasks.
+//! ends the device's older one ([`takeover`]) and hands batches over ([`handoff`]) to the one
+//! [`commit`]ter. The committer judges, writes through [`store`], publishes to [`freshness`], and only
+//! then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns their tasks.
 //!
 //! # Invariants
 //!
@@ -25,12 +25,14 @@ pub mod config;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;
+pub mod handoff;
 pub mod inspect;
 pub mod logging;
 pub mod metrics;
 pub mod pki;
 pub mod session;
 pub mod store;
+mod sync;
 pub mod takeover;
 pub mod tls;
 pub mod watch;

@@ -1,0 +1,320 @@
+//! The hand-off: from many sessions to the one committer, and back.
+//!
+//! Requests wait in a queue per lane, answers in a mailbox per session. Knows order, receipt and who is
+//! to be woken; must not know what a request means, what a record is, or where anything is stored. All
+//! that waits or wakes here comes from `crate::sync`, so that `tests/schedules` can try out the orders
+//! in which sessions and committer meet.
+//!
+//! # Bounds
+//!
+//! Each lane has a queue of `queue_requests`. When one is full its sessions wait for a place and read
+//! nothing more, so that QUIC flow control holds the devices back. A mailbox holds what its session has
+//! in flight.
+
+use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+
+use waypost_proto::{
+    device::Deferral,
+    id::DeviceId,
+    session::{Lane, Request, Settled, Welcomed, batch_len},
+};
+
+use crate::{
+    clock::Clock,
+    sync::{Mutex, Notify, mpsc, sleep},
+};
+
+/// Two queues: the end that sessions hold and the end that the committer holds.
+#[must_use]
+pub(crate) fn new(
+    queue_requests: NonZeroUsize,
+    group_pings: NonZeroUsize,
+    clock: Clock,
+) -> (CommitHandle, Requests) {
+    let (live_sender, live) = mpsc::channel(queue_requests.get());
+    let (backfill_sender, backfill) = mpsc::channel(queue_requests.get());
+    let handle = CommitHandle {
+        live: live_sender,
+        backfill: backfill_sender,
+        clock: clock.clone(),
+    };
+    let resolved_ms = clock.now_ms().saturating_sub(1);
+    let requests = Requests {
+        live,
+        backfill,
+        group_pings: group_pings.get(),
+        clock,
+        resolved_ms,
+    };
+    (handle, requests)
+}
+
+/// What a session gets back.
+#[derive(Debug)]
+pub enum Answer {
+    /// To a Hello.
+    Welcomed(Welcomed),
+    /// To a batch or a heartbeat.
+    Settled(Settled),
+    /// The batch was of an epoch that ended while it waited.
+    Fenced,
+    /// It is not known whether the request is on disk: the committer stopped. The device keeps what it
+    /// has and sends it again.
+    Lost,
+}
+
+/// Where the answers for one session collect. Bounded by what the session may have in flight.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    inbox: Mutex<Inbox>,
+    arrived: Notify,
+    hello_answered: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Inbox {
+    answers: Vec<(Lane, Answer)>,
+    /// Hellos that were handed over and not answered.
+    waiting_hellos: usize,
+}
+
+impl Mailbox {
+    /// Waits until there is something, and takes all of it, in the order it was asked.
+    pub async fn take(&self) -> Vec<(Lane, Answer)> {
+        loop {
+            let answers = std::mem::take(&mut self.inbox.lock().answers);
+            if !answers.is_empty() {
+                return answers;
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    /// Waits until no Hello of the session waits for its answer.
+    async fn greeted(&self) {
+        while self.inbox.lock().waiting_hellos > 0 {
+            self.hello_answered.notified().await;
+        }
+    }
+}
+
+/// The right to answer one request. Dropped without an answer, it answers [`Answer::Lost`], so that no
+/// session waits for ever whatever becomes of the committer.
+#[derive(Debug)]
+pub(crate) struct Reply {
+    mailbox: Arc<Mailbox>,
+    lane: Lane,
+    is_hello: bool,
+    is_answered: bool,
+}
+
+impl Reply {
+    fn new(mailbox: &Arc<Mailbox>, lane: Lane, is_hello: bool) -> Self {
+        if is_hello {
+            mailbox.inbox.lock().waiting_hellos += 1;
+        }
+        Self {
+            mailbox: Arc::clone(mailbox),
+            lane,
+            is_hello,
+            is_answered: false,
+        }
+    }
+
+    /// Answers, once and for all.
+    pub(crate) fn answer(mut self, answer: Answer) {
+        self.post(answer);
+    }
+
+    fn post(&mut self, answer: Answer) {
+        self.is_answered = true;
+        let mut inbox = self.mailbox.inbox.lock();
+        inbox.waiting_hellos -= usize::from(self.is_hello);
+        inbox.answers.push((self.lane, answer));
+        drop(inbox);
+        self.mailbox.arrived.notify_one();
+        if self.is_hello {
+            self.mailbox.hello_answered.notify_one();
+        }
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            self.post(Answer::Lost);
+        }
+    }
+}
+
+/// One request on its way to the committer.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    /// Who asks.
+    pub(crate) device: DeviceId,
+    /// When it was received: later than every moment that was announced before it was gathered.
+    pub(crate) receive_ms: u64,
+    /// What is asked.
+    pub(crate) request: Request,
+    /// A batch is to be put off, whatever is in it.
+    pub(crate) deferral: Option<Deferral>,
+    /// The right to answer it.
+    pub(crate) reply: Reply,
+}
+
+/// Hands requests to the committer. When the last clone is gone, the committer finishes what is queued
+/// and stops.
+#[derive(Clone, Debug)]
+pub struct CommitHandle {
+    live: mpsc::Sender<Submission>,
+    backfill: mpsc::Sender<Submission>,
+    clock: Clock,
+}
+
+/// The committer has stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the committer has stopped")]
+pub struct Stopped;
+
+impl CommitHandle {
+    /// Queues a request; waits while the lane's queue is full, and with a batch of BACKFILL while a Hello
+    /// of the session waits for its answer.
+    ///
+    /// # Errors
+    /// When the committer has stopped. The mailbox may get [`Answer::Lost`] for this request all the same.
+    pub async fn submit(
+        &self,
+        device: DeviceId,
+        lane: Lane,
+        request: Request,
+        deferral: Option<Deferral>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<(), Stopped> {
+        let is_hello = matches!(request, Request::Hello(_));
+        let queue = if is_hello || lane == Lane::Live {
+            // Hello is small, and nothing on either lane can go on before it is answered.
+            &self.live
+        } else {
+            // LIVE may hold more than a group: this would be judged before the Hello that says what its
+            // numbers mean, and another store's pings be taken for duplicates of this one's.
+            mailbox.greeted().await;
+            &self.backfill
+        };
+        let place = queue.reserve().await.map_err(|_| Stopped)?;
+        // Once there is a place, so that what waited for one does not lie about when it was received.
+        let receive_ms = self.clock.now_ms();
+        place.send(Submission {
+            device,
+            receive_ms,
+            request,
+            deferral,
+            reply: Reply::new(mailbox, lane, is_hello),
+        });
+        // What is sent into a queue whose other end is gone is neither refused nor dropped: it lies there
+        // until the last handle goes, and nobody would answer it.
+        if queue.is_closed() {
+            return Err(Stopped);
+        }
+        Ok(())
+    }
+
+    /// How many requests wait, per lane.
+    #[must_use]
+    pub fn depth(&self, lane: Lane) -> usize {
+        let queue = match lane {
+            Lane::Live => &self.live,
+            Lane::Backfill => &self.backfill,
+        };
+        queue.max_capacity() - queue.capacity()
+    }
+}
+
+/// The committer's end of the queues. Dropped, it answers whatever waits with [`Answer::Lost`].
+#[derive(Debug)]
+pub(crate) struct Requests {
+    live: mpsc::Receiver<Submission>,
+    backfill: mpsc::Receiver<Submission>,
+    group_pings: usize,
+    clock: Clock,
+    /// Everything received up to then was in a group that has been gathered.
+    resolved_ms: u64,
+}
+
+/// What came of gathering a group.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gathered {
+    /// When the queues were drained.
+    pub(crate) drain_ms: u64,
+    /// Everything that was received up to then is in this group or an earlier one.
+    pub(crate) resolved_ms: u64,
+}
+
+impl Requests {
+    /// Waits until something is queued and takes what there is into `group`, LIVE first, up to the
+    /// group's size; or nothing, every [`IDLE_RESOLVE_INTERVAL`]. None when every handle is gone and the
+    /// queues are empty.
+    pub(crate) async fn gather(&mut self, group: &mut Vec<Submission>) -> Option<Gathered> {
+        let first = tokio::select! {
+            biased;
+            Some(submission) = self.live.recv() => Some((Lane::Live, submission)),
+            Some(submission) = self.backfill.recv() => Some((Lane::Backfill, submission)),
+            () = sleep(IDLE_RESOLVE_INTERVAL),
+                if !(self.live.is_closed() && self.backfill.is_closed()) => None,
+            else => return None,
+        };
+        // Read before the queues are drained: whatever is queued after this moment is received
+        // after it.
+        let drain_ms = self.clock.now_ms();
+        let mut pings = 0;
+        // Each queue is in the order of receipt, but for sessions that meet between stamp and queue: what
+        // is left in it is no older than what was taken, or is moved below.
+        let mut taken_upto_ms = [self.resolved_ms; 2];
+        if let Some((lane, first)) = first {
+            pings += request_len(&first.request);
+            taken_upto_ms[lane as usize] = first.receive_ms;
+            group.push(first);
+        }
+        // BACKFILL keeps an eighth of every group, so that it goes on under any load of LIVE.
+        let bounds = [self.group_pings - self.group_pings / 8, self.group_pings];
+        // More may be received within the millisecond of the drain, and of the last request taken.
+        let mut resolved_ms = drain_ms.saturating_sub(1);
+        for ((queue, bound), upto_ms) in [&mut self.live, &mut self.backfill]
+            .into_iter()
+            .zip(bounds)
+            .zip(&mut taken_upto_ms)
+        {
+            while pings < bound {
+                let Ok(submission) = queue.try_recv() else {
+                    break;
+                };
+                pings += request_len(&submission.request);
+                *upto_ms = submission.receive_ms;
+                group.push(submission);
+            }
+            if !queue.is_empty() {
+                resolved_ms = resolved_ms.min(upto_ms.saturating_sub(1));
+            }
+        }
+        // A request that was stamped just before an announcement and queued just after it was heard,
+        // as far as anybody can know, right after the announced moment.
+        for submission in group {
+            submission.receive_ms = submission.receive_ms.max(self.resolved_ms + 1);
+        }
+        self.resolved_ms = self.resolved_ms.max(resolved_ms);
+        Some(Gathered {
+            drain_ms,
+            resolved_ms: self.resolved_ms,
+        })
+    }
+}
+
+fn request_len(request: &Request) -> usize {
+    match request {
+        Request::Hello(_) | Request::Heartbeat => 1,
+        Request::Batch { batch, .. } => batch_len(batch) as usize,
+    }
+}
+
+/// How often an idle committer says that nothing is left behind, well below the second that the
+/// freshness contract allows.
+const IDLE_RESOLVE_INTERVAL: Duration = Duration::from_millis(200);

@@ -1,0 +1,120 @@
+//! Makes the negative controls: the gateway's hand-off and committer as they are, each with one line made
+//! wrong. Knows only text; a control whose line is no longer there stops the build.
+
+use std::{env, fs, path::Path};
+
+/// Name of the control, the file that is changed, the text as it is, and as it is made wrong.
+const CONTROLS: [(&str, &str, &str, &str); 10] = [
+    (
+        "wakes_before_it_posts",
+        "handoff.rs",
+        "        inbox.answers.push((self.lane, answer));\n        drop(inbox);\n        self.mailbox.arrived.notify_one();",
+        "        drop(inbox);\n        self.mailbox.arrived.notify_one();\n        self.mailbox.inbox.lock().answers.push((self.lane, answer));",
+    ),
+    (
+        "a_dropped_request_is_silent",
+        "handoff.rs",
+        "if !self.is_answered {",
+        "if false {",
+    ),
+    (
+        "does_not_look_whether_the_committer_is_gone",
+        "handoff.rs",
+        "if queue.is_closed() {",
+        "if false {",
+    ),
+    (
+        "backfill_does_not_wait_for_hello",
+        "handoff.rs",
+        "mailbox.greeted().await;",
+        "",
+    ),
+    (
+        "announces_the_current_millisecond",
+        "handoff.rs",
+        "let mut resolved_ms = drain_ms.saturating_sub(1);",
+        "let mut resolved_ms = drain_ms;",
+    ),
+    (
+        "announces_what_is_left_in_a_queue",
+        "handoff.rs",
+        "if !queue.is_empty() {",
+        "if false {",
+    ),
+    (
+        "does_not_move_a_late_request_past_the_announced",
+        "handoff.rs",
+        "submission.receive_ms.max(self.resolved_ms + 1)",
+        "submission.receive_ms",
+    ),
+    (
+        "answers_before_the_commit",
+        "commit.rs",
+        "self.store.commit(judged.batch)?;",
+        "for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer); } self.store.commit(judged.batch)?;",
+    ),
+    (
+        "publishes_before_the_commit",
+        "commit.rs",
+        "self.store.commit(judged.batch)?;",
+        "self.freshness.publish(position, resolved_ms, &judged.changes); self.store.commit(judged.batch)?;",
+    ),
+    (
+        "answers_before_it_publishes",
+        "commit.rs",
+        "        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
+        "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
+    ),
+];
+
+/// What a control consists of.
+const FILES: [(&str, &str); 3] = [
+    ("handoff.rs", "../../gateway/src/handoff.rs"),
+    ("commit.rs", "../../gateway/src/commit.rs"),
+    ("scenario.rs", "scenario.rs"),
+];
+
+fn main() {
+    let out = env::var("OUT_DIR").expect("cargo says where");
+    for (_, path) in FILES {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    for (control, changed, right, wrong) in CONTROLS {
+        let folder = Path::new(&out).join(control);
+        fs::create_dir_all(&folder).expect("a folder for the control");
+        for (name, path) in FILES {
+            let mut text = fs::read_to_string(path).expect("a file of the workspace");
+            if name == changed {
+                let times = text.matches(right).count();
+                assert_eq!(
+                    times, 1,
+                    "{control}: {path} has this {times} times: {right}"
+                );
+                text = text.replace(right, wrong);
+            }
+            fs::write(folder.join(name), of_the_control(&text)).expect("the control's file");
+        }
+    }
+}
+
+/// The text with the control's own files imported instead of those that are as they should be, and without
+/// a header, which a file that is included cannot have.
+fn of_the_control(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with("//!")) {
+        let mut line = line.to_owned();
+        for (name, _) in FILES {
+            let module = format!("{}::", name.trim_end_matches(".rs"));
+            line = line.replace(&format!("crate::{module}"), &format!("super::{module}"));
+            // Within `use crate::{...}`, which rustfmt writes with one module to a line.
+            if line.starts_with(&format!("    {module}")) && line.ends_with(',') {
+                lines.push(format!("use super::{};", line.trim().trim_end_matches(',')));
+                line.clear();
+            }
+        }
+        lines.push(line);
+    }
+    // Imports taken out of the braces come first.
+    lines.sort_by_key(|line| !line.starts_with("use super::"));
+    lines.join("\n")
+}

@@ -1,0 +1,77 @@
+//! A model of the freshness index that refuses whatever would break a promise to checkers. Knows the
+//! model of the store, to see that nothing is visible before it is durable.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use waypost_proto::{device::Clocks, id::UserId};
+
+use crate::store::Store;
+
+/// What checkers were told.
+#[derive(Debug)]
+pub(crate) struct Freshness {
+    store: Arc<Store>,
+    // The standard library's: looking is no step of the schedule.
+    told: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    position: u64,
+    resolved_ms: u64,
+    contacts_ms: HashMap<UserId, u64>,
+}
+
+impl Freshness {
+    pub(crate) fn new(store: Arc<Store>) -> Self {
+        Self {
+            store,
+            told: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn publish(&self, position: u64, resolved_ms: u64, changes: &[(UserId, Clocks)]) {
+        assert!(
+            position <= self.store.durable_position(),
+            "visible before it was durable: position {position}"
+        );
+        let mut told = self.told.lock().unwrap();
+        assert_eq!(position, told.position + 1, "a position was left out");
+        told.position = position;
+        for (user, clocks) in changes {
+            let contact_ms = clocks.last_contact_ms;
+            let before_ms = told.contacts_ms.insert(*user, contact_ms);
+            assert!(
+                before_ms == Some(contact_ms) || told.resolved_ms < contact_ms,
+                "a contact at {contact_ms} came after {} had been announced as complete",
+                told.resolved_ms
+            );
+        }
+        told.resolve(resolved_ms);
+    }
+
+    pub(crate) fn resolve(&self, resolved_ms: u64) {
+        self.told.lock().unwrap().resolve(resolved_ms);
+    }
+
+    pub(crate) fn position(&self) -> u64 {
+        self.told.lock().unwrap().position
+    }
+
+    pub(crate) fn resolved_ms(&self) -> u64 {
+        self.told.lock().unwrap().resolved_ms
+    }
+}
+
+impl Told {
+    fn resolve(&mut self, resolved_ms: u64) {
+        assert!(
+            self.resolved_ms <= resolved_ms,
+            "the announced moment went back"
+        );
+        self.resolved_ms = resolved_ms;
+    }
+}

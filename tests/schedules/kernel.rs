@@ -1,0 +1,88 @@
+//! The smallest meetings of a session and the committer, small enough that every order can be tried.
+//! Knows the hand-off alone, without judging and storing.
+
+use std::{num::NonZeroUsize, sync::Arc};
+
+use shuttle::{future, thread};
+use waypost_proto::{
+    id::{DeviceId, UserId},
+    session::{Lane, Request},
+};
+
+use crate::{
+    clock::Clock,
+    handoff::{self, Answer, CommitHandle, Mailbox, Stopped},
+    sync::Alarm,
+};
+
+/// A session hands over one request while the committer goes away.
+pub(crate) fn a_request_meets_a_committer_that_stops() {
+    let (handle, requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
+    let stopping = thread::spawn(move || drop(requests));
+    future::block_on(async {
+        let mailbox = Arc::default();
+        if hand_over(&handle, &mailbox).await.is_ok() {
+            let answers = mailbox.take().await;
+            assert!(
+                matches!(answers[..], [(Lane::Live, Answer::Lost)]),
+                "{answers:?}"
+            );
+        }
+    });
+    stopping.join().unwrap();
+}
+
+/// A session waits for two answers while the committer gives them.
+pub(crate) fn two_answers_meet_a_session_that_waits() {
+    Alarm::default().set();
+    let (handle, mut requests) = handoff::new(TWO, TWO, Clock::starting_at(1));
+    let mailbox = Arc::default();
+    let mut group = Vec::new();
+    future::block_on(async {
+        hand_over(&handle, &mailbox).await.unwrap();
+        hand_over(&handle, &mailbox).await.unwrap();
+        requests.gather(&mut group).await;
+    });
+    let answering = thread::spawn(move || {
+        for submission in group {
+            submission.reply.answer(Answer::Fenced);
+        }
+    });
+    future::block_on(async {
+        let mut answers = mailbox.take().await;
+        if answers.len() < 2 {
+            answers.extend(mailbox.take().await);
+        }
+        assert_eq!(answers.len(), 2);
+    });
+    answering.join().unwrap();
+}
+
+/// Two sessions wait for the one place in the queue while the committer gathers.
+pub(crate) fn two_requests_meet_in_a_full_queue() {
+    Alarm::default().set();
+    let (handle, mut requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
+    let second = handle.clone();
+    future::block_on(async { hand_over(&handle, &Arc::default()).await.unwrap() });
+    let waiting = future::spawn(async move { hand_over(&second, &Arc::default()).await });
+    future::block_on(async {
+        let mut group = Vec::new();
+        while group.len() < 2 {
+            requests.gather(&mut group).await;
+        }
+        waiting.await.unwrap().unwrap();
+    });
+}
+
+async fn hand_over(handle: &CommitHandle, mailbox: &Arc<Mailbox>) -> Result<(), Stopped> {
+    let device = DeviceId {
+        user: UserId([1; 16]),
+        device: 1,
+    };
+    handle
+        .submit(device, Lane::Live, Request::Heartbeat, None, mailbox)
+        .await
+}
+
+const ONE: NonZeroUsize = NonZeroUsize::MIN;
+const TWO: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);

@@ -1,0 +1,279 @@
+//! The hand-off between sessions and committer, under every order in which threads can meet.
+//!
+//! The gateway's own `handoff.rs` and `commit.rs` are compiled here a second time, with models in the
+//! place of what they wait with, the clock, the store and the freshness index. Shuttle then chooses, at
+//! every step, who goes on. Random and PCT schedules are many and prove nothing about those that were not
+//! tried; the small kernels are tried out completely. What is assumed is said in `sync.rs`.
+//!
+//! Each negative control is the same two files with one line made wrong (see `build.rs`), under the same
+//! scenario: it must be caught.
+//!
+//! A failure prints shuttle's schedule, which `shuttle::replay` plays again, and the seed, which `SEED`
+//! sets.
+
+mod clock;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "a file of the gateway, of which not all is played"
+)]
+#[path = "../../gateway/src/commit.rs"]
+mod commit;
+mod freshness;
+#[allow(unreachable_pub, reason = "a file of the gateway")]
+#[path = "../../gateway/src/handoff.rs"]
+mod handoff;
+mod kernel;
+mod plan;
+mod scenario;
+mod store;
+mod sync;
+
+use std::{
+    hash::{BuildHasher, Hasher, RandomState},
+    panic,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use shuttle::{
+    Config, MaxSteps, Runner,
+    scheduler::{DfsScheduler, PctScheduler, RandomScheduler, Scheduler},
+};
+use waypost_gateway::metrics;
+
+use plan::{Plan, Tally};
+
+#[test]
+fn in_no_order_is_an_answer_missing_or_twice_or_too_early() {
+    let tally = try_out(Plan::sound, scenario::play, SCHEDULES);
+    assert!(
+        tally.settled > 0 && tally.fenced > 0 && tally.held_back > 0,
+        "{tally:?}"
+    );
+    assert_eq!((tally.lost, tally.refused), (0, 0), "{tally:?}");
+}
+
+#[test]
+fn in_no_order_does_a_failing_disk_leave_a_session_waiting() {
+    let tally = try_out(Plan::failing, scenario::play, SCHEDULES);
+    assert!(
+        tally.settled > 0 && tally.lost > 0 && tally.refused > 0,
+        "{tally:?}"
+    );
+}
+
+#[test]
+fn in_no_order_does_a_session_that_is_cut_off_hold_up_the_others() {
+    let tally = try_out(Plan::leaving, scenario::play, SCHEDULES);
+    assert!(tally.settled > 0 && tally.cut_off > 0, "{tally:?}");
+}
+
+#[test]
+fn in_every_order_a_request_that_meets_a_stopping_committer_is_refused_or_answered() {
+    exhaust(kernel::a_request_meets_a_committer_that_stops);
+}
+
+#[test]
+fn in_every_order_two_answers_reach_the_session_that_waits_for_them() {
+    exhaust(kernel::two_answers_meet_a_session_that_waits);
+}
+
+#[test]
+fn in_every_order_a_full_queue_wakes_the_session_that_waits_for_a_place() {
+    exhaust(kernel::two_requests_meet_in_a_full_queue);
+}
+
+#[test]
+#[ignore = "long: make soak runs it"]
+fn soak_schedules() {
+    let seconds = std::env::var("SOAK_SECONDS").map_or(60, |seconds| {
+        seconds.parse().expect("SOAK_SECONDS is a number")
+    });
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let seed = seed_or(|| RandomState::new().build_hasher().finish());
+    println!("seed {seed}");
+    let mut rounds = 0;
+    let mut settled = 0;
+    while rounds == 0 || Instant::now() < until {
+        for plan in [Plan::sound, Plan::failing, Plan::leaving] {
+            let seed = seed.wrapping_add(rounds);
+            settled += try_out_from(seed, plan, scenario::play, SCHEDULES).settled;
+        }
+        rounds += 1;
+    }
+    println!(
+        "soak: no answer is missing, twice or too early, and nothing announced comes later: {} schedules, {settled} \
+         batches acknowledged; seed {seed}",
+        rounds as usize * 3 * SCHEDULES
+    );
+}
+
+/// The gateway's files with one line made wrong, and what says so.
+macro_rules! control {
+    ($name:ident, $plan:expr, $says:literal) => {
+        #[allow(
+            dead_code,
+            unreachable_pub,
+            unused_imports,
+            reason = "files of the gateway, of which not all is played"
+        )]
+        mod $name {
+            use crate::plan::Plan;
+
+            mod commit {
+                include!(concat!(
+                    env!("OUT_DIR"),
+                    "/",
+                    stringify!($name),
+                    "/commit.rs"
+                ));
+            }
+            mod handoff {
+                include!(concat!(
+                    env!("OUT_DIR"),
+                    "/",
+                    stringify!($name),
+                    "/handoff.rs"
+                ));
+            }
+            mod scenario {
+                include!(concat!(
+                    env!("OUT_DIR"),
+                    "/",
+                    stringify!($name),
+                    "/scenario.rs"
+                ));
+            }
+
+            #[test]
+            fn is_caught() {
+                crate::must_say($says, || {
+                    crate::try_out($plan, scenario::play, crate::SCHEDULES);
+                });
+            }
+        }
+    };
+}
+control!(wakes_before_it_posts, Plan::sound, "deadlock");
+control!(a_dropped_request_is_silent, Plan::failing, "deadlock");
+control!(
+    does_not_look_whether_the_committer_is_gone,
+    Plan::failing,
+    "deadlock"
+);
+control!(
+    backfill_does_not_wait_for_hello,
+    Plan::sound,
+    "before its Hello"
+);
+control!(
+    announces_the_current_millisecond,
+    Plan::sound,
+    "handed over between"
+);
+control!(
+    announces_what_is_left_in_a_queue,
+    Plan::sound,
+    "handed over between"
+);
+control!(
+    does_not_move_a_late_request_past_the_announced,
+    Plan::sound,
+    "announced as complete"
+);
+control!(answers_before_the_commit, Plan::sound, "durable");
+control!(
+    publishes_before_the_commit,
+    Plan::sound,
+    "visible before it was durable"
+);
+control!(
+    answers_before_it_publishes,
+    Plan::sound,
+    "before it was visible"
+);
+
+/// Half of the schedules at random, half by PCT, which finds what needs few but unlikely switches.
+fn try_out(plan: fn() -> Plan, play: fn(Plan, &Arc<Mutex<Tally>>), schedules: usize) -> Tally {
+    try_out_from(seed_or(|| FIXED_SEED), plan, play, schedules)
+}
+
+fn seed_or(otherwise: fn() -> u64) -> u64 {
+    std::env::var("SEED").map_or_else(
+        |_| otherwise(),
+        |seed| seed.parse().expect("SEED is a number"),
+    )
+}
+
+fn try_out_from(
+    seed: u64,
+    plan: fn() -> Plan,
+    play: fn(Plan, &Arc<Mutex<Tally>>),
+    schedules: usize,
+) -> Tally {
+    println!("seed {seed}");
+    let tally = Arc::default();
+    let half = schedules / 2;
+    run(
+        RandomScheduler::new_from_seed(seed, half),
+        plan,
+        play,
+        &tally,
+    );
+    run(
+        PctScheduler::new_from_seed(seed, PCT_DEPTH, half),
+        plan,
+        play,
+        &tally,
+    );
+    let tally = *tally.lock().unwrap();
+    println!("{schedules} schedules: {tally:?}");
+    tally
+}
+
+fn run(
+    scheduler: impl Scheduler + 'static,
+    plan: fn() -> Plan,
+    play: fn(Plan, &Arc<Mutex<Tally>>),
+    tally: &Arc<Mutex<Tally>>,
+) {
+    let tally = Arc::clone(tally);
+    Runner::new(scheduler, config()).run(move || play(plan(), &tally));
+}
+
+/// Every order there is.
+fn exhaust(kernel: fn()) {
+    let orders = Runner::new(DfsScheduler::new(None, false), config()).run(kernel);
+    println!("{orders} orders, and there are no more");
+    assert!(orders > 100, "the kernel has no choice of order");
+}
+
+/// A control must fail, and for its own reason.
+fn must_say(reason: &str, tried_out: impl FnOnce() + panic::UnwindSafe) {
+    let payload = panic::catch_unwind(tried_out).expect_err("the control was not caught");
+    let said = payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or_default();
+    assert!(said.contains(reason), "caught for another reason: {said}");
+    println!("caught: {said}");
+}
+
+fn config() -> Config {
+    let mut config = Config::new();
+    config.stack_size = STACK_BYTES;
+    config.max_steps = MaxSteps::FailAfter(MOST_STEPS);
+    config.silence_warnings = true;
+    config
+}
+
+const SCHEDULES: usize = 2_000;
+const FIXED_SEED: u64 = 20_260_301;
+/// How many unlikely switches PCT puts into a schedule.
+const PCT_DEPTH: usize = 4;
+const STACK_BYTES: usize = 512 * 1024;
+/// Far more than any scenario needs: who gets there goes round in circles.
+const MOST_STEPS: usize = 200_000;

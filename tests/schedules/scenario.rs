@@ -1,0 +1,374 @@
+//! One execution: sessions, the committer and a disk, and what must hold in whatever order they meet.
+//!
+//! Knows what a session may rely on. Must not know which order it is in; all that is left to chance comes
+//! from shuttle, so that a failure can be played again.
+
+use std::{
+    collections::VecDeque,
+    future::Future,
+    pin::pin,
+    sync::{Arc, LazyLock, Mutex},
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use prost::Message;
+use shuttle::{
+    future,
+    rand::{Rng, thread_rng},
+    thread,
+};
+use waypost_gateway::metrics::Metrics;
+use waypost_proto::{
+    batch::{self, DecodedBatch},
+    device::{Admission, Claim, DeviceRecord},
+    id::{DeviceId, UserId},
+    ping::Ping,
+    session::{Lane, Request},
+};
+
+use crate::{
+    clock::Clock,
+    commit::{CommitConfig, CommitParts, Committer},
+    freshness::Freshness,
+    handoff::{Answer, CommitHandle, Mailbox},
+    plan::{Plan, Tally},
+    store::Store,
+    sync::Alarm,
+};
+
+/// What all tasks of an execution look at.
+struct World {
+    plan: Plan,
+    clock: Clock,
+    store: Arc<Store>,
+    freshness: Arc<Freshness>,
+    tally: Arc<Mutex<Tally>>,
+}
+
+/// Plays one execution.
+///
+/// # Panics
+/// When something does not hold that a session or a checker may rely on.
+pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
+    let alarm = Alarm::default();
+    alarm.set();
+    let clock = Clock::starting_at(NOON_MS);
+    let store = Arc::new(Store::new(plan.failing_commit));
+    let freshness = Arc::new(Freshness::new(Arc::clone(&store)));
+    let config = CommitConfig {
+        queue_requests: plan.queue_requests.try_into().unwrap(),
+        group_pings: plan.group_pings.try_into().unwrap(),
+        ..CommitConfig::default()
+    };
+    let record = DeviceRecord {
+        epoch: EPOCH,
+        ..DeviceRecord::default()
+    };
+    let (handle, committer) = Committer::new(
+        &config,
+        CommitParts {
+            store: Arc::clone(&store),
+            freshness: Arc::clone(&freshness),
+            metrics: METRICS.clone(),
+            clock: clock.clone(),
+            devices: (0..Plan::MOST_SESSIONS)
+                .map(|at| (device(at), record.clone()))
+                .collect(),
+            position: 0,
+            retention: Duration::from_secs(86_400),
+        },
+    );
+    let world = Arc::new(World {
+        clock: clock.clone(),
+        store: Arc::clone(&store),
+        freshness: Arc::clone(&freshness),
+        tally: Arc::clone(tally),
+        plan,
+    });
+
+    let committer = future::spawn(committer.run());
+    let sessions: Vec<_> = (0..world.plan.sessions)
+        .map(|at| future::spawn(session(Arc::clone(&world), handle.clone(), at)))
+        .collect();
+    let time = thread::spawn({
+        let (ticks, clock) = (world.plan.ticks, clock.clone());
+        move || (0..ticks).for_each(|_| clock.tick())
+    });
+    let timer = thread::spawn({
+        let (rings, alarm) = (world.plan.idle_rings, alarm.clone());
+        move || (0..rings).for_each(|_| alarm.ring())
+    });
+    for session in &sessions[..world.plan.leaving] {
+        session.abort();
+    }
+    time.join().unwrap();
+    timer.join().unwrap();
+
+    future::block_on(async {
+        let mut mailboxes = Vec::new();
+        for session in sessions {
+            match session.await {
+                Ok(mailbox) => mailboxes.push(mailbox),
+                Err(future::JoinError::Cancelled) => tally.lock().unwrap().cut_off += 1,
+            }
+        }
+        if !store.has_failed() {
+            // All that was received is told in the end, also when nothing more comes.
+            clock.tick();
+            while freshness.resolved_ms() + 1 < clock.now_ms() {
+                alarm.ring();
+                thread::yield_now();
+            }
+        }
+        drop(handle);
+        alarm.ring_for_ever();
+        let end = committer.await.expect("nobody cuts the committer off");
+        assert_eq!(end.is_err(), store.has_failed(), "how the committer ended");
+        for (mailbox, may_be_lost) in mailboxes {
+            let answers = taken_now(&mailbox);
+            assert!(
+                answers.len() <= may_be_lost
+                    && answers
+                        .iter()
+                        .all(|(_, answer)| matches!(answer, Answer::Lost)),
+                "answered more than was asked: {answers:?}"
+            );
+        }
+    });
+}
+
+/// What a session has asked and waits for.
+struct Asked {
+    is_hello: bool,
+    seqs: Vec<u64>,
+    /// The clock before and after it was handed over.
+    between_ms: (u64, u64),
+}
+
+/// A session, and what it may rely on.
+struct Session {
+    world: Arc<World>,
+    device: DeviceId,
+    /// Its epoch is not the store's: Hello begins another, and every batch of the old one is void.
+    is_foreign: bool,
+    is_welcomed: bool,
+    waiting: [VecDeque<Asked>; 2],
+    /// The lane of the request that was not taken, until it is answered nevertheless.
+    refused: Option<Lane>,
+    last_position: [u64; 2],
+    last_receive_ms: [u64; 2],
+}
+
+/// Plays one session. Returns its mailbox, and how many answers may still come that it did not wait for.
+async fn session(world: Arc<World>, handle: CommitHandle, at: usize) -> (Arc<Mailbox>, usize) {
+    let (hello_lane, is_foreign, is_second) = {
+        let mut random = thread_rng();
+        (
+            lane(&mut random),
+            random.gen_ratio(1, 4),
+            at == 1 && random.gen_ratio(1, 2),
+        )
+    };
+    let mailbox: Arc<Mailbox> = Arc::default();
+    let mut session = Session {
+        // Two connections of one device at once, at times.
+        device: device(if is_second { 2 } else { at }),
+        is_foreign: is_foreign && !is_second && at != 2,
+        is_welcomed: false,
+        waiting: Default::default(),
+        refused: None,
+        last_position: [0; 2],
+        last_receive_ms: [0; 2],
+        world,
+    };
+    let claim = Claim {
+        epoch: EPOCH,
+        is_foreign: session.is_foreign,
+        ..Claim::default()
+    };
+    let mut next = Some((hello_lane, Request::Hello(claim), Vec::new()));
+    let mut sent = 0;
+    let mut batches = 0;
+    while let Some((lane, request, seqs)) = next {
+        let world = &session.world;
+        if handle.depth(lane) == world.plan.queue_requests {
+            world.tally.lock().unwrap().held_back += 1;
+        }
+        let is_hello = matches!(request, Request::Hello(_));
+        let before_ms = world.clock.now_ms();
+        let result = handle
+            .submit(session.device, lane, request, None, &mailbox)
+            .await;
+        let after_ms = world.clock.now_ms();
+        if result.is_err() {
+            assert!(world.store.has_failed(), "refused by a sound committer");
+            world.tally.lock().unwrap().refused += 1;
+            session.refused = Some(lane);
+            while session.in_flight() > 0 {
+                session.receive(mailbox.take().await);
+            }
+            // It may be answered all the same, which does not matter to a session that ends.
+            return (mailbox, usize::from(session.refused.is_some()));
+        }
+        session.waiting[lane as usize].push_back(Asked {
+            is_hello,
+            seqs,
+            between_ms: (before_ms, after_ms),
+        });
+        while session.in_flight() >= session.world.plan.in_flight {
+            session.receive(mailbox.take().await);
+        }
+        next = (batches < session.world.plan.batches).then(|| {
+            let mut random = thread_rng();
+            batches += 1;
+            // As many pings as tells a lane's requests apart; now and then some that were sent before.
+            let first = if random.gen_ratio(1, 4) {
+                sent / 2
+            } else {
+                sent
+            } + 1;
+            let seqs: Vec<u64> = (first..first + batches as u64).collect();
+            sent = sent.max(first + batches as u64 - 1);
+            (lane_of(&mut random, hello_lane), request_of(&seqs), seqs)
+        });
+    }
+    while session.in_flight() > 0 {
+        session.receive(mailbox.take().await);
+    }
+    (mailbox, 0)
+}
+
+impl Session {
+    fn in_flight(&self) -> usize {
+        self.waiting.iter().map(VecDeque::len).sum()
+    }
+
+    fn receive(&mut self, answers: Vec<(Lane, Answer)>) {
+        for (lane, answer) in answers {
+            let Some(asked) = self.waiting[lane as usize].pop_front() else {
+                assert!(
+                    self.refused.take() == Some(lane) && matches!(answer, Answer::Lost),
+                    "an answer that was not asked for: {answer:?}"
+                );
+                continue;
+            };
+            self.check(lane, &asked, answer);
+        }
+    }
+
+    fn check(&mut self, lane: Lane, asked: &Asked, answer: Answer) {
+        let Self { world, device, .. } = self;
+        let mut tally = world.tally.lock().unwrap();
+        let (receive_ms, position) = match answer {
+            Answer::Welcomed(welcomed) => {
+                assert!(asked.is_hello, "a welcome to a batch");
+                let is_new = welcomed.admission == Admission::NewEpoch;
+                assert_eq!(is_new, self.is_foreign, "how Hello was understood");
+                self.is_welcomed = true;
+                (welcomed.receive_ms, welcomed.position)
+            }
+            Answer::Settled(settled) => {
+                assert!(self.is_welcomed, "a batch was judged before its Hello");
+                assert!(
+                    !self.is_foreign,
+                    "judged under an epoch that is another store's"
+                );
+                assert_eq!(settled.pings as usize, asked.seqs.len(), "out of order");
+                for &seq in &asked.seqs {
+                    assert!(settled.settled.contains(seq), "{seq} is not settled");
+                    assert_eq!(
+                        world.store.times_stored(*device, settled.epoch, seq),
+                        1,
+                        "{seq} was acknowledged, and so often it is durable"
+                    );
+                }
+                tally.settled += 1;
+                (settled.receive_ms, settled.position)
+            }
+            Answer::Fenced => {
+                assert!(self.is_welcomed, "a batch was judged before its Hello");
+                assert!(self.is_foreign, "fenced in its own epoch");
+                tally.fenced += 1;
+                return;
+            }
+            Answer::Lost => {
+                assert!(world.store.has_failed(), "lost by a sound committer");
+                tally.lost += 1;
+                return;
+            }
+        };
+        assert!(
+            position <= world.store.durable_position(),
+            "acknowledged before it was durable"
+        );
+        assert!(
+            position <= world.freshness.position(),
+            "acknowledged before it was visible"
+        );
+        assert!(
+            self.last_position[lane as usize] <= position,
+            "positions go back"
+        );
+        self.last_position[lane as usize] = position;
+        let (before_ms, after_ms) = asked.between_ms;
+        assert!(
+            (before_ms..=after_ms).contains(&receive_ms),
+            "handed over between {before_ms} and {after_ms}, received at {receive_ms}"
+        );
+        assert!(
+            self.last_receive_ms[lane as usize] <= receive_ms,
+            "receive times go back"
+        );
+        self.last_receive_ms[lane as usize] = receive_ms;
+    }
+}
+
+/// What is in the mailbox, without waiting.
+fn taken_now(mailbox: &Mailbox) -> Vec<(Lane, Answer)> {
+    match pin!(mailbox.take()).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(answers) => answers,
+        Poll::Pending => Vec::new(),
+    }
+}
+
+fn request_of(seqs: &[u64]) -> Request {
+    let pings: Vec<Ping> = seqs
+        .iter()
+        .map(|&seq| Ping::at(seq, NOON_MS, 0, 0))
+        .collect();
+    Request::Batch {
+        columns: batch::encode(EPOCH, &pings).encode_to_vec(),
+        batch: DecodedBatch {
+            epoch: EPOCH,
+            pings,
+            malformed: Vec::new(),
+        },
+    }
+}
+
+fn lane(random: &mut impl Rng) -> Lane {
+    Lane::ALL[random.gen_range(0..2)]
+}
+
+/// Half of the batches go on the lane of Hello.
+fn lane_of(random: &mut impl Rng, hello_lane: Lane) -> Lane {
+    if random.gen_ratio(1, 2) {
+        hello_lane
+    } else {
+        lane(random)
+    }
+}
+
+fn device(at: usize) -> DeviceId {
+    DeviceId {
+        user: UserId([at as u8; 16]),
+        device: 1,
+    }
+}
+
+static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
+
+const EPOCH: u32 = 7;
+/// Some noon, so that the day does not change.
+const NOON_MS: u64 = 1_767_268_800_000;

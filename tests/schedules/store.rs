@@ -1,0 +1,111 @@
+//! A model of the store: a commit is durable from one moment on, in the midst of the call. Knows which
+//! pings are durable; must not know who asked.
+
+use std::{collections::HashMap, sync::Mutex};
+
+use waypost_proto::{device::DeviceRecord, id::DeviceId};
+
+pub(crate) use waypost_gateway::store::{Day, PingKey, record};
+
+/// Rows in memory, with a disk that may fail once and for all.
+#[derive(Debug)]
+pub(crate) struct Store {
+    /// The number of the commit that fails, counted from 1.
+    failing_commit: Option<u64>,
+    // The standard library's: looking is no step of the schedule.
+    durable: Mutex<Durable>,
+}
+
+#[derive(Debug, Default)]
+struct Durable {
+    commits: u64,
+    position: u64,
+    /// How often each ping was stored.
+    pings: HashMap<(DeviceId, u32, u64), u32>,
+}
+
+/// What becomes durable at once.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    position: u64,
+    pings: Vec<(DeviceId, u32, u64)>,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the disk failed")]
+pub(crate) struct CommitError;
+
+impl Store {
+    pub(crate) fn new(failing_commit: Option<u64>) -> Self {
+        Self {
+            failing_commit,
+            durable: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn batch(&self) -> Batch {
+        Batch::default()
+    }
+
+    pub(crate) fn commit(&self, batch: Batch) -> Result<(), CommitError> {
+        // While the disk is at work, everybody else goes on.
+        shuttle::thread::yield_now();
+        {
+            let mut durable = self.durable.lock().unwrap();
+            durable.commits += 1;
+            if Some(durable.commits) == self.failing_commit {
+                return Err(CommitError);
+            }
+            durable.position = batch.position;
+            for ping in batch.pings {
+                *durable.pings.entry(ping).or_default() += 1;
+            }
+        }
+        shuttle::thread::yield_now();
+        Ok(())
+    }
+
+    pub(crate) fn open_day(&self, _day: Day) -> Result<(), CommitError> {
+        Ok(())
+    }
+
+    pub(crate) fn drop_days_before(&self, _first_kept: Day) -> Result<usize, CommitError> {
+        Ok(0)
+    }
+
+    pub(crate) fn durable_position(&self) -> u64 {
+        self.durable.lock().unwrap().position
+    }
+
+    pub(crate) fn times_stored(&self, device: DeviceId, epoch: u32, seq: u64) -> u32 {
+        let durable = self.durable.lock().unwrap();
+        durable
+            .pings
+            .get(&(device, epoch, seq))
+            .copied()
+            .unwrap_or_default()
+    }
+
+    pub(crate) fn has_failed(&self) -> bool {
+        let commits = self.durable.lock().unwrap().commits;
+        self.failing_commit
+            .is_some_and(|failing| failing <= commits)
+    }
+}
+
+impl Batch {
+    pub(crate) fn put_pings(&mut self, _day: Day, key: &PingKey, value: &[u8]) {
+        let row = record::decode_pings(value).expect("a row that was just encoded");
+        let pings = row.pings.iter();
+        self.pings
+            .extend(pings.map(|ping| (key.device, key.epoch, ping.seq)));
+    }
+
+    pub(crate) fn put_device(&mut self, _device: &DeviceId, record: &DeviceRecord) {
+        self.position = record.position;
+    }
+
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.pings.len()
+    }
+}
