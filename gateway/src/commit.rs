@@ -22,12 +22,13 @@ use waypost_proto::{
     batch,
     device::{Admission, Deferral, DeviceRecord, LastStored, Policy},
     id::{DeviceId, UserId},
-    ping::Ping,
+    ping::{Ping, RejectCode},
     session::{Lane, Request, Settled, Welcomed, batch_len},
 };
 
 use crate::{
     clock::Clock,
+    disk::Pulse,
     freshness::Freshness,
     metrics::{Fates, Metrics},
     store::{Batch, CommitError, Day, PingKey, Store, record},
@@ -232,6 +233,7 @@ pub struct Committer {
     position: u64,
     resolved_ms: u64,
     day: Option<Day>,
+    pulse: Pulse,
 }
 
 /// What the committer starts from.
@@ -279,8 +281,15 @@ impl Committer {
             position: parts.position,
             resolved_ms,
             day: None,
+            pulse: Pulse::default(),
         };
         (handle, committer)
+    }
+
+    /// Tells since when a commit waits for the disk.
+    #[must_use]
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Starts the committer's own thread: a commit blocks on the disk, and nothing else may wait for it.
@@ -323,6 +332,7 @@ impl Committer {
             // after it.
             let drain_ms = self.clock.now_ms();
             let resolved_ms = self.gather(first, drain_ms, &mut group);
+            let _waiting = self.pulse.wait();
             if group.is_empty() {
                 self.rotate(drain_ms)?;
                 self.resolved_ms = resolved_ms;
@@ -379,7 +389,11 @@ impl Committer {
         self.rotate(commit_ms)?;
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
-        for submission in group.drain(..) {
+        let put_off = self.store.space().is_short.then_some(NO_ROOM);
+        for mut submission in group.drain(..) {
+            // What was stored before is answered as ever, and the device is heard: its record takes the
+            // same few bytes each time.
+            submission.deferral = put_off.or(submission.deferral);
             self.judge(submission, position, commit_ms, &mut judged);
         }
         for &device in &judged.touched {
@@ -587,6 +601,13 @@ fn request_len(request: &Request) -> usize {
         Request::Batch { batch, .. } => batch_len(batch) as usize,
     }
 }
+
+/// New pings while the disk is nearly full. 30 s: whoever makes room is a person or a nightly job, and a
+/// device that asks more often only wastes its battery.
+const NO_ROOM: Deferral = Deferral {
+    code: RejectCode::Overloaded,
+    retry_after_ms: 30_000,
+};
 
 /// How often an idle committer says that nothing is left behind, well below the second that the
 /// freshness contract allows.
