@@ -32,12 +32,25 @@ pub struct Process {
     child: Child,
     environment: Vec<(String, String)>,
     addresses: Addresses,
+    data_dir: PathBuf,
     dir: TempDir,
 }
 
 impl Process {
     pub async fn start(environment: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().to_owned();
+        Self::start_in(dir, data_dir, environment).await
+    }
+
+    /// On a data folder of the test's own. The log is not in it, as with a supervisor's journal: what
+    /// becomes of that disk is still told.
+    pub async fn start_on(data_dir: &Path, environment: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(dir, data_dir.to_owned(), environment).await
+    }
+
+    async fn start_in(dir: TempDir, data_dir: PathBuf, environment: &[(&str, &str)]) -> Self {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let mut environment: Vec<_> = environment.iter().map(owned).collect();
         // Ports are chosen once, so that devices find the gateway again after a restart.
@@ -48,18 +61,26 @@ impl Process {
         ] {
             environment.push((name.to_owned(), free_address(name).to_string()));
         }
-        let (child, addresses) = spawn(dir.path(), &environment).await;
+        let (child, addresses) = spawn(&data_dir, dir.path(), &environment).await;
         Self {
             child,
             environment,
             addresses,
+            data_dir,
             dir,
         }
     }
 
     /// Starts it again after it was killed or has ended.
     pub async fn restart(&mut self) {
-        (self.child, self.addresses) = spawn(self.dir.path(), &self.environment).await;
+        (self.child, self.addresses) =
+            spawn(&self.data_dir, self.dir.path(), &self.environment).await;
+    }
+
+    /// Starts it again when it cannot; its exit code.
+    pub async fn restart_in_vain(&mut self) -> Option<i32> {
+        self.child = launch(&self.data_dir, self.dir.path(), &self.environment);
+        self.exit_code().await
     }
 
     /// SIGKILL: nothing is flushed, nobody is told.
@@ -82,7 +103,7 @@ impl Process {
     }
 
     pub fn data_dir(&self) -> &Path {
-        self.dir.path()
+        &self.data_dir
     }
 
     pub fn addresses(&self) -> Addresses {
@@ -103,7 +124,7 @@ impl Process {
     }
 
     pub fn authority(&self) -> Authority {
-        Authority::open(&self.dir.path().join("pki")).unwrap()
+        Authority::open(&self.data_dir.join("pki")).unwrap()
     }
 
     pub async fn connect(&self, device: &Device) -> Link {
@@ -126,6 +147,11 @@ impl Process {
         http_get(self.addresses.admin, path).await.unwrap()
     }
 
+    /// What it says of its readiness; `None` when nobody answers any more.
+    pub async fn readiness(&self) -> Option<(u16, String)> {
+        http_get(self.addresses.admin, "/readyz").await.ok()
+    }
+
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
         until(async || Some(MetricsPage(self.admin("/metrics").await.1)).filter(|page| is_so(page)))
             .await
@@ -139,28 +165,36 @@ impl Drop for Process {
     }
 }
 
-async fn spawn(dir: &Path, environment: &[(String, String)]) -> (Child, Addresses) {
-    let addresses_file = dir.join("addresses.json");
-    drop(std::fs::remove_file(&addresses_file));
+fn launch(data_dir: &Path, log_dir: &Path, environment: &[(String, String)]) -> Child {
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
-        .open(log_file(dir))
+        .open(log_file(log_dir))
         .unwrap();
-    let mut child = Command::new(binary("waypost"))
+    Command::new(binary("waypost"))
         .args(["serve", "--dev", "--data"])
-        .arg(dir)
+        .arg(data_dir)
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
         .spawn()
-        .unwrap();
+        .unwrap()
+}
+
+async fn spawn(
+    data_dir: &Path,
+    log_dir: &Path,
+    environment: &[(String, String)],
+) -> (Child, Addresses) {
+    let addresses_file = data_dir.join("addresses.json");
+    drop(std::fs::remove_file(&addresses_file));
+    let mut child = launch(data_dir, log_dir, environment);
     let addresses = until(async || {
         if let Some(status) = child.try_wait().unwrap() {
             panic!(
                 "the gateway ended with {status}: {}",
-                std::fs::read_to_string(log_file(dir)).unwrap()
+                std::fs::read_to_string(log_file(log_dir)).unwrap()
             );
         }
         let addresses: Addresses =
@@ -212,7 +246,7 @@ pub(crate) async fn http_get(address: SocketAddr, path: &str) -> io::Result<(u16
 }
 
 /// Looks again and again until there is something; panics after minutes, which only a hang takes.
-pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let looking = async {
         loop {
             if let Some(found) = look().await {
