@@ -11,7 +11,7 @@
  * NTH    the first call that is hit, counted from 1 and from the moment the order is found
  * TIMES  how many calls are hit from there on; 0: all
  * FORM   fail: the call does nothing and fails. torn: a write writes half, and the next one fails.
- *        lie: the call does nothing and succeeds.
+ *        lie: the call does nothing and succeeds. hang: the call waits until the order is withdrawn.
  * ERROR  the errno
  *
  * For every call that is hit a line is added to the file FAILING_DISK_ORDER.done: the call, how much of
@@ -29,6 +29,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { FILES = 4096, LINE = 256 };
@@ -85,7 +86,13 @@ static enum verdict judge(const char *call, const char *path, int file) {
         if (!strcmp(form, "torn") && seen == nth) verdict = TORN;
         note(call, path, 0 <= file && file < FILES ? synced_bytes[file] : 0);
     }
+    int hangs = verdict != PASS && !strcmp(form, "hang");
     pthread_mutex_unlock(&lock);
+    if (hangs) {
+        const struct timespec moment = {.tv_nsec = 10 * 1000 * 1000};
+        while (syscall(SYS_faccessat, AT_FDCWD, order_path(), F_OK) == 0) nanosleep(&moment, NULL);
+        verdict = PASS;
+    }
     errno = before;
     return verdict;
 }

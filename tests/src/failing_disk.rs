@@ -27,6 +27,8 @@ pub struct Order {
 pub enum Call {
     Sync,
     Write,
+    /// Opening for writing, renaming, making folders, deleting.
+    Change,
     All,
 }
 
@@ -38,6 +40,8 @@ pub enum Form {
     Torn,
     /// It does nothing and says that it did.
     Lie,
+    /// It waits until the order is withdrawn.
+    Hang,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +74,7 @@ impl DiskError {
 /// A call that was hit.
 #[derive(Clone, Debug)]
 pub struct Done {
+    pub is_sync: bool,
     /// How much of the file was synced before.
     pub synced_bytes: u64,
     pub path: PathBuf,
@@ -130,12 +135,14 @@ impl FailingDisk {
             match call {
                 Call::Sync => "sync",
                 Call::Write => "write",
+                Call::Change => "change",
                 Call::All => "all",
             },
             match form {
                 Form::Fail => "fail",
                 Form::Torn => "torn",
                 Form::Lie => "lie",
+                Form::Hang => "hang",
             },
         );
         let number = error.number();
@@ -154,8 +161,9 @@ impl FailingDisk {
     pub fn done(&self) -> Vec<Done> {
         let lines = fs::read_to_string(self.dir.path().join("order.done")).unwrap_or_default();
         let done = |line: &str| {
-            let mut words = line.splitn(3, ' ').skip(1);
+            let mut words = line.splitn(3, ' ');
             Done {
+                is_sync: words.next().unwrap() == "sync",
                 synced_bytes: words.next().unwrap().parse().unwrap(),
                 path: words.next().unwrap().into(),
             }
@@ -163,22 +171,30 @@ impl FailingDisk {
         lines.lines().map(done).collect()
     }
 
-    /// Takes away what was never synced of the files that were hit: after a failed sync the kernel need
+    /// Takes away what was not synced of the files whose sync was hit: after a failed sync the kernel need
     /// not keep it, and says that the next one succeeded.
     pub fn lose_unsynced(&self) -> u64 {
         let mut lost_bytes = 0;
         let mut cut = Vec::new();
         for done in self.done() {
-            if done.path.extension().is_none_or(|kind| kind != "log") || cut.contains(&done.path) {
+            if !done.is_sync || cut.contains(&done.path) {
                 continue;
             }
-            let file = File::options().write(true).open(&done.path).unwrap();
+            // It may be gone: flushed and deleted after a fault that did no harm.
+            let Ok(file) = File::options().write(true).open(&done.path) else {
+                continue;
+            };
             let length = file.metadata().unwrap().len();
             file.set_len(done.synced_bytes.min(length)).unwrap();
             lost_bytes += length.saturating_sub(done.synced_bytes);
             cut.push(done.path);
         }
         lost_bytes
+    }
+
+    /// What was hit so far is no longer of interest.
+    pub fn forget(&self) {
+        drop(fs::remove_file(self.dir.path().join("order.done")));
     }
 
     fn order_file(&self) -> PathBuf {

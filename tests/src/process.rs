@@ -4,7 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -77,10 +77,15 @@ impl Process {
             spawn(&self.data_dir, self.dir.path(), &self.environment).await;
     }
 
-    /// Starts it again when it cannot; its exit code.
-    pub async fn restart_in_vain(&mut self) -> Option<i32> {
-        self.child = launch(&self.data_dir, self.dir.path(), &self.environment);
-        self.exit_code().await
+    /// Starts it again although it may not be able to, and then gives its exit code.
+    pub async fn try_restart(&mut self) -> Result<(), Option<i32>> {
+        match try_spawn(&self.data_dir, self.dir.path(), &self.environment).await {
+            Ok(running) => {
+                (self.child, self.addresses) = running;
+                Ok(())
+            }
+            Err(status) => Err(status.code()),
+        }
     }
 
     /// SIGKILL: nothing is flushed, nobody is told.
@@ -165,13 +170,33 @@ impl Drop for Process {
     }
 }
 
-fn launch(data_dir: &Path, log_dir: &Path, environment: &[(String, String)]) -> Child {
+async fn spawn(
+    data_dir: &Path,
+    log_dir: &Path,
+    environment: &[(String, String)],
+) -> (Child, Addresses) {
+    match try_spawn(data_dir, log_dir, environment).await {
+        Ok(running) => running,
+        Err(status) => panic!(
+            "the gateway ended with {status}: {}",
+            std::fs::read_to_string(log_file(log_dir)).unwrap()
+        ),
+    }
+}
+
+async fn try_spawn(
+    data_dir: &Path,
+    log_dir: &Path,
+    environment: &[(String, String)],
+) -> Result<(Child, Addresses), ExitStatus> {
+    let addresses_file = data_dir.join("addresses.json");
+    drop(std::fs::remove_file(&addresses_file));
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
         .open(log_file(log_dir))
         .unwrap();
-    Command::new(binary("waypost"))
+    let mut child = Command::new(binary("waypost"))
         .args(["serve", "--dev", "--data"])
         .arg(data_dir)
         .envs(environment.iter().map(|(name, value)| (name, value)))
@@ -179,33 +204,20 @@ fn launch(data_dir: &Path, log_dir: &Path, environment: &[(String, String)]) -> 
         .stdout(log.try_clone().unwrap())
         .stderr(log)
         .spawn()
-        .unwrap()
-}
-
-async fn spawn(
-    data_dir: &Path,
-    log_dir: &Path,
-    environment: &[(String, String)],
-) -> (Child, Addresses) {
-    let addresses_file = data_dir.join("addresses.json");
-    drop(std::fs::remove_file(&addresses_file));
-    let mut child = launch(data_dir, log_dir, environment);
-    let addresses = until(async || {
+        .unwrap();
+    let started = until(async || {
         if let Some(status) = child.try_wait().unwrap() {
-            panic!(
-                "the gateway ended with {status}: {}",
-                std::fs::read_to_string(log_file(log_dir)).unwrap()
-            );
+            return Some(Err(status));
         }
         let addresses: Addresses =
             serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
         let ready = http_get(addresses.admin, "/readyz")
             .await
             .is_ok_and(|(status, _)| status == 200);
-        ready.then_some(addresses)
+        ready.then_some(Ok(addresses))
     })
     .await;
-    (child, addresses)
+    started.map(|addresses| (child, addresses))
 }
 
 fn log_file(dir: &Path) -> PathBuf {
