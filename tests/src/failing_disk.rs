@@ -51,6 +51,20 @@ pub enum DiskError {
     ReadOnly,
 }
 
+impl Order {
+    /// The next such call fails, and only that.
+    pub fn next(call: Call, text: &'static str, error: DiskError) -> Self {
+        Self {
+            call,
+            text,
+            nth: 1,
+            times: 1,
+            form: Form::Fail,
+            error,
+        }
+    }
+}
+
 impl DiskError {
     /// The same on every Linux.
     fn number(self) -> i32 {

@@ -11,7 +11,12 @@ use std::{
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use waypost_gateway::pki::{Authority, Credentials};
+use tonic::transport::Channel;
+use waypost_gateway::{
+    feed::{client, rpc::freshness_client::FreshnessClient},
+    pki::{Authority, Credentials, DEVELOPMENT_CHECKER},
+};
+use waypost_proto::v1;
 
 use crate::{
     Device, MetricsPage, binary, device_id,
@@ -134,6 +139,28 @@ impl Process {
 
     pub async fn connect(&self, device: &Device) -> Link {
         self.attempt(Some(&device.credentials)).await.unwrap()
+    }
+
+    pub async fn checker(&self) -> FreshnessClient<Channel> {
+        let authority = self.authority();
+        let credentials = authority.issue_checker(DEVELOPMENT_CHECKER).unwrap();
+        client::connect(
+            &format!("https://{}", self.addresses.freshness),
+            authority.certificate_pem(),
+            &credentials.certificate_pem,
+            &credentials.private_key_pem,
+            "localhost",
+        )
+        .await
+        .unwrap()
+    }
+
+    /// What a checker is told of a device's user.
+    pub async fn entry(&self, device: &Device) -> v1::Entry {
+        let user_ids = vec![bytes::Bytes::copy_from_slice(&device.id.user.0)];
+        let mut checker = self.checker().await;
+        let found = checker.get(v1::GetRequest { user_ids }).await;
+        found.unwrap().into_inner().entries.remove(0)
     }
 
     pub async fn attempt(&self, credentials: Option<&Credentials>) -> Attempt {
