@@ -11,6 +11,8 @@ mod metrics_page;
 mod mounts;
 mod process;
 mod prometheus;
+pub mod silence;
+pub mod soak;
 mod world;
 
 use std::path::{Path, PathBuf};

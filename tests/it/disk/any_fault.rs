@@ -1,9 +1,9 @@
 //! Faults by seed: any call, any file, any moment, also while the gateway starts.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use waypost_tests::{Call, DiskError, FailingDisk, Form, Order};
+use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, soak};
 
 use super::{
     faults::{SMALL_TABLES, start_on_failing},
@@ -14,6 +14,7 @@ use super::{
 #[derive(Default)]
 struct Tally {
     rounds: u64,
+    hit: u64,
     stopped: u64,
     went_on: u64,
     failed_starts: u64,
@@ -40,6 +41,7 @@ async fn any_fault(disk: &FailingDisk, seed: u64, tally: &mut Tally) {
         assert_eq!(gateway.exit_code().await, Some(1), "seed {seed}");
     }
     disk.heal();
+    tally.hit += disk.done().len() as u64;
     disk.lose_unsynced();
     disk.forget();
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0], "seed {seed}");
@@ -54,6 +56,7 @@ async fn any_fault(disk: &FailingDisk, seed: u64, tally: &mut Tally) {
             }
         }
         disk.heal();
+        tally.hit += disk.done().len() as u64;
         disk.lose_unsynced();
         disk.forget();
         assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0], "seed {seed}");
@@ -96,23 +99,19 @@ async fn whatever_fails_and_whenever_what_was_acknowledged_is_there() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
-#[expect(clippy::print_stdout, reason = "the summary")]
 async fn soak_failing_disk() {
     let Some(disk) = FailingDisk::build() else {
         return;
     };
-    let number = |name| std::env::var(name).ok().map(|text| text.parse().unwrap());
-    let seconds = number("SOAK_SECONDS").unwrap_or(60);
-    let seed: u64 = number("SEED").unwrap_or_else(rand::random);
-    println!("seed {seed}");
-    let end = Instant::now() + Duration::from_secs(seconds);
+    let (seed, length) = (soak::seed(), soak::length());
+    let end = Instant::now() + length;
     let mut tally = Tally::default();
     while Instant::now() < end {
         any_fault(&disk, seed.wrapping_add(tally.rounds), &mut tally).await;
     }
-    println!(
-        "soak: no fault of a disk loses an acknowledged ping: {} rounds, {} stopped the gateway, {} did \
-         not, {} starts failed, {} pings acknowledged, 0 lost; seed {seed}",
-        tally.rounds, tally.stopped, tally.went_on, tally.failed_starts, tally.acked
-    );
+    soak::summary(format_args!(
+        "no fault of a disk loses an acknowledged ping: {} rounds, {} calls hit, {} times the gateway \
+         stopped and {} times went on, {} starts failed, {} pings acknowledged, 0 lost; seed {seed}",
+        tally.rounds, tally.hit, tally.stopped, tally.went_on, tally.failed_starts, tally.acked
+    ));
 }
