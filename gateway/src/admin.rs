@@ -67,17 +67,20 @@ pub enum AdminError {
     },
 }
 
-/// How far the gateway has come. It only goes forward.
+/// How far the gateway has come. It only goes forward, save for hindrances, which come and go.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
     /// The parts are being built; nobody is served yet.
     Starting,
     /// Devices and checkers are served.
     Ready,
+    /// Ready, were it not for something that passes; with what it is. Devices and checkers are answered,
+    /// but better off elsewhere.
+    Hindered(String),
     /// No new connection is taken; what is queued is being committed.
     Draining,
-    /// A commit failed, so nothing more is acknowledged; with what the store said.
-    StorageFailed(String),
+    /// A commit failed or a part ended, so nothing more is acknowledged; with what it was.
+    Failed(String),
 }
 
 /// The gateway's stage, set by whoever wires the parts and read by the endpoint. Clones share it.
@@ -96,17 +99,31 @@ impl Readiness {
     }
 
     /// Goes forward to `stage`. Never back: a gateway that drains does not become ready again, and a
-    /// storage failure is final, so its first reason stays.
+    /// failure is final, so its first reason stays.
     pub fn advance(&self, stage: Stage) {
         self.stage.send_if_modified(|current| {
             let forward = match (&*current, &stage) {
-                (Stage::StorageFailed(_), _) => false,
+                (Stage::Failed(_), _) => false,
                 (current, next) => current < next,
             };
             if forward {
                 *current = stage;
             }
             forward
+        });
+    }
+
+    /// Says what hinders a gateway that would be ready, or that nothing does any more. Says nothing of
+    /// one that has not come so far yet, or further.
+    pub fn hinder(&self, reason: Option<String>) {
+        self.stage.send_if_modified(|current| {
+            if !matches!(current, Stage::Ready | Stage::Hindered(_)) {
+                return false;
+            }
+            let next = reason.map_or(Stage::Ready, Stage::Hindered);
+            let is_news = *current != next;
+            *current = next;
+            is_news
         });
     }
 
@@ -221,10 +238,11 @@ async fn metrics_page(State(shown): State<Arc<Shown>>) -> impl IntoResponse {
 /// Whether the process is worth keeping: restart it when this fails.
 async fn healthz(State(shown): State<Arc<Shown>>) -> (StatusCode, String) {
     match shown.readiness.stage() {
-        stage @ Stage::StorageFailed(_) => {
-            (StatusCode::SERVICE_UNAVAILABLE, in_words(&stage) + "\n")
+        stage @ Stage::Failed(_) => (StatusCode::SERVICE_UNAVAILABLE, in_words(&stage) + "\n"),
+        // A restart makes no room on a disk, and wakes none that hangs.
+        Stage::Starting | Stage::Ready | Stage::Hindered(_) | Stage::Draining => {
+            (StatusCode::OK, "alive\n".to_owned())
         }
-        Stage::Starting | Stage::Ready | Stage::Draining => (StatusCode::OK, "alive\n".to_owned()),
     }
 }
 
@@ -233,7 +251,7 @@ async fn readyz(State(shown): State<Arc<Shown>>) -> (StatusCode, String) {
     let stage = shown.readiness.stage();
     let code = match stage {
         Stage::Ready => StatusCode::OK,
-        Stage::Starting | Stage::Draining | Stage::StorageFailed(_) => {
+        Stage::Starting | Stage::Hindered(_) | Stage::Draining | Stage::Failed(_) => {
             StatusCode::SERVICE_UNAVAILABLE
         }
     };
@@ -253,8 +271,9 @@ fn in_words(stage: &Stage) -> String {
     match stage {
         Stage::Starting => "starting".to_owned(),
         Stage::Ready => "ready".to_owned(),
+        Stage::Hindered(reason) => format!("not ready: {reason}"),
         Stage::Draining => "draining".to_owned(),
-        Stage::StorageFailed(reason) => format!("storage failed: {reason}"),
+        Stage::Failed(reason) => format!("failed: {reason}"),
     }
 }
 
@@ -343,14 +362,21 @@ mod tests {
         assert_eq!(probes().await, (503, 200, "starting\n".to_owned()));
         running.readiness.advance(Stage::Ready);
         assert_eq!(probes().await, (200, 200, "ready\n".to_owned()));
+        running.readiness.hinder(Some("a full disk".to_owned()));
+        assert_eq!(
+            probes().await,
+            (503, 200, "not ready: a full disk\n".to_owned())
+        );
+        running.readiness.hinder(None);
+        assert_eq!(probes().await, (200, 200, "ready\n".to_owned()));
         running.readiness.advance(Stage::Draining);
         assert_eq!(probes().await, (503, 200, "draining\n".to_owned()));
         running
             .readiness
-            .advance(Stage::StorageFailed("no space left".to_owned()));
+            .advance(Stage::Failed("no space left".to_owned()));
         assert_eq!(
             probes().await,
-            (503, 503, "storage failed: no space left\n".to_owned())
+            (503, 503, "failed: no space left\n".to_owned())
         );
     }
 
@@ -360,11 +386,36 @@ mod tests {
         readiness.advance(Stage::Draining);
         readiness.advance(Stage::Ready);
         assert_eq!(readiness.stage(), Stage::Draining);
-        let first = Stage::StorageFailed("a disk died".to_owned());
+        let first = Stage::Failed("a disk died".to_owned());
         readiness.advance(first.clone());
-        readiness.advance(Stage::StorageFailed("its neighbour too".to_owned()));
+        readiness.advance(Stage::Failed("its neighbour too".to_owned()));
         readiness.advance(Stage::Draining);
         assert_eq!(readiness.stage(), first);
+    }
+
+    #[test]
+    fn only_a_gateway_that_would_be_ready_is_hindered() {
+        let readiness = Readiness::starting();
+        let hinder = |reason: &str| readiness.hinder(Some(reason.to_owned()));
+        hinder("too early");
+        assert_eq!(readiness.stage(), Stage::Starting);
+        readiness.advance(Stage::Ready);
+        hinder("z: a full disk");
+        hinder("a: a slow disk");
+        assert_eq!(
+            readiness.stage(),
+            Stage::Hindered("a: a slow disk".to_owned())
+        );
+        readiness.advance(Stage::Ready);
+        assert_eq!(
+            readiness.stage(),
+            Stage::Hindered("a: a slow disk".to_owned()),
+            "a hindrance ends only when it is said to"
+        );
+        readiness.advance(Stage::Draining);
+        hinder("too late");
+        readiness.hinder(None);
+        assert_eq!(readiness.stage(), Stage::Draining);
     }
 
     #[tokio::test]

@@ -18,14 +18,15 @@ use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use waypost_proto::{
     batch,
-    device::{Admission, DeviceRecord, LastStored, Policy},
+    device::{Admission, Deferral, DeviceRecord, LastStored, Policy},
     id::{DeviceId, UserId},
-    ping::Ping,
+    ping::{Ping, RejectCode},
     session::{Request, Settled, Welcomed, batch_len},
 };
 
 use crate::{
     clock::Clock,
+    disk::Pulse,
     freshness::Freshness,
     handoff::{self, Reply, Requests, Submission},
     metrics::{Fates, Metrics},
@@ -96,6 +97,7 @@ pub struct Committer {
     last_stored: FxHashMap<DeviceId, LastStored>,
     position: u64,
     day: Option<Day>,
+    pulse: Pulse,
 }
 
 /// What the committer starts from.
@@ -137,8 +139,15 @@ impl Committer {
             last_stored: FxHashMap::default(),
             position: parts.position,
             day: None,
+            pulse: Pulse::default(),
         };
         (handle, committer)
+    }
+
+    /// Tells since when a commit waits for the disk.
+    #[must_use]
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Starts the committer's own thread: a commit blocks on the disk, and nothing else may wait for it.
@@ -169,6 +178,7 @@ impl Committer {
         self.rotate(self.clock.now_ms())?;
         let mut group = Vec::new();
         while let Some(gathered) = self.requests.gather(&mut group).await {
+            let _waiting = self.pulse.wait();
             if group.is_empty() {
                 self.rotate(gathered.drain_ms)?;
                 self.freshness.resolve(gathered.resolved_ms);
@@ -185,7 +195,11 @@ impl Committer {
         self.rotate(commit_ms)?;
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
-        for submission in group.drain(..) {
+        let put_off = self.store.space().is_short.then_some(NO_ROOM);
+        for mut submission in group.drain(..) {
+            // What was stored before is answered as ever, and the device is heard: its record takes the
+            // same few bytes each time.
+            submission.deferral = put_off.or(submission.deferral);
             self.judge(submission, position, commit_ms, &mut judged);
         }
         for &device in &judged.touched {
@@ -382,3 +396,10 @@ impl Judged {
         }
     }
 }
+
+/// New pings while the disk is nearly full. 30 s: whoever makes room is a person or a nightly job, and a
+/// device that asks more often only wastes its battery.
+const NO_ROOM: Deferral = Deferral {
+    code: RejectCode::Overloaded,
+    retry_after_ms: 30_000,
+};

@@ -8,7 +8,11 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
-use tokio::{sync::oneshot, task::JoinSet, time::timeout};
+use tokio::{
+    sync::oneshot,
+    task::{JoinHandle, JoinSet},
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use waypost_proto::session::Lane;
@@ -18,9 +22,10 @@ use crate::{
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
+    disk::DiskWatch,
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
-    metrics::{Metrics, StoreFigures},
+    metrics::Metrics,
     session::SessionParts,
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
@@ -227,6 +232,7 @@ impl Gateway {
             feed,
             admin,
         } = self;
+        let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
         let draining = sessions.draining.clone();
         let closing = CancellationToken::new();
         let mut committed = committer.spawn().map_err(|error| {
@@ -240,11 +246,8 @@ impl Gateway {
         parts.spawn(named(
             "sampler",
             sample(
-                Sampled {
-                    store,
-                    freshness,
-                    commit,
-                },
+                freshness,
+                commit,
                 metrics,
                 draining.clone(),
                 closing.clone(),
@@ -252,7 +255,14 @@ impl Gateway {
         ));
         let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
 
-        readiness.advance(Stage::Ready);
+        readiness.advance(match disk.obstacle() {
+            None => Stage::Ready,
+            Some(obstacle) => Stage::Hindered(obstacle.to_string()),
+        });
+        parts.spawn(named(
+            "watch over the disk",
+            disk.run(readiness.clone(), closing.clone()),
+        ));
         info!(
             devices = %addresses.devices,
             freshness = %addresses.freshness,
@@ -282,13 +292,10 @@ impl Gateway {
             }
             Err(failure) => {
                 // Sessions learn of it by their answers, which are all lost, and close.
-                readiness.advance(Stage::StorageFailed(failure.to_string()));
+                readiness.advance(Stage::Failed(failure.to_string()));
                 error!(%failure, "the gateway stops");
                 draining.cancel();
-                // It may be the one that ended, and must not be asked twice.
-                if !listener.is_finished() {
-                    drop(timeout(FAILED_CLOSE_TIMEOUT, &mut listener).await);
-                }
+                drop(timeout(FAILED_CLOSE_TIMEOUT, ended_once(&mut listener)).await);
                 Err(failure)
             }
         };
@@ -309,6 +316,13 @@ async fn named(name: &'static str, part: impl Future<Output = ()>) -> &'static s
     name
 }
 
+/// Waits for a task that may have been waited for already, and then must not be asked again.
+async fn ended_once(task: &mut JoinHandle<()>) {
+    if !task.is_finished() {
+        drop(task.await);
+    }
+}
+
 fn commit_failed(
     result: Result<Result<(), CommitError>, oneshot::error::RecvError>,
 ) -> GatewayError {
@@ -319,25 +333,14 @@ fn commit_failed(
     }
 }
 
-/// What is looked at for the metrics.
-struct Sampled {
-    store: Arc<Store>,
-    freshness: Arc<Freshness>,
-    commit: CommitHandle,
-}
-
 /// Copies what has to be looked at, rather than counted, into the metrics, once a second.
 async fn sample(
-    sampled: Sampled,
+    freshness: Arc<Freshness>,
+    commit: CommitHandle,
     metrics: Metrics,
     draining: CancellationToken,
     closing: CancellationToken,
 ) {
-    let Sampled {
-        store,
-        freshness,
-        commit,
-    } = sampled;
     let mut ticks = tokio::time::interval(SAMPLE_INTERVAL);
     loop {
         tokio::select! {
@@ -354,17 +357,6 @@ async fn sample(
             .set(commit.depth(Lane::Backfill) as f64);
         metrics.freshness.users.set(freshness.users() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);
-        let statistics = store.statistics();
-        metrics.store(StoreFigures {
-            size_bytes: statistics.size_bytes,
-            write_stopped: statistics.is_write_stopped,
-            delayed_write_bytes_per_second: statistics.delayed_write_bytes_per_second,
-            pending_compaction_bytes: statistics.pending_compaction_bytes,
-            immutable_memtables: statistics.immutable_memtables,
-            background_errors: statistics.background_errors,
-            wal_syncs: statistics.wal_syncs,
-            wal_sync_time: statistics.wal_sync_time,
-        });
     }
     // The committer finishes when every handle is gone.
     drop(commit);
@@ -389,3 +381,24 @@ const FAILED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the metrics that are looked at are looked at.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_listener_that_ended_is_not_asked_again() {
+        let mut listener = tokio::spawn(async {});
+        (&mut listener).await.unwrap();
+        ended_once(&mut listener).await;
+    }
+
+    /// The control for the test above.
+    #[tokio::test]
+    async fn asking_again_would_panic() {
+        let mut listener = tokio::spawn(async {});
+        (&mut listener).await.unwrap();
+        let again = tokio::spawn(async move { drop(listener.await) });
+        assert!(again.await.unwrap_err().is_panic());
+    }
+}

@@ -3,7 +3,8 @@
 //! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
 //! ends the device's older one ([`takeover`]) and hands batches over ([`handoff`]) to the one
 //! [`commit`]ter. The committer judges, writes through [`store`], publishes to [`freshness`], and only
-//! then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns their tasks.
+//! then answers; [`feed`] tells checkers. [`disk`] watches whether the disk answers and has room.
+//! [`gateway`] builds the parts and owns their tasks.
 //!
 //! # Invariants
 //!
@@ -22,6 +23,7 @@ pub mod cli;
 pub mod clock;
 pub mod commit;
 pub mod config;
+pub mod disk;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;

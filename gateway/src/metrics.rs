@@ -109,6 +109,8 @@ pub struct CommitMetrics {
     pub given_up: Counter,
     /// The position of the last durable commit.
     pub position: Gauge,
+    /// Times that the disk did not answer for so long that the gateway was no longer ready.
+    pub stalls: Counter,
 }
 
 /// Moved by the freshness index and its service.
@@ -273,6 +275,19 @@ pub struct StoreFigures {
     pub wal_sync_time: Duration,
 }
 
+/// What the watch over the disk sees, told some times a second.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DiskFigures {
+    /// Bytes that are free.
+    pub free_bytes: u64,
+    /// Bytes that must stay free.
+    pub floor_bytes: u64,
+    /// Whether new pings are put off because there is too little.
+    pub is_refusing: bool,
+    /// How long the disk has kept somebody waiting; 0 when nobody waits.
+    pub waited: Duration,
+}
+
 /// A counter for each value of a label.
 #[derive(Debug)]
 pub struct ByLabel {
@@ -296,6 +311,7 @@ struct Inner {
     /// Changed once per commit; read by whoever renders.
     fates: Mutex<Fates>,
     store: Mutex<StoreFigures>,
+    disk: Mutex<DiskFigures>,
     /// Rendering copies the figures to their handles and reads them back: one at a time.
     page: Mutex<Page>,
 }
@@ -305,6 +321,7 @@ struct Page {
     exporter: PrometheusHandle,
     fates: FateMetrics,
     store: StoreMetrics,
+    disk: DiskMetrics,
     lag: Gauge,
     started_ms: u64,
 }
@@ -327,12 +344,19 @@ struct StoreMetrics {
     background_errors: Counter,
 }
 
+struct DiskMetrics {
+    free: Gauge,
+    floor: Gauge,
+    refusing: Gauge,
+    waited: Gauge,
+}
+
 impl Metrics {
     /// Metrics that all stand at 0.
     #[must_use]
     pub fn new() -> Self {
         let recorder = exporter_settings().build_recorder();
-        let (handles, fates, store, lag) = with_local_recorder(&recorder, || {
+        let (handles, fates, store, disk, lag) = with_local_recorder(&recorder, || {
             let version = env!("CARGO_PKG_VERSION");
             describe_gauge!(
                 "waypost_build_info",
@@ -347,6 +371,7 @@ impl Metrics {
                 Handles::register(),
                 FateMetrics::register(),
                 StoreMetrics::register(),
+                DiskMetrics::register(),
                 lag,
             )
         });
@@ -354,6 +379,7 @@ impl Metrics {
             exporter: recorder.handle(),
             fates,
             store,
+            disk,
             lag,
             started_ms: system_now_ms(),
         };
@@ -361,6 +387,7 @@ impl Metrics {
             handles,
             fates: Mutex::default(),
             store: Mutex::default(),
+            disk: Mutex::default(),
             page: Mutex::new(page),
         };
         Self {
@@ -385,6 +412,11 @@ impl Metrics {
         *self.inner.store.lock() = figures;
     }
 
+    /// Takes the latest figures of the disk.
+    pub fn disk(&self, figures: DiskFigures) {
+        *self.inner.disk.lock() = figures;
+    }
+
     /// All metrics as Prometheus reads them: text format 0.0.4, in alphabetical order.
     ///
     /// What histograms observe takes memory until it is moved to their buckets here, so this is called
@@ -395,6 +427,7 @@ impl Metrics {
         page.fates.show(&self.fates());
         let store = *self.inner.store.lock();
         page.store.show(&store);
+        page.disk.show(&self.inner.disk.lock());
         let now_ms = system_now_ms();
         let resolved_ms = self
             .inner
@@ -536,6 +569,10 @@ impl Handles {
                     "Sequence numbers that devices gave up before they arrived: recorded gaps.",
                 ),
                 position: new_gauge("waypost_position", "Position of the last durable commit."),
+                stalls: new_counter(
+                    "waypost_disk_stalls_total",
+                    "Times that the disk did not answer for 5 s, and the gateway was not ready.",
+                ),
             },
             freshness: FreshnessMetrics {
                 users: new_gauge(
@@ -648,6 +685,37 @@ impl StoreMetrics {
         self.immutable_memtables
             .set(approximate(figures.immutable_memtables));
         self.background_errors.absolute(figures.background_errors);
+    }
+}
+
+impl DiskMetrics {
+    fn register() -> Self {
+        Self {
+            free: new_gauge(
+                "waypost_disk_free_bytes",
+                "Bytes free on the store's file system.",
+            ),
+            floor: new_gauge(
+                "waypost_disk_floor_bytes",
+                "Bytes that must stay free: store.free_space_floor_mib.",
+            ),
+            refusing: new_gauge(
+                "waypost_disk_refusing",
+                "1 while new pings are put off because the disk is nearly full.",
+            ),
+            waited: new_gauge(
+                "waypost_disk_waited_seconds",
+                "How long the disk has kept a commit waiting by now; 0 while none waits.",
+            ),
+        }
+    }
+
+    fn show(&self, figures: &DiskFigures) {
+        self.free.set(approximate(figures.free_bytes));
+        self.floor.set(approximate(figures.floor_bytes));
+        self.refusing
+            .set(if figures.is_refusing { 1.0 } else { 0.0 });
+        self.waited.set(figures.waited.as_secs_f64());
     }
 }
 
@@ -1098,6 +1166,22 @@ mod tests {
         assert_eq!(page["waypost_store_background_errors_total"], 2.0);
         assert_eq!(page["waypost_wal_sync_seconds_count"], 4.0);
         assert_eq!(page["waypost_wal_sync_seconds_sum"], 0.01);
+    }
+
+    #[test]
+    fn figures_of_the_disk_are_shown_as_they_are() {
+        let metrics = Metrics::new();
+        metrics.disk(DiskFigures {
+            free_bytes: 100,
+            floor_bytes: 200,
+            is_refusing: true,
+            waited: Duration::from_millis(1_500),
+        });
+        let page = series(&metrics.render());
+        assert_eq!(page["waypost_disk_free_bytes"], 100.0);
+        assert_eq!(page["waypost_disk_floor_bytes"], 200.0);
+        assert_eq!(page["waypost_disk_refusing"], 1.0);
+        assert_eq!(page["waypost_disk_waited_seconds"], 1.5);
     }
 
     #[test]

@@ -41,15 +41,18 @@ mod folder;
 mod keys;
 pub mod record;
 mod settings;
+mod space;
 mod watermark;
 
 use folder::{Folder, Lock};
 use record::{PingRecord, RecordError};
 use settings::Settings;
+use space::Room;
 use watermark::Watermark;
 
 pub use keys::{Day, PingKey};
 pub use settings::StoreConfig;
+pub use space::Space;
 
 /// The open store. The gateway has it open for writing, alone; any number of readers may be beside it.
 pub struct Store {
@@ -61,6 +64,7 @@ pub struct Store {
     /// The first failure. It is final, whatever RocksDB would say to another attempt.
     failure: OnceLock<CommitError>,
     folder: Folder,
+    room: Room,
     writer: Option<Writer>,
 }
 
@@ -342,6 +346,8 @@ impl Store {
             return Err(behind(&folder, facts.position, watermark));
         }
         folder.mark_running().map_err(unusable)?;
+        let room = Room::new(config.free_space_floor_bytes());
+        room.look(folder.path()).map_err(unusable)?;
         let watermark = Watermark::start(folder.watermark(), facts.position).map_err(unusable)?;
         let store = Self {
             db,
@@ -350,6 +356,7 @@ impl Store {
             facts,
             failure: OnceLock::new(),
             folder,
+            room,
             writer: Some(Writer {
                 watermark,
                 _lock: lock,
@@ -414,6 +421,7 @@ impl Store {
             facts,
             failure,
             folder,
+            room: Room::new(0), // nothing is written
             writer: None,
         })
     }
@@ -535,7 +543,21 @@ impl Store {
         Ok(dropped.len())
     }
 
-    /// How the store is doing, now.
+    /// Looks how much room there is. Waits for the disk if that hangs.
+    ///
+    /// # Errors
+    /// When the system does not say.
+    pub fn look_at_space(&self) -> io::Result<()> {
+        self.room.look(self.folder.path())
+    }
+
+    /// The room there was at the last look, without asking the disk.
+    #[must_use]
+    pub fn space(&self) -> Space {
+        self.room.seen()
+    }
+
+    /// How the store is doing, now. Waits for the disk if that hangs.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
         let mut families = vec![self.family(META), self.family(DEVICES)];

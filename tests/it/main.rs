@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod crash;
+mod disk;
 mod freshness;
 mod hostile;
 mod identity;

@@ -5,8 +5,10 @@
 //! written against the wire alone, so that it does not share a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
+mod failing_disk;
 pub mod link;
 mod metrics_page;
+mod mounts;
 mod process;
 mod prometheus;
 pub mod silence;
@@ -23,8 +25,10 @@ use waypost_proto::{
     v1,
 };
 
+pub use failing_disk::{Call, DiskError, Done, FailingDisk, Form, Order};
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
+pub use mounts::{Frozen, Mount};
 pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
 pub use world::World;

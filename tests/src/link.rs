@@ -155,6 +155,15 @@ impl Stream {
             .await;
     }
 
+    /// Sends a batch and says whether it could: not when the connection has ended.
+    pub async fn try_send_pings(&mut self, epoch: u32, pings: &[Ping]) -> bool {
+        let batch = v1::device_frame::Kind::Batch(batch::encode(epoch, pings));
+        let mut bytes = BytesMut::new();
+        let frame = v1::DeviceFrame { kind: Some(batch) };
+        waypost_proto::frame::encode_frame(&frame, &mut bytes);
+        self.send.write_all(&bytes).await.is_ok()
+    }
+
     pub async fn send_raw(&mut self, bytes: &[u8]) {
         self.send.write_all(bytes).await.unwrap();
     }

@@ -4,14 +4,19 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use waypost_gateway::pki::{Authority, Credentials};
+use tonic::transport::Channel;
+use waypost_gateway::{
+    feed::{client, rpc::freshness_client::FreshnessClient},
+    pki::{Authority, Credentials, DEVELOPMENT_CHECKER},
+};
+use waypost_proto::v1;
 
 use crate::{
     Device, MetricsPage, binary, device_id,
@@ -32,12 +37,25 @@ pub struct Process {
     child: Child,
     environment: Vec<(String, String)>,
     addresses: Addresses,
+    data_dir: PathBuf,
     dir: TempDir,
 }
 
 impl Process {
     pub async fn start(environment: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().to_owned();
+        Self::start_in(dir, data_dir, environment).await
+    }
+
+    /// On a data folder of the test's own. The log is not in it, as with a supervisor's journal: what
+    /// becomes of that disk is still told.
+    pub async fn start_on(data_dir: &Path, environment: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(dir, data_dir.to_owned(), environment).await
+    }
+
+    async fn start_in(dir: TempDir, data_dir: PathBuf, environment: &[(&str, &str)]) -> Self {
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let mut environment: Vec<_> = environment.iter().map(owned).collect();
         // Ports are chosen once, so that devices find the gateway again after a restart.
@@ -48,18 +66,31 @@ impl Process {
         ] {
             environment.push((name.to_owned(), free_address(name).to_string()));
         }
-        let (child, addresses) = spawn(dir.path(), &environment).await;
+        let (child, addresses) = spawn(&data_dir, dir.path(), &environment).await;
         Self {
             child,
             environment,
             addresses,
+            data_dir,
             dir,
         }
     }
 
     /// Starts it again after it was killed or has ended.
     pub async fn restart(&mut self) {
-        (self.child, self.addresses) = spawn(self.dir.path(), &self.environment).await;
+        (self.child, self.addresses) =
+            spawn(&self.data_dir, self.dir.path(), &self.environment).await;
+    }
+
+    /// Starts it again although it may not be able to, and then gives its exit code.
+    pub async fn try_restart(&mut self) -> Result<(), Option<i32>> {
+        match try_spawn(&self.data_dir, self.dir.path(), &self.environment).await {
+            Ok(running) => {
+                (self.child, self.addresses) = running;
+                Ok(())
+            }
+            Err(status) => Err(status.code()),
+        }
     }
 
     /// SIGKILL: nothing is flushed, nobody is told.
@@ -82,7 +113,7 @@ impl Process {
     }
 
     pub fn data_dir(&self) -> &Path {
-        self.dir.path()
+        &self.data_dir
     }
 
     pub fn addresses(&self) -> Addresses {
@@ -103,11 +134,33 @@ impl Process {
     }
 
     pub fn authority(&self) -> Authority {
-        Authority::open(&self.dir.path().join("pki")).unwrap()
+        Authority::open(&self.data_dir.join("pki")).unwrap()
     }
 
     pub async fn connect(&self, device: &Device) -> Link {
         self.attempt(Some(&device.credentials)).await.unwrap()
+    }
+
+    pub async fn checker(&self) -> FreshnessClient<Channel> {
+        let authority = self.authority();
+        let credentials = authority.issue_checker(DEVELOPMENT_CHECKER).unwrap();
+        client::connect(
+            &format!("https://{}", self.addresses.freshness),
+            authority.certificate_pem(),
+            &credentials.certificate_pem,
+            &credentials.private_key_pem,
+            "localhost",
+        )
+        .await
+        .unwrap()
+    }
+
+    /// What a checker is told of a device's user.
+    pub async fn entry(&self, device: &Device) -> v1::Entry {
+        let user_ids = vec![bytes::Bytes::copy_from_slice(&device.id.user.0)];
+        let mut checker = self.checker().await;
+        let found = checker.get(v1::GetRequest { user_ids }).await;
+        found.unwrap().into_inner().entries.remove(0)
     }
 
     pub async fn attempt(&self, credentials: Option<&Credentials>) -> Attempt {
@@ -126,6 +179,11 @@ impl Process {
         http_get(self.addresses.admin, path).await.unwrap()
     }
 
+    /// What it says of its readiness; `None` when nobody answers any more.
+    pub async fn readiness(&self) -> Option<(u16, String)> {
+        http_get(self.addresses.admin, "/readyz").await.ok()
+    }
+
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
         until(async || Some(MetricsPage(self.admin("/metrics").await.1)).filter(|page| is_so(page)))
             .await
@@ -139,39 +197,54 @@ impl Drop for Process {
     }
 }
 
-async fn spawn(dir: &Path, environment: &[(String, String)]) -> (Child, Addresses) {
-    let addresses_file = dir.join("addresses.json");
+async fn spawn(
+    data_dir: &Path,
+    log_dir: &Path,
+    environment: &[(String, String)],
+) -> (Child, Addresses) {
+    match try_spawn(data_dir, log_dir, environment).await {
+        Ok(running) => running,
+        Err(status) => panic!(
+            "the gateway ended with {status}: {}",
+            std::fs::read_to_string(log_file(log_dir)).unwrap()
+        ),
+    }
+}
+
+async fn try_spawn(
+    data_dir: &Path,
+    log_dir: &Path,
+    environment: &[(String, String)],
+) -> Result<(Child, Addresses), ExitStatus> {
+    let addresses_file = data_dir.join("addresses.json");
     drop(std::fs::remove_file(&addresses_file));
     let log = std::fs::OpenOptions::new()
         .create(true)
         .append(true)
-        .open(log_file(dir))
+        .open(log_file(log_dir))
         .unwrap();
     let mut child = Command::new(binary("waypost"))
         .args(["serve", "--dev", "--data"])
-        .arg(dir)
+        .arg(data_dir)
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(log.try_clone().unwrap())
         .stderr(log)
         .spawn()
         .unwrap();
-    let addresses = until(async || {
+    let started = until(async || {
         if let Some(status) = child.try_wait().unwrap() {
-            panic!(
-                "the gateway ended with {status}: {}",
-                std::fs::read_to_string(log_file(dir)).unwrap()
-            );
+            return Some(Err(status));
         }
         let addresses: Addresses =
             serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
         let ready = http_get(addresses.admin, "/readyz")
             .await
             .is_ok_and(|(status, _)| status == 200);
-        ready.then_some(addresses)
+        ready.then_some(Ok(addresses))
     })
     .await;
-    (child, addresses)
+    started.map(|addresses| (child, addresses))
 }
 
 fn log_file(dir: &Path) -> PathBuf {

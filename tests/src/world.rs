@@ -175,6 +175,13 @@ impl World {
         )
     }
 
+    /// What the gateway says of its readiness.
+    pub async fn readiness(&self) -> (u16, String) {
+        process::http_get(self.addresses().admin, "/readyz")
+            .await
+            .unwrap()
+    }
+
     /// Scrapes until the page is as a test wants it.
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
         process::until(async || Some(self.metrics().await).filter(|page| is_so(page))).await

@@ -55,7 +55,7 @@ pub(super) fn page(stage: &Stage, uptime: Duration, history: &History) -> String
     let mood = match stage {
         Stage::Ready => "good",
         Stage::Starting | Stage::Draining => "busy",
-        Stage::StorageFailed(_) => "bad",
+        Stage::Hindered(_) | Stage::Failed(_) => "bad",
     };
     let (then, now) = (&first.fates, &last.fates);
 
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_reason_cannot_bring_in_markup() {
-        let stage = Stage::StorageFailed("<script>alert(1)</script>".to_owned());
+        let stage = Stage::Failed("<script>alert(1)</script>".to_owned());
         let page = page(&stage, Duration::ZERO, &History::default());
         assert!(
             !page.contains("<script>") && page.contains("&lt;script&gt;"),

@@ -32,6 +32,11 @@ pub struct StoreConfig {
     /// How far the write-ahead log may grow, in MiB, before the families that hold it back are flushed.
     /// It bounds how much is replayed after a crash; 512 take a few seconds.
     pub wal_mib: NonZeroU32,
+    /// How much of the disk must stay free, in MiB. Below it new pings are put off with OVERLOADED and a
+    /// time to come back, because a full disk is a failure that ends the process. 2,048: twice the log
+    /// and its copies from before a recovery, the memtables, and as much again for a compaction. 0 is
+    /// off.
+    pub free_space_floor_mib: u32,
     /// Threads for flushes and compactions. 2: one of each, which leaves the other cores to devices.
     pub background_threads: NonZeroU32,
 }
@@ -46,12 +51,19 @@ impl Default for StoreConfig {
             cache_mib: const { number(256) },
             memtable_mib: const { number(256) },
             wal_mib: const { number(512) },
+            free_space_floor_mib: 2_048,
             background_threads: const { number(2) },
         }
     }
 }
 
 impl StoreConfig {
+    /// What must stay free, in bytes.
+    #[must_use]
+    pub fn free_space_floor_bytes(&self) -> u64 {
+        u64::from(self.free_space_floor_mib) << 20
+    }
+
     /// The oldest day whose pings are still kept.
     #[must_use]
     pub fn first_kept_day(&self, now_ms: u64) -> Day {
