@@ -18,6 +18,8 @@
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod admin;
+pub mod admission;
+pub mod allowance;
 pub mod cli;
 pub mod clock;
 pub mod commit;
@@ -29,6 +31,7 @@ pub mod inspect;
 pub mod logging;
 pub mod metrics;
 pub mod pki;
+pub mod rate;
 pub mod session;
 pub mod store;
 pub mod takeover;
