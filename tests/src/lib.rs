@@ -7,6 +7,7 @@
 
 pub mod link;
 mod metrics_page;
+pub mod packets;
 mod process;
 mod prometheus;
 mod world;
