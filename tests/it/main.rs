@@ -4,6 +4,7 @@
 mod crash;
 mod freshness;
 mod hostile;
+mod hostile_crowd;
 mod identity;
 mod ingest;
 mod operations;

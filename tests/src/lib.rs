@@ -5,6 +5,7 @@
 //! written against the wire alone, so that it does not share a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
+pub mod crowd;
 pub mod link;
 mod metrics_page;
 pub mod packets;

@@ -110,6 +110,20 @@ impl Process {
         self.attempt(Some(&device.credentials)).await.unwrap()
     }
 
+    /// Connects to an address that leads to the gateway.
+    pub async fn connect_at(&self, address: SocketAddr, device: &Device) -> Link {
+        let authority = self.authority();
+        let credentials = Some(&*device.credentials);
+        link::attempt(
+            address,
+            authority.certificate_pem(),
+            credentials,
+            link::ordinary(),
+        )
+        .await
+        .unwrap()
+    }
+
     pub async fn attempt(&self, credentials: Option<&Credentials>) -> Attempt {
         let authority = self.authority();
         let ca_pem = authority.certificate_pem();
