@@ -11,8 +11,8 @@
 //! back. A device that does not read its acks is closed with NOT_READING.
 //!
 //! What it may send over time is in its [`crate::allowance`], which outlives the connection. Over it, a
-//! batch is put off with RATE_LIMITED and the time to come back; frames beyond their rate are not even
-//! read until then, so a device that does not listen is held to the rate all the same.
+//! batch is put off with RATE_LIMITED and the time to come back. Until then nothing more is read, so a device
+//! that does not listen is held to the rate all the same.
 
 use std::{
     future::{Future, poll_fn},
@@ -316,8 +316,15 @@ impl<'a> Shell<'a> {
         self.limit_reached("device_frames");
         // Whoever is a little over is let go on after a moment with a few frames, and not one by one.
         let wait = wait.max(SHORTEST_HOLD);
-        self.held_until = Some(Instant::now() + wait);
+        self.hold(wait);
         Some(wait)
+    }
+
+    /// Reads nothing more for a while: a device that waits as it is told does not notice, and one that does
+    /// not is held back by QUIC flow control.
+    fn hold(&mut self, wait: Duration) {
+        let until = Instant::now() + wait;
+        self.held_until = self.held_until.max(Some(until));
     }
 
     fn limit_reached(&self, limit: &str) {
@@ -325,7 +332,7 @@ impl<'a> Shell<'a> {
     }
 
     /// Whether a request is put off: a batch that comes too soon after all the others.
-    fn deferral(&self, request: &Request, held_for: Option<Duration>) -> Option<Deferral> {
+    fn deferral(&mut self, request: &Request, held_for: Option<Duration>) -> Option<Deferral> {
         let Request::Batch { batch, .. } = request else {
             return None;
         };
@@ -335,6 +342,7 @@ impl<'a> Shell<'a> {
                 let now = std::time::Instant::now();
                 let wait = self.allowance.take_pings(batch_len(batch), now).err()?;
                 self.limit_reached("device_pings");
+                self.hold(wait.min(LONGEST_HOLD));
                 wait
             }
         };
@@ -656,6 +664,10 @@ const REQUESTS_IN_FLIGHT: usize = 64;
 /// How long a device that is over its rate of frames is not read, at least: as many timers a second as
 /// nobody notices, and far less than a person does.
 const SHORTEST_HOLD: Duration = Duration::from_millis(100);
+
+/// How long a device that sends too many pings is not read, at most: whoever waits as long as it was told
+/// may have other things to say meanwhile.
+const LONGEST_HOLD: Duration = Duration::from_secs(1);
 
 /// How long a device may take to receive its last acks when the gateway stops. It gets them again as
 /// ranges in its next Welcome.

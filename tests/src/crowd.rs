@@ -35,6 +35,7 @@ pub struct Crowd {
     runtime: Option<Runtime>,
     gateway: SocketAddr,
     ca_pem: String,
+    endpoints: Mutex<Vec<Endpoint>>,
     stop: CancellationToken,
     rounds: Rounds,
 }
@@ -75,6 +76,7 @@ impl Crowd {
             runtime: Some(runtime),
             gateway,
             ca_pem: authority.certificate_pem().to_owned(),
+            endpoints: Mutex::default(),
             stop: CancellationToken::new(),
             rounds: Rounds::default(),
         };
@@ -124,7 +126,14 @@ impl Crowd {
     }
 
     /// Sends all away and says how often each abuse was done.
-    pub fn disperse(mut self) -> BTreeMap<&'static str, u64> {
+    pub async fn disperse(mut self) -> BTreeMap<&'static str, u64> {
+        self.stop.cancel();
+        let endpoints = std::mem::take(&mut *self.endpoints.lock());
+        for endpoint in &endpoints {
+            endpoint.close(VarInt::from_u32(0), b"");
+            // Only so that the gateway sees them go; it would notice by itself.
+            drop(time::timeout(Duration::from_millis(100), endpoint.wait_idle()).await);
+        }
         self.end();
         let rounds = self.rounds.lock().clone();
         rounds
@@ -146,6 +155,7 @@ impl Crowd {
         // Each from a port of its own: buffers of the sender's must not be what holds it back.
         let endpoint = Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
         drop(runtime);
+        self.endpoints.lock().push(endpoint.clone());
         Bad {
             gateway: self.gateway,
             endpoint,
