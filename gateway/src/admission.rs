@@ -316,6 +316,7 @@ mod tests {
     use std::net::Ipv6Addr;
 
     use super::*;
+    use crate::metrics::LIMITS;
 
     const HOME: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
@@ -463,6 +464,32 @@ mod tests {
         state.shaken_hands();
         state.left(network, now);
         assert_eq!(judge(&mut state, HOME, true, now), Verdict::Accept);
+    }
+
+    #[test]
+    fn connections_have_a_most_whoever_comes() {
+        let mut state = State::new(AdmissionConfig::default(), 2);
+        let now = Instant::now();
+        let (_, network) = state.judge(nth(0), false, now);
+        assert_eq!(judge(&mut state, nth(1), true, now), Verdict::Accept);
+        let refused = Verdict::Refuse(Limit::Connections);
+        assert_eq!(judge(&mut state, nth(2), true, now), refused);
+        assert_eq!(judge(&mut state, nth(2), false, now), refused);
+        state.shaken_hands();
+        state.left(network, now);
+        assert_eq!(judge(&mut state, nth(2), false, now), Verdict::Accept);
+    }
+
+    #[test]
+    fn every_limit_has_a_series_of_its_own() {
+        for limit in [
+            Limit::Connections,
+            Limit::Handshakes,
+            Limit::AddressHandshakes,
+            Limit::AddressConnections,
+        ] {
+            assert!(LIMITS.contains(&limit.as_label()), "{limit:?}");
+        }
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The Waypost gateway, in the order the data meets it.
 //!
-//! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
-//! ends the device's older one ([`takeover`]) and hands batches to the one [`commit`]ter. The committer judges, writes through [`store`], publishes to
-//! [`freshness`], and only then answers; [`feed`] tells checkers. [`gateway`] builds the parts and owns
-//! their tasks.
+//! A connection is accepted by [`worker`] as far as [`admission`] lets it, proven by [`tls`], and served by
+//! one [`session`] task, which ends the device's older one ([`takeover`]), holds it to its [`allowance`] over
+//! time ([`rate`]), and hands batches to the one [`commit`]ter. The committer judges, writes through
+//! [`store`], publishes to [`freshness`], and only then answers; [`feed`] tells checkers. [`gateway`]
+//! builds the parts and owns their tasks.
 //!
 //! # Invariants
 //!
