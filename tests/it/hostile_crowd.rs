@@ -1,7 +1,7 @@
 //! A hostile crowd beside a thousand good devices: the good ones lose nothing, and hardly wait.
 #![allow(clippy::print_stdout, reason = "measurements are printed")]
 
-use std::{collections::BTreeMap, env, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use tokio::{
     sync::Mutex,
@@ -15,7 +15,7 @@ use waypost_loadtest::{
 };
 use waypost_proto::session::Lane;
 use waypost_tests::{
-    MetricsPage, Process, World, crowd::Crowd, hello, packets::Eavesdropper, ping,
+    MetricsPage, Process, World, crowd::Crowd, hello, packets::Eavesdropper, ping, soak,
 };
 
 const GOOD_DEVICES: u32 = 1_000;
@@ -227,7 +227,6 @@ static ALONE: Mutex<()> = Mutex::const_new(());
 async fn beside_a_crowd(plan: Plan) -> Outcome {
     let _alone = ALONE.lock().await;
     let seed = plan.seed;
-    println!("seed {seed}");
     let limits = if plan.is_limited { &[][..] } else { &NO_LIMITS };
     let mut gateway = Process::start(&[&SHORT_TIMEOUTS, limits].concat()).await;
     let recorded = a_recorded_conversation(&gateway).await;
@@ -402,25 +401,23 @@ async fn without_the_limits_the_same_crowd_does_as_it_likes() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_hostile() {
-    let number = |name| env::var(name).ok().and_then(|text| text.parse().ok());
-    let seconds = number("SOAK_SECONDS").unwrap_or(60);
-    let seed = number("SEED").unwrap_or_else(system_now_ms);
+    let (seed, length) = (soak::seed(), soak::length());
     let outcome = beside_a_crowd(Plan {
-        calm: Duration::from_secs(seconds / 5),
-        crowded: Duration::from_secs(seconds - seconds / 5),
+        calm: length / 5,
+        crowded: length / 5 * 4,
         is_limited: true,
         seed,
     })
     .await;
     assert_eq!(outcome.faults, [""; 0]);
-    println!(
-        "soak: a hostile crowd costs good devices no ping: {} pings of {GOOD_DEVICES} devices beside {} rounds and \
+    soak::summary(format_args!(
+        "a hostile crowd costs good devices no ping: {} pings of {GOOD_DEVICES} devices beside {} rounds and \
          packets of abuse, none lost, none twice, p99 of acks {} ms without it and {} ms with it; seed {seed}",
         outcome.pings,
         outcome.rounds.values().sum::<u64>(),
         outcome.calm.quantile_ms(0.99),
         outcome.crowded.quantile_ms(0.99),
-    );
+    ));
 }
 
 /// As many as need not prove their address, the good ones' own among them, and some that have.

@@ -49,7 +49,8 @@ fn connection_id(packet: &[u8]) -> &[u8] {
 /// A packet that looks like the first of a handshake and holds nothing but noise.
 pub fn noise_like_a_first_packet(noise: u64) -> Vec<u8> {
     let mut packet = vec![0; 1_200];
-    let mut dice = noise;
+    // Zero would stay zero.
+    let mut dice = noise.max(1);
     for byte in &mut packet {
         // xorshift: any noise will do.
         dice ^= dice << 13;
