@@ -344,12 +344,15 @@ async fn silent_streams(_: Bad, connection: Connection) -> Option<()> {
 }
 
 async fn streams_taken_back(_: Bad, connection: Connection) -> Option<()> {
+    let mut before: Option<(SendStream, RecvStream)> = None;
     loop {
-        let (mut send, mut recv) = connection.open_bi().await.ok()?;
+        let (mut send, recv) = connection.open_bi().await.ok()?;
         send.write_all(&[9]).await.ok()?;
         time::sleep(Duration::from_millis(20)).await;
-        send.reset(VarInt::from_u32(0)).ok()?;
-        recv.stop(VarInt::from_u32(0)).ok()?;
+        if let Some((mut send, mut recv)) = before.replace((send, recv)) {
+            send.reset(VarInt::from_u32(0)).ok()?;
+            recv.stop(VarInt::from_u32(0)).ok()?;
+        }
     }
 }
 
