@@ -12,7 +12,8 @@
 //!    begun, or many come from one address, a newcomer that has not shown that it gets what is sent to its
 //!    address is sent a Retry, which costs it one round trip and the gateway no memory. Not always:
 //!    the round trip is dear for a device that wakes up for one ping.
-//! 3. An address that has shown it and still begins too many is refused: it is itself what is too much.
+//! 3. An address that has shown it and still begins too many, or holds a quarter of all places for handshakes,
+//!    is refused: it is itself what is too much.
 //!
 //! # Bounds
 //!
@@ -37,7 +38,8 @@ use crate::rate::{Bucket, Rate};
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdmissionConfig {
-    /// How many handshakes may be in progress; more are refused. Each takes about 40 KB, and two cores
+    /// How many handshakes may be in progress, and a quarter of it from one address that it has proved to be
+    /// its own; more are refused. Each takes about 40 KB, and two cores
     /// complete some 5,000 in a second, so this is less than a second of work.
     pub handshakes: NonZeroUsize,
     /// From how many handshakes in progress on a newcomer must prove its address (QUIC's Retry). A handshake
@@ -87,7 +89,7 @@ pub enum Limit {
     Connections,
     /// Handshakes in progress.
     Handshakes,
-    /// Handshakes begun from this address.
+    /// Handshakes of this address, begun or in progress.
     AddressHandshakes,
     /// Connections of this address.
     AddressConnections,
@@ -130,6 +132,8 @@ impl Network {
 #[derive(Clone, Copy, Debug, Default)]
 struct Address {
     connections: usize,
+    /// In progress, and its own for sure.
+    proved_handshakes: usize,
     /// Apart from the other, or whoever writes somebody's address on his packets could lock him out.
     unproved: Bucket,
     proved: Bucket,
@@ -170,7 +174,7 @@ impl State {
     }
 
     /// Decides about a newcomer. If it is accepted, [`Self::shaken_hands`] and [`Self::left`] follow, in
-    /// this order, with the network that is returned.
+    /// this order, with the network that is returned, and what it had proved.
     fn judge(&mut self, address: IpAddr, is_proved: bool, now: Instant) -> (Verdict, Network) {
         let network = self.place_for(Network::of(address), now);
         let config = &self.config;
@@ -196,10 +200,14 @@ impl State {
             Verdict::Refuse(Limit::Handshakes)
         } else if is_crowded {
             Verdict::Refuse(Limit::AddressConnections)
-        } else if is_proved && address.proved.take(&per_address, 1, now).is_err() {
+        } else if is_proved
+            && (config.handshakes.get() <= address.proved_handshakes.saturating_mul(4)
+                || address.proved.take(&per_address, 1, now).is_err())
+        {
             Verdict::Refuse(Limit::AddressHandshakes)
         } else {
             address.connections += 1;
+            address.proved_handshakes += usize::from(is_proved);
             self.connections += 1;
             self.handshakes += 1;
             Verdict::Accept
@@ -210,8 +218,11 @@ impl State {
         (verdict, network)
     }
 
-    fn shaken_hands(&mut self) {
+    fn shaken_hands(&mut self, network: Network, is_proved: bool) {
         self.handshakes -= 1;
+        if let Some(address) = self.addresses.get_mut(&network) {
+            address.proved_handshakes -= usize::from(is_proved);
+        }
     }
 
     fn left(&mut self, network: Network, now: Instant) {
@@ -272,6 +283,7 @@ impl Admission {
             (Verdict::Accept, network) => Ok(Place {
                 state: Arc::clone(&self.state),
                 network,
+                is_proved,
                 is_shaking_hands: true,
             }),
             (verdict, _) => Err(verdict),
@@ -290,6 +302,7 @@ impl Admission {
 pub struct Place {
     state: Arc<Mutex<State>>,
     network: Network,
+    is_proved: bool,
     is_shaking_hands: bool,
 }
 
@@ -297,7 +310,7 @@ impl Place {
     /// The handshake is over, well or not.
     pub fn shaken_hands(&mut self) {
         if std::mem::take(&mut self.is_shaking_hands) {
-            self.state.lock().shaken_hands();
+            self.state.lock().shaken_hands(self.network, self.is_proved);
         }
     }
 }
@@ -346,7 +359,7 @@ mod tests {
     fn visit(state: &mut State, address: IpAddr, is_proved: bool, now: Instant) -> Verdict {
         let (verdict, network) = state.judge(address, is_proved, now);
         if verdict == Verdict::Accept {
-            state.shaken_hands();
+            state.shaken_hands(network, is_proved);
             state.left(network, now);
         }
         verdict
@@ -404,17 +417,17 @@ mod tests {
     fn handshakes_have_a_most_also_for_those_with_proved_addresses() {
         let mut state = state(|config| config.handshakes = NonZeroUsize::new(2).unwrap());
         let now = Instant::now();
-        assert_eq!(judge(&mut state, nth(0), true, now), Verdict::Accept);
+        let (_, other) = state.judge(nth(0), true, now);
         let (verdict, network) = state.judge(nth(1), true, now);
         assert_eq!(verdict, Verdict::Accept);
         assert_eq!(
             judge(&mut state, nth(2), true, now),
             Verdict::Refuse(Limit::Handshakes)
         );
-        state.shaken_hands();
+        state.shaken_hands(network, true);
         assert_eq!(judge(&mut state, nth(2), true, now), Verdict::Accept);
-        state.shaken_hands();
-        state.left(network, now);
+        state.shaken_hands(other, true);
+        state.left(other, now);
         assert_eq!((state.connections, state.handshakes), (2, 1));
     }
 
@@ -435,6 +448,21 @@ mod tests {
             visit(&mut state, HOME, true, now + SECOND / 10),
             Verdict::Accept
         );
+    }
+
+    #[test]
+    fn one_address_holds_a_quarter_of_the_places_for_handshakes_and_no_more() {
+        let mut state = state(|config| config.handshakes = NonZeroUsize::new(40).unwrap());
+        let now = Instant::now();
+        let (_, network) = state.judge(HOME, true, now);
+        for _ in 1..10 {
+            assert_eq!(judge(&mut state, HOME, true, now), Verdict::Accept);
+        }
+        let refused = Verdict::Refuse(Limit::AddressHandshakes);
+        assert_eq!(judge(&mut state, HOME, true, now), refused);
+        assert_eq!(judge(&mut state, nth(1), true, now), Verdict::Accept);
+        state.shaken_hands(network, true);
+        assert_eq!(judge(&mut state, HOME, true, now), Verdict::Accept);
     }
 
     #[test]
@@ -461,7 +489,7 @@ mod tests {
         let refused = Verdict::Refuse(Limit::AddressConnections);
         assert_eq!(judge(&mut state, HOME, true, now), refused);
         assert_eq!(judge(&mut state, HOME, false, now), Verdict::Prove);
-        state.shaken_hands();
+        state.shaken_hands(network, false);
         state.left(network, now);
         assert_eq!(judge(&mut state, HOME, true, now), Verdict::Accept);
     }
@@ -475,7 +503,7 @@ mod tests {
         let refused = Verdict::Refuse(Limit::Connections);
         assert_eq!(judge(&mut state, nth(2), true, now), refused);
         assert_eq!(judge(&mut state, nth(2), false, now), refused);
-        state.shaken_hands();
+        state.shaken_hands(network, false);
         state.left(network, now);
         assert_eq!(judge(&mut state, nth(2), false, now), Verdict::Accept);
     }
