@@ -19,6 +19,7 @@ use waypost_proto::session::Lane;
 
 use crate::{
     admin::{Admin, AdminError, Readiness, Stage},
+    allowance::Allowances,
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
@@ -178,6 +179,10 @@ impl Gateway {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             takeovers: Takeovers::new(metrics.clone()),
+            allowances: Allowances::new(
+                &config.devices.allowance,
+                config.devices.connections.saturating_mul(2),
+            ),
             metrics: metrics.clone(),
             clock,
             incarnation: Bytes::copy_from_slice(&store.incarnation()),

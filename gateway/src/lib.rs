@@ -1,10 +1,10 @@
 //! The Waypost gateway, in the order the data meets it.
 //!
-//! A connection is accepted by [`worker`], proven by [`tls`], and served by one [`session`] task, which
-//! ends the device's older one ([`takeover`]) and hands batches over ([`handoff`]) to the one
-//! [`commit`]ter. The committer judges, writes through [`store`], publishes to [`freshness`], and only
-//! then answers; [`feed`] tells checkers. [`disk`] watches whether the disk answers and has room.
-//! [`gateway`] builds the parts and owns their tasks.
+//! A connection is accepted by [`worker`] as far as [`admission`] lets it, proven by [`tls`], and served by
+//! one [`session`] task, which ends the device's older one ([`takeover`]), holds it to its [`allowance`] over
+//! time ([`rate`]), and hands batches over ([`handoff`]) to the one [`commit`]ter. The committer judges,
+//! writes through [`store`], publishes to [`freshness`], and only then answers; [`feed`] tells checkers.
+//! [`disk`] watches whether the disk answers and has room. [`gateway`] builds the parts and owns their tasks.
 //!
 //! # Invariants
 //!
@@ -19,6 +19,8 @@
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 pub mod admin;
+pub mod admission;
+pub mod allowance;
 pub mod cli;
 pub mod clock;
 pub mod commit;
@@ -32,6 +34,7 @@ pub mod inspect;
 pub mod logging;
 pub mod metrics;
 pub mod pki;
+pub mod rate;
 pub mod session;
 pub mod store;
 mod sync;

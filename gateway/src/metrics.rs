@@ -47,6 +47,7 @@ pub struct Handles {
     pub sessions: SessionMetrics,
     pub commits: CommitMetrics,
     pub freshness: FreshnessMetrics,
+    pub limits: LimitMetrics,
 }
 
 /// Moved by the accept loop.
@@ -136,6 +137,56 @@ impl FreshnessMetrics {
         self.resolved_ms.fetch_max(resolved_ms, Ordering::Relaxed);
     }
 }
+
+/// Moved by whoever holds devices to their limits.
+#[derive(Debug)]
+pub struct LimitMetrics {
+    /// How often a limit was reached, a label of [`LIMITS`].
+    pub reached: ByLabel,
+    /// Newcomers that were sent a Retry, to prove their address.
+    pub address_proofs: Counter,
+    /// Addresses that admission remembers.
+    pub addresses: Gauge,
+    /// Devices whose allowance is remembered.
+    pub devices: Gauge,
+}
+
+impl LimitMetrics {
+    fn register() -> Self {
+        Self {
+            reached: by_label(
+                "waypost_limits_reached_total",
+                "How often a limit of devices or of their addresses was reached.",
+                "limit",
+                &LIMITS,
+            ),
+            address_proofs: new_counter(
+                "waypost_address_proofs_total",
+                "Newcomers that had to prove their address before their handshake began.",
+            ),
+            addresses: new_gauge(
+                "waypost_limited_addresses",
+                "Addresses with connections, or with handshakes a moment ago.",
+            ),
+            devices: new_gauge(
+                "waypost_limited_devices",
+                "Devices that are connected or have used up a part of their allowance.",
+            ),
+        }
+    }
+}
+
+/// What can be too much: newcomers by [`crate::admission`], the rest by [`crate::allowance`].
+pub const LIMITS: [&str; 8] = [
+    "connections",
+    "handshakes",
+    "address_handshakes",
+    "address_connections",
+    "device_connections",
+    "device_frames",
+    "device_pings",
+    "devices",
+];
 
 /// Why a peer was refused before it was served: by TLS, by its certificate, or for want of room.
 pub const REFUSALS: [&str; 17] = [
@@ -598,6 +649,7 @@ impl Handles {
                 ),
                 resolved_ms: AtomicU64::new(0),
             },
+            limits: LimitMetrics::register(),
         }
     }
 }

@@ -9,6 +9,10 @@
 //! frame on each, and [`SessionConfig::credit_pings`] pings or `REQUESTS_IN_FLIGHT` requests waiting
 //! for their commit. At that point its streams are not read, and QUIC flow control holds the device
 //! back. A device that does not read its acks is closed with NOT_READING.
+//!
+//! What it may send over time is in its [`crate::allowance`], which outlives the connection. Over it, a
+//! batch is put off with RATE_LIMITED and the time to come back. Until then nothing more is read, so a device
+//! that does not listen is held to the rate all the same.
 
 use std::{
     future::{Future, poll_fn},
@@ -26,13 +30,16 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use waypost_proto::{
+    device::Deferral,
     frame::{FrameReader, encode_frame},
     id::DeviceId,
-    session::{CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation},
+    ping::RejectCode,
+    session::{CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation, batch_len},
     v1,
 };
 
 use crate::{
+    allowance::{Allowance, Allowances},
     commit::{Answer, CommitHandle, Mailbox},
     metrics::Metrics,
     takeover::Takeovers,
@@ -85,6 +92,8 @@ pub struct SessionParts {
     pub commit: CommitHandle,
     /// Who is connected, so that a newer connection ends an older one.
     pub takeovers: Takeovers,
+    /// What each device may do over time.
+    pub allowances: Allowances,
     /// What sessions count with.
     pub metrics: Metrics,
     /// The gateway's clock.
@@ -96,11 +105,18 @@ pub struct SessionParts {
 }
 
 /// Serves a connection until it ends, and closes it with the reason.
-pub async fn serve(connection: Connection, device: DeviceId, parts: Arc<SessionParts>) {
-    let mut shell = Shell::new(&connection, device, &parts);
+pub async fn serve(
+    connection: Connection,
+    device: DeviceId,
+    allowance: Allowance,
+    parts: Arc<SessionParts>,
+) {
+    let mut shell = Shell::new(&connection, device, &allowance, &parts);
     let end = shell.run().await;
     drop(shell);
     parts.takeovers.release(device, connection.stable_id());
+    let now = std::time::Instant::now();
+    parts.allowances.leave(device, allowance, now);
     match end {
         End::Peer(error) => {
             debug!(%device, reason = %error, "the device is gone");
@@ -159,6 +175,7 @@ struct Stream {
 struct Shell<'a> {
     connection: &'a Connection,
     device: DeviceId,
+    allowance: &'a Allowance,
     parts: &'a Arc<SessionParts>,
     session: Session,
     streams: Vec<Stream>,
@@ -167,6 +184,8 @@ struct Shell<'a> {
     mailbox: Arc<Mailbox>,
     taken_over: Option<CancellationToken>,
     is_draining: bool,
+    /// Until when nothing is read, because the device has sent more than it may.
+    held_until: Option<Instant>,
 }
 
 /// What woke the session.
@@ -177,11 +196,17 @@ enum Wake {
     Read(usize, Result<Option<Bytes>, ReadError>),
     Opened(SendStream, RecvStream),
     Deadline,
+    Released,
     Gone(quinn::ConnectionError),
 }
 
 impl<'a> Shell<'a> {
-    fn new(connection: &'a Connection, device: DeviceId, parts: &'a Arc<SessionParts>) -> Self {
+    fn new(
+        connection: &'a Connection,
+        device: DeviceId,
+        allowance: &'a Allowance,
+        parts: &'a Arc<SessionParts>,
+    ) -> Self {
         let limits = Limits {
             frame_bytes: parts.config.frame_bytes.get(),
             batch_pings: parts.config.batch_pings.get(),
@@ -190,6 +215,7 @@ impl<'a> Shell<'a> {
         Self {
             connection,
             device,
+            allowance,
             parts,
             session: Session::new(limits, parts.incarnation.clone()),
             streams: Vec::new(),
@@ -197,11 +223,13 @@ impl<'a> Shell<'a> {
             mailbox: Arc::default(),
             taken_over: None,
             is_draining: false,
+            held_until: None,
         }
     }
 
     async fn run(&mut self) -> End {
-        // A device that opens no stream at all is held to the same time as one that opens a silent one.
+        // A device that opens no stream at all is held to the same time as one that opens a silent one, and
+        // so is one that takes each back before it is late.
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
             let result = match self.wake(silent_until).await {
@@ -226,6 +254,10 @@ impl<'a> Shell<'a> {
                     Ok(())
                 }
                 Wake::Deadline => Err(self.deadline_passed()),
+                Wake::Released => {
+                    self.held_until = None;
+                    self.resume().await
+                }
                 Wake::Gone(error) => return End::Peer(error),
             };
             if let Err(end) = result {
@@ -240,13 +272,14 @@ impl<'a> Shell<'a> {
 
     /// Waits for the next thing to do, the most urgent first.
     async fn wake(&mut self, silent_until: Instant) -> Wake {
-        let may_read = !self.is_draining && !self.is_full();
+        let held_until = self.held_until.filter(|_| !self.is_draining);
+        let may_read = !self.is_draining && !self.is_full() && held_until.is_none();
         // Nobody is late while it is we who do not read.
         let deadline = self
             .streams
             .iter()
             .filter_map(|stream| stream.deadline)
-            .chain((self.streams.is_empty() && self.taken_over.is_none()).then_some(silent_until))
+            .chain(self.taken_over.is_none().then_some(silent_until))
             .min()
             .filter(|_| may_read);
         let streams = &mut self.streams;
@@ -258,7 +291,8 @@ impl<'a> Shell<'a> {
             () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
             answers = self.mailbox.take() => Wake::Answers(answers),
             (at, read) = read_any(streams), if may_read => Wake::Read(at, read),
-            opened = self.connection.accept_bi(), if !self.is_draining => match opened {
+            () = async { sleep_until(held_until.expect("guarded")).await }, if held_until.is_some() => Wake::Released,
+            opened = self.connection.accept_bi(), if !self.is_draining && held_until.is_none() => match opened {
                 Ok((send, recv)) => Wake::Opened(send, recv),
                 Err(error) => Wake::Gone(error),
             },
@@ -272,7 +306,57 @@ impl<'a> Shell<'a> {
             || self.session.is_out_of_credit()
     }
 
+    /// Counts a frame, or a stream that was opened. Returns how long the device has to wait, if it has
+    /// sent too many.
+    fn charge(&mut self) -> Option<Duration> {
+        let wait = self.allowance.charge_frame(std::time::Instant::now());
+        if wait.is_zero() {
+            return None;
+        }
+        self.limit_reached("device_frames");
+        // Whoever is a little over is let go on after a moment with a few frames, and not one by one.
+        let wait = wait.max(SHORTEST_HOLD);
+        self.hold(wait);
+        Some(wait)
+    }
+
+    /// Reads nothing more for a while: a device that waits as it is told does not notice, and one that does
+    /// not is held back by QUIC flow control.
+    fn hold(&mut self, wait: Duration) {
+        let until = Instant::now() + wait;
+        self.held_until = self.held_until.max(Some(until));
+    }
+
+    fn limit_reached(&self, limit: &str) {
+        self.parts.metrics.limits.reached.of(limit).increment(1);
+    }
+
+    /// Whether a request is put off: a batch that comes too soon after all the others.
+    fn deferral(&mut self, request: &Request, held_for: Option<Duration>) -> Option<Deferral> {
+        let Request::Batch { batch, .. } = request else {
+            return None;
+        };
+        let wait = match held_for {
+            Some(wait) => wait,
+            None => {
+                let now = std::time::Instant::now();
+                let wait = self.allowance.take_pings(batch_len(batch), now).err()?;
+                self.limit_reached("device_pings");
+                self.hold(wait.min(LONGEST_HOLD));
+                wait
+            }
+        };
+        // Rounded up: a moment too early it would be put off once more.
+        let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+        Some(Deferral {
+            code: RejectCode::RateLimited,
+            retry_after_ms: wait_ms.saturating_add(1),
+        })
+    }
+
     fn opened(&mut self, send: SendStream, recv: RecvStream) {
+        // That it holds back what follows is enough: there is nothing to put off yet.
+        let _wait = self.charge();
         self.streams.push(Stream {
             send,
             recv,
@@ -306,6 +390,7 @@ impl<'a> Shell<'a> {
     async fn work_through(&mut self, at: usize) -> Result<(), End> {
         let mut is_progress = false;
         while !self.is_full()
+            && self.held_until.is_none()
             && let Some(frame) = self.streams[at]
                 .reader
                 .next::<v1::DeviceFrame>()
@@ -327,11 +412,13 @@ impl<'a> Shell<'a> {
 
     async fn handle_frame(&mut self, at: usize, frame: v1::DeviceFrame) -> Result<(), End> {
         self.count(&frame);
+        let held_for = self.charge();
         let step = self.session.handle_frame(self.streams[at].lane, frame)?;
         match step {
             Step::Ask(lane, request) => {
                 self.bind(at, lane);
-                self.ask(lane, request).await
+                let deferral = self.deferral(&request, held_for);
+                self.ask(lane, request, deferral).await
             }
             Step::Answer(lane, frame) => self.write(lane, &frame).await,
             Step::Wait(lane) => {
@@ -369,11 +456,16 @@ impl<'a> Shell<'a> {
         }
     }
 
-    async fn ask(&mut self, lane: Lane, request: Request) -> Result<(), End> {
+    async fn ask(
+        &mut self,
+        lane: Lane,
+        request: Request,
+        deferral: Option<Deferral>,
+    ) -> Result<(), End> {
         self.requests_in_flight[lane as usize] += 1;
         self.parts
             .commit
-            .submit(self.device, lane, request, None, &self.mailbox)
+            .submit(self.device, lane, request, deferral, &self.mailbox)
             .await
             .map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
     }
@@ -388,7 +480,7 @@ impl<'a> Shell<'a> {
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
                     for (lane, request) in waiting {
-                        self.ask(lane, request).await?;
+                        self.ask(lane, request, None).await?;
                     }
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
@@ -568,6 +660,14 @@ fn peer_end_label(error: &quinn::ConnectionError) -> &'static str {
 /// How many requests of one connection may wait for their commit. Tiny batches reach it before the
 /// credit does.
 const REQUESTS_IN_FLIGHT: usize = 64;
+
+/// How long a device that is over its rate of frames is not read, at least: as many timers a second as
+/// nobody notices, and far less than a person does.
+const SHORTEST_HOLD: Duration = Duration::from_millis(100);
+
+/// How long a device that sends too many pings is not read, at most: whoever waits as long as it was told
+/// may have other things to say meanwhile.
+const LONGEST_HOLD: Duration = Duration::from_secs(1);
 
 /// How long a device may take to receive its last acks when the gateway stops. It gets them again as
 /// ranges in its next Welcome.

@@ -4,8 +4,9 @@
 //!
 //! # Bounds
 //!
-//! At most [`DevicesConfig::connections`] are open or shaking hands; more are refused before any
-//! cryptography is spent on them. quinn's own buffers are bounded by the settings below; what a
+//! At most [`DevicesConfig::connections`] are open or shaking hands, and [`crate::admission`] says who may
+//! begin; all others are refused before any cryptography is spent on them. Refusals that anybody can
+//! cause are logged up to [`LOGGED_REFUSALS`] a second, and counted always. quinn's own buffers are bounded by the settings below; what a
 //! connection may hold is in [`crate::session`].
 
 use std::{
@@ -14,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use quinn::{
     ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, TokioRuntime,
     TransportConfig, VarInt, crypto::rustls::QuicServerConfig,
@@ -27,7 +29,10 @@ use tracing::{debug, info, warn};
 use waypost_proto::{id::DeviceId, session::CloseCode};
 
 use crate::{
+    admission::{Admission, AdmissionConfig, Place, Verdict},
+    allowance::{AllowanceConfig, TooMany},
     metrics::Metrics,
+    rate::{Bucket, Rate},
     session::{self, SessionConfig, SessionParts},
     tls::{self, Refusal},
 };
@@ -49,6 +54,10 @@ pub struct DevicesConfig {
     /// Size that is asked of the kernel for the socket's buffers. A burst from many devices is lost
     /// where it does not fit; the kernel caps it at net.core.rmem_max.
     pub socket_buffer_bytes: usize,
+    /// Who may begin a connection.
+    pub admission: AdmissionConfig,
+    /// What one device may do over time.
+    pub allowance: AllowanceConfig,
     /// Limits and timeouts of each connection.
     pub session: SessionConfig,
 }
@@ -61,6 +70,8 @@ impl Default for DevicesConfig {
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(90),
             socket_buffer_bytes: 8 << 20,
+            admission: AdmissionConfig::default(),
+            allowance: AllowanceConfig::default(),
             session: SessionConfig::default(),
         }
     }
@@ -148,6 +159,8 @@ impl Worker {
     /// Accepts connections until `draining`, then waits for the sessions to end.
     pub async fn run(self, parts: Arc<SessionParts>, draining: CancellationToken) {
         let sessions = TaskTracker::new();
+        let admission = Admission::new(&self.config.admission, self.config.connections);
+        let refusals = Arc::new(Mutex::new(Bucket::default()));
         loop {
             let incoming = tokio::select! {
                 biased;
@@ -155,21 +168,34 @@ impl Worker {
                 incoming = self.endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
-            if self.config.connections <= sessions.len() {
-                self.metrics
-                    .connections
-                    .refused
-                    .of("overloaded")
-                    .increment(1);
-                incoming.refuse();
-                continue;
-            }
-            sessions.spawn(accept(
+            let address = incoming.remote_address().ip();
+            let verdict = admission.admit(address, incoming.remote_address_validated());
+            let limits = &self.metrics.limits;
+            limits.addresses.set(admission.addresses() as f64);
+            let place = match verdict {
+                Ok(place) => place,
+                Err(Verdict::Refuse(limit)) => {
+                    limits.reached.of(limit.as_label()).increment(1);
+                    let refused = &self.metrics.connections.refused;
+                    refused.of("overloaded").increment(1);
+                    incoming.refuse();
+                    continue;
+                }
+                Err(Verdict::Prove | Verdict::Accept) => {
+                    limits.address_proofs.increment(1);
+                    // It fails only for those that have proved theirs, of whom it is not asked.
+                    drop(incoming.retry());
+                    continue;
+                }
+            };
+            let newcomer = Newcomer {
                 incoming,
-                self.config.handshake_timeout,
-                Arc::clone(&self.trust_domain),
-                Arc::clone(&parts),
-            ));
+                place,
+                handshake_timeout: self.config.handshake_timeout,
+                trust_domain: Arc::clone(&self.trust_domain),
+                refusals: Arc::clone(&refusals),
+            };
+            sessions.spawn(accept(newcomer, Arc::clone(&parts)));
         }
         self.endpoint.set_server_config(None);
         sessions.close();
@@ -191,13 +217,25 @@ impl Worker {
     }
 }
 
-/// From the first packet to the end of the session.
-async fn accept(
+/// A connection that may begin.
+struct Newcomer {
     incoming: Incoming,
+    place: Place,
     handshake_timeout: Duration,
     trust_domain: Arc<str>,
-    parts: Arc<SessionParts>,
-) {
+    /// What may still be logged of refusals.
+    refusals: Arc<Mutex<Bucket>>,
+}
+
+/// From the first packet to the end of the session.
+async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
+    let Newcomer {
+        incoming,
+        mut place,
+        handshake_timeout,
+        trust_domain,
+        refusals,
+    } = newcomer;
     let metrics = &parts.metrics;
     let remote = incoming.remote_address();
     let started = Instant::now();
@@ -209,12 +247,13 @@ async fn accept(
         },
         Err(error) => Some(Ok(Err(error))),
     };
+    place.shaken_hands();
     metrics.connections.handshakes_in_progress.decrement(1.0);
     let connection = match connection {
         Some(Ok(Ok(connection))) => connection,
         Some(Ok(Err(error))) => {
             match Refusal::from_connection_error(&error) {
-                Some(refusal) => refused(metrics, remote, &refusal),
+                Some(refusal) => refused(metrics, remote, &refusal, &refusals),
                 None => {
                     debug!(%remote, %error, "a handshake broke off");
                     metrics
@@ -236,8 +275,20 @@ async fn accept(
             return;
         }
     };
-    match device_of(&connection, &trust_domain) {
-        Ok(device) => {
+    let device = match device_of(&connection, &trust_domain) {
+        Ok(device) => device,
+        Err(refusal) => {
+            refused(metrics, remote, &refusal, &refusals);
+            let code = u32::from(CloseCode::BadIdentity as u8);
+            connection.close(code.into(), refusal.to_string().as_bytes());
+            return;
+        }
+    };
+    let limits = &metrics.limits;
+    let entered = parts.allowances.enter(device, std::time::Instant::now());
+    limits.devices.set(parts.allowances.devices() as f64);
+    match entered {
+        Ok(allowance) => {
             debug!(%device, %remote, "connected");
             let metrics = metrics.clone();
             metrics
@@ -246,19 +297,29 @@ async fn accept(
                 .record(started.elapsed());
             metrics.connections.accepted.increment(1);
             metrics.connections.open.increment(1.0);
-            session::serve(connection, device, parts).await;
+            session::serve(connection, device, allowance, parts).await;
             metrics.connections.open.decrement(1.0);
         }
-        Err(refusal) => {
-            refused(metrics, remote, &refusal);
-            let code = u32::from(CloseCode::BadIdentity as u8);
-            connection.close(code.into(), refusal.to_string().as_bytes());
+        Err(too_many) => {
+            debug!(%device, %remote, "turned away: {too_many}");
+            let limit = match too_many {
+                TooMany::Connections(_) => "device_connections",
+                TooMany::Devices => "devices",
+            };
+            limits.reached.of(limit).increment(1);
+            metrics.connections.refused.of("overloaded").increment(1);
+            let code = u32::from(CloseCode::Overloaded as u8);
+            connection.close(code.into(), too_many.to_string().as_bytes());
         }
     }
 }
 
-fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal) {
-    info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
+fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mutex<Bucket>) {
+    let rate = Rate::new(LOGGED_REFUSALS, Duration::from_secs(1), LOGGED_REFUSALS);
+    let may_log = logged.lock().take(&rate, 1, std::time::Instant::now());
+    if may_log.is_ok() {
+        info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
+    }
     metrics
         .connections
         .refused
@@ -357,6 +418,8 @@ fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
     }
 }
 
+/// How many refusals are logged in a second, so that nobody can fill a disk with them.
+const LOGGED_REFUSALS: u32 = 20;
 const CONNECTION_ID_BYTES: usize = 8;
 /// Between two stateless resets: a quarter of the handshakes that a core can do, which is what follows.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);

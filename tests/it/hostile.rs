@@ -10,7 +10,7 @@ use waypost_proto::{
     session::{CloseCode, Lane},
     v1,
 };
-use waypost_tests::{Stream, World, hello, ping, ping_at};
+use waypost_tests::{MetricsPage, Stream, World, hello, packets, ping, ping_at};
 
 /// Runs one attack on its own connection while another device is connected, and sees that the other
 /// one's pings are acknowledged before and after, on the same connection.
@@ -187,6 +187,296 @@ async fn a_stream_that_never_says_hello() {
     .await;
 }
 
+/// It was not: each new stream had a time of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_takes_each_stream_back_and_never_says_hello_is_let_go() {
+    let world = World::start_with(|config| {
+        config.devices.session.first_frame_timeout = Duration::from_millis(300);
+    })
+    .await;
+    let link = world.connect(&world.device(1)).await;
+    let never_silent_for_long = async {
+        let mut before: Option<Stream> = None;
+        while let Ok(mut stream) = link.try_open_raw().await {
+            stream.send_raw_unless_closed(&[9]).await;
+            // The next one is open before the gateway learns that this one is gone.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            before.replace(stream).map(Stream::abandon);
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), never_silent_for_long)
+        .await
+        .expect("it is let go at last");
+    assert_eq!(link.closed().await, Some(CloseCode::FirstFrameTimeout));
+}
+
+fn limit_reached(limit: &str) -> String {
+    format!("waypost_limits_reached_total{{limit=\"{limit}\"}}")
+}
+
+/// The seqs that were put off with RATE_LIMITED, and the time that was told.
+fn put_off(ack: &v1::Ack) -> (Vec<u64>, u32) {
+    let seqs = ack.rejects.iter().map(|reject| {
+        assert_eq!(reject.code(), RejectCode::RateLimited);
+        assert!(reject.retryable);
+        reject.seq
+    });
+    (
+        seqs.collect(),
+        ack.flow.as_ref().map_or(0, |flow| flow.retry_after_ms),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_pings_than_allowed_are_put_off_and_stored_when_they_come_back() {
+    let world = World::start_with(|config| {
+        config.devices.allowance.pings_per_s = 10;
+        config.devices.allowance.pings_burst = 10;
+    })
+    .await;
+    let device = world.device(1);
+    let link = world.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    let pings: Vec<_> = (1..=20).map(ping).collect();
+    live.send_pings(epoch, &pings[..10]).await;
+    assert_eq!(live.ack().await.durable_upto, 10);
+    live.send_pings(epoch, &pings).await;
+    let ack = live.ack().await;
+    let (seqs, retry_after_ms) = put_off(&ack);
+    assert_eq!(seqs, (11..=20).collect::<Vec<_>>());
+    assert!(0 < retry_after_ms);
+    assert_eq!(
+        (ack.durable_upto, ack.duplicate),
+        (10, 10),
+        "what is stored stays a duplicate"
+    );
+    let received = world.metrics().await.value("waypost_pings_received_total");
+    assert_eq!(received, 30.0, "what is put off is counted");
+    assert!(1.0 <= world.metrics().await.value(&limit_reached("device_pings")));
+
+    loop {
+        live.send_pings(epoch, &pings[10..]).await;
+        let ack = live.ack().await;
+        if ack.durable_upto == 20 {
+            assert_eq!(ack.accepted, 20);
+            break;
+        }
+        let (seqs, retry_after_ms) = put_off(&ack);
+        assert_eq!(seqs, (11..=20).collect::<Vec<_>>());
+        tokio::time::sleep(Duration::from_millis(retry_after_ms.into())).await;
+    }
+    let store = world.stop().await;
+    let expected: Vec<_> = (1..=20).map(|seq| (epoch, seq)).collect();
+    assert_eq!(waypost_tests::stored_seqs(&store, &device), expected);
+}
+
+/// Sends five hundred frames, connects anew, and returns whether one of the next twenty is put off.
+async fn frames_are_limited_over_a_new_connection(world: &World) -> bool {
+    let device = world.device(1);
+    let link = world.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    // The stream and its Hello are two of them.
+    let heartbeat = raw_frame(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {}));
+    live.send_raw(&heartbeat.repeat(498)).await;
+    world
+        .metrics_until(|metrics| {
+            metrics.value("waypost_frames_received_total{kind=\"heartbeat\"}") == 498.0
+        })
+        .await;
+
+    let link = world.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, epoch)).await;
+    live.welcome().await;
+    for seq in 1..=20 {
+        live.send_pings(epoch, &[ping(seq)]).await;
+    }
+    loop {
+        let ack = live.ack().await;
+        if !ack.rejects.is_empty() {
+            assert!(0 < put_off(&ack).1);
+            return true;
+        }
+        if ack.durable_upto == 20 {
+            return false;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn frames_beyond_the_rate_are_put_off_also_over_a_new_connection() {
+    let world = World::start_with(|config| {
+        config.devices.allowance.frames_per_s = 1;
+        config.devices.allowance.frames_burst = 500;
+    })
+    .await;
+    assert!(frames_are_limited_over_a_new_connection(&world).await);
+    assert!(1.0 <= world.metrics().await.value(&limit_reached("device_frames")));
+}
+
+/// The control: it is the limit that does it.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_limit_as_many_frames_are_not_put_off() {
+    let world = World::start_with(|config| config.devices.allowance.frames_per_s = 0).await;
+    assert!(!frames_are_limited_over_a_new_connection(&world).await);
+    assert_eq!(
+        world.metrics().await.value(&limit_reached("device_frames")),
+        0.0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_connects_again_and_again_is_turned_away_for_a_while() {
+    let world = World::start_with(|config| {
+        config.devices.allowance.connections_per_minute = 1;
+        config.devices.allowance.connections_burst = 5;
+    })
+    .await;
+    let device = world.device(1);
+    for _ in 1..=5 {
+        let link = world.connect(&device).await;
+        link.open(hello(Lane::Live, 0)).await.welcome().await;
+    }
+    let link = world.connect(&device).await;
+    assert_eq!(link.closed().await, Some(CloseCode::Overloaded));
+    assert_eq!(
+        world
+            .metrics()
+            .await
+            .value(&limit_reached("device_connections")),
+        1.0
+    );
+    let other = world.attempt(Some(&world.device(2).credentials)).await;
+    assert!(other.is_served().await, "another device is not meant");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_that_connects_too_often_is_refused_and_no_other_is() {
+    let world = World::start_with(|config| {
+        config.devices.admission.address_handshakes_per_s = 1;
+        config.devices.admission.address_handshakes_burst = 60;
+        config.devices.allowance.connections_per_minute = 0;
+    })
+    .await;
+    let device = world.device(1);
+    let mut served = 0;
+    while world
+        .attempt(Some(&device.credentials))
+        .await
+        .is_connected()
+    {
+        served += 1;
+    }
+    assert!(
+        120 <= served,
+        "60 before it must prove its address, and 60 then: {served}"
+    );
+    let metrics = world.metrics().await;
+    assert_eq!(metrics.value(&limit_reached("address_handshakes")), 1.0);
+    assert!(61.0 <= metrics.value("waypost_address_proofs_total"));
+    let neighbour = world
+        .attempt_from("127.0.0.2".parse().unwrap(), &world.device(2))
+        .await;
+    assert!(neighbour.is_served().await);
+}
+
+/// Begins as many handshakes as there are packets and goes on with none; how many are in progress then.
+async fn stall(world: &World, packets: usize) -> f64 {
+    let config = waypost_tests::link::client_config(
+        world.authority.certificate_pem(),
+        None,
+        waypost_tests::link::ordinary(),
+    );
+    let packets = packets::first_packets(packets, &config).await;
+    let seen = |metrics: &MetricsPage| {
+        metrics.value("waypost_handshakes_in_progress")
+            + metrics.value("waypost_address_proofs_total")
+    };
+    let source = "127.0.0.3".parse().unwrap();
+    let gateway = world.addresses().devices;
+    packets::send_from(source, gateway, &packets, Duration::from_millis(1)).await;
+    let metrics = world
+        .metrics_until(|metrics| packets.len() as f64 == seen(metrics))
+        .await;
+    metrics.value("waypost_handshakes_in_progress")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_handshakes_stall_newcomers_prove_their_address_and_get_in() {
+    let world = World::start_with(|config| {
+        config.devices.handshake_timeout = Duration::from_secs(600);
+        config.devices.admission.prove_address_from_handshakes = 20;
+    })
+    .await;
+    assert_eq!(stall(&world, 100).await, 20.0);
+    let proofs = world.metrics().await.value("waypost_address_proofs_total");
+    let newcomer = world.attempt(Some(&world.device(1).credentials)).await;
+    assert!(newcomer.is_served().await);
+    let metrics = world.metrics().await;
+    assert_eq!(metrics.value("waypost_address_proofs_total"), proofs + 1.0);
+}
+
+/// The control: without the proof, whoever writes any address on his packets holds every place there is.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_proof_stalled_handshakes_hold_as_many_places_as_they_like() {
+    let world = World::start_with(|config| {
+        config.devices.handshake_timeout = Duration::from_secs(600);
+        config.devices.admission.prove_address_from_handshakes = usize::MAX;
+        config.devices.admission.handshakes = 100.try_into().unwrap();
+    })
+    .await;
+    assert_eq!(stall(&world, 100).await, 100.0);
+    let newcomer = world.attempt(Some(&world.device(1).credentials)).await;
+    assert!(
+        !newcomer.is_connected(),
+        "there is no place left for a good one"
+    );
+    assert_eq!(
+        world.metrics().await.value(&limit_reached("handshakes")),
+        1.0
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_recorded_conversation_that_is_sent_again_changes_nothing() {
+    let world = World::start().await;
+    let device = world.device(7);
+    let spy = packets::Eavesdropper::start(world.addresses().devices).await;
+    let link = world.connect_at(spy.address(), &device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    live.send_pings(epoch, &[ping(1), ping(2)]).await;
+    assert_eq!(live.ack().await.durable_upto, 2);
+    let before = world.metrics().await;
+    let contact_ms = world.entry(&device).await.last_contact_ms;
+
+    let recorded = spy.recorded();
+    assert!(3 < recorded.len());
+    let gateway = world.addresses().devices;
+    for source in ["127.0.0.1", "127.0.0.4"] {
+        for _ in 0..3 {
+            packets::send_from(source.parse().unwrap(), gateway, &recorded, Duration::ZERO).await;
+        }
+    }
+    // An answer to a stranger who came after all of it: it was all read.
+    beside_a_good_device(&world, async |_, stream, _| stream).await;
+    let after = world.metrics().await;
+    let frames = "waypost_frames_received_total{kind=\"batch\"}";
+    assert_eq!(
+        after.value(frames),
+        before.value(frames) + 2.0,
+        "only the good one's"
+    );
+    assert_eq!(world.entry(&device).await.last_contact_ms, contact_ms);
+    live.send_pings(epoch, &[ping(3)]).await;
+    assert_eq!(
+        live.ack().await.durable_upto,
+        3,
+        "and the device itself goes on"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lower_epoch_is_fenced() {
     let world = World::start().await;
@@ -301,7 +591,7 @@ async fn a_device_that_reads_no_answers_is_let_go() {
 /// so is the answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn many_large_batches_in_a_few_bytes_keep_to_the_credit() {
-    let world = World::start().await;
+    let world = World::start_with(|config| config.devices.allowance.pings_per_s = 0).await;
     let link = world.connect(&world.device(1)).await;
     let mut live = link.open(hello(Lane::Live, 0)).await;
     let epoch = live.welcome().await.epoch;

@@ -5,6 +5,7 @@ mod crash;
 mod disk;
 mod freshness;
 mod hostile;
+mod hostile_crowd;
 mod identity;
 mod ingest;
 mod operations;

@@ -5,10 +5,12 @@
 //! written against the wire alone, so that it does not share a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
+pub mod crowd;
 mod failing_disk;
 pub mod link;
 mod metrics_page;
 mod mounts;
+pub mod packets;
 mod process;
 mod prometheus;
 pub mod silence;

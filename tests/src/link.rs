@@ -1,6 +1,10 @@
 //! A device without manners: one connection, streams that carry any frame or any bytes.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::{Buf, BytesMut};
 use prost::Message;
@@ -11,6 +15,9 @@ use waypost_proto::{batch, ping::Ping, session::CloseCode, v1};
 
 /// Long enough for a loaded machine; only a hang takes it.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where devices of tests are.
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A connection.
 #[derive(Clone, Debug)]
@@ -48,13 +55,39 @@ impl Attempt {
     }
 }
 
-/// Connects with a certificate or without one.
+/// Connects with a certificate or without one, from an address of its own on loopback.
 pub(crate) async fn attempt(
     gateway: SocketAddr,
     ca_pem: &str,
     credentials: Option<&Credentials>,
     transport: TransportConfig,
 ) -> Attempt {
+    let config = client_config(ca_pem, credentials, transport);
+    attempt_from(LOOPBACK, gateway, config).await
+}
+
+pub(crate) async fn attempt_from(
+    source: IpAddr,
+    gateway: SocketAddr,
+    config: quinn::ClientConfig,
+) -> Attempt {
+    let endpoint = Endpoint::client(SocketAddr::from((source, 0))).unwrap();
+    let connecting = endpoint.connect_with(config, gateway, "localhost").unwrap();
+    let connected = tokio::time::timeout(PATIENCE, connecting)
+        .await
+        .expect("a handshake ends");
+    Attempt(connected.map(|connection| Link {
+        connection,
+        _endpoint: endpoint,
+    }))
+}
+
+/// What a client with a certificate, or without one, tells quinn.
+pub fn client_config(
+    ca_pem: &str,
+    credentials: Option<&Credentials>,
+    transport: TransportConfig,
+) -> quinn::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
@@ -76,18 +109,15 @@ pub(crate) async fn attempt(
     let mut config =
         quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
     config.transport_config(Arc::new(transport));
-    let endpoint = Endpoint::client(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    let connecting = endpoint.connect_with(config, gateway, "localhost").unwrap();
-    let connected = tokio::time::timeout(PATIENCE, connecting)
-        .await
-        .expect("a handshake ends");
-    Attempt(connected.map(|connection| Link {
-        connection,
-        _endpoint: endpoint,
-    }))
+    config
 }
 
 impl Attempt {
+    /// Whether the handshake went well, as far as this side knows.
+    pub fn is_connected(&self) -> bool {
+        self.0.is_ok()
+    }
+
     pub(crate) fn unwrap(self) -> Link {
         self.0.unwrap()
     }
@@ -103,13 +133,22 @@ impl Link {
 
     /// Opens a stream and says nothing.
     pub async fn open_raw(&self) -> Stream {
-        let (send, recv) = self.connection.open_bi().await.unwrap();
-        Stream {
+        self.try_open_raw().await.unwrap()
+    }
+
+    /// The same, or the end of the connection.
+    pub async fn try_open_raw(&self) -> Result<Stream, ConnectionError> {
+        let (send, recv) = self.connection.open_bi().await?;
+        Ok(Stream {
             link: self.clone(),
             send,
             recv,
             unread: BytesMut::new(),
-        }
+        })
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.connection.close_reason().is_some()
     }
 
     /// Waits for the end of the connection, whatever ends it.
@@ -168,6 +207,11 @@ impl Stream {
         self.send.write_all(bytes).await.unwrap();
     }
 
+    /// Writes, and does not mind if the connection is closed meanwhile.
+    pub async fn send_raw_unless_closed(&mut self, bytes: &[u8]) {
+        drop(self.send.write_all(bytes).await);
+    }
+
     /// Writes until all is written or the gateway has closed the connection.
     pub async fn send_raw_until_closed(&mut self, bytes: &[u8]) {
         let written = tokio::time::timeout(PATIENCE, self.send.write_all(bytes)).await;
@@ -178,6 +222,13 @@ impl Stream {
 
     pub fn finish(&mut self) {
         self.send.finish().unwrap();
+    }
+
+    /// Takes back what was written and wants no answer, as a device does that gives up.
+    pub fn abandon(mut self) {
+        // Either fails only when the connection is gone.
+        drop(self.send.reset(VarInt::from_u32(0)));
+        drop(self.recv.stop(VarInt::from_u32(0)));
     }
 
     /// Writes, and keeps the stream as it is until the connection ends.
@@ -245,14 +296,14 @@ fn take_frame(unread: &mut BytesMut) -> Option<v1::GatewayFrame> {
 }
 
 /// What an ordinary device would use.
-pub(crate) fn ordinary() -> TransportConfig {
+pub fn ordinary() -> TransportConfig {
     let mut transport = TransportConfig::default();
     transport.keep_alive_interval(Some(Duration::from_secs(5)));
     transport
 }
 
 /// A device whose receive window is so small that unread answers soon stop the gateway's writes.
-pub(crate) fn not_reading() -> TransportConfig {
+pub fn not_reading() -> TransportConfig {
     let mut transport = ordinary();
     transport.stream_receive_window(VarInt::from_u32(256));
     transport

@@ -141,6 +141,20 @@ impl Process {
         self.attempt(Some(&device.credentials)).await.unwrap()
     }
 
+    /// Connects to an address that leads to the gateway.
+    pub async fn connect_at(&self, address: SocketAddr, device: &Device) -> Link {
+        let authority = self.authority();
+        let credentials = Some(&*device.credentials);
+        link::attempt(
+            address,
+            authority.certificate_pem(),
+            credentials,
+            link::ordinary(),
+        )
+        .await
+        .unwrap()
+    }
+
     pub async fn checker(&self) -> FreshnessClient<Channel> {
         let authority = self.authority();
         let credentials = authority.issue_checker(DEVELOPMENT_CHECKER).unwrap();

@@ -1,6 +1,7 @@
 //! A gateway inside the test process, with a data folder and an authority of its own.
 
 use std::{
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -114,6 +115,15 @@ impl World {
         self.attempt(Some(&device.credentials)).await.unwrap()
     }
 
+    /// Connects to an address that leads to the gateway.
+    pub async fn connect_at(&self, address: SocketAddr, device: &Device) -> Link {
+        let ca_pem = self.authority.certificate_pem();
+        let credentials = Some(&*device.credentials);
+        link::attempt(address, ca_pem, credentials, link::ordinary())
+            .await
+            .unwrap()
+    }
+
     pub async fn connect_not_reading(&self, device: &Device) -> Link {
         let ca_pem = self.authority.certificate_pem();
         let credentials = Some(&*device.credentials);
@@ -135,6 +145,13 @@ impl World {
             link::ordinary(),
         )
         .await
+    }
+
+    /// Connects from another address on loopback.
+    pub async fn attempt_from(&self, source: IpAddr, device: &Device) -> Attempt {
+        let ca_pem = self.authority.certificate_pem();
+        let config = link::client_config(ca_pem, Some(&device.credentials), link::ordinary());
+        link::attempt_from(source, self.addresses().devices, config).await
     }
 
     pub async fn checker(&self) -> FreshnessClient<Channel> {
