@@ -5,10 +5,15 @@
 //! written against the wire alone, so that it does not share a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
+pub mod audit;
+pub mod fleet;
+pub mod ledger;
 pub mod link;
 mod metrics_page;
 mod process;
 mod prometheus;
+mod soak;
+mod survivor;
 mod world;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +30,8 @@ pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
 pub use process::{Addresses, Process};
 pub use prometheus::Prometheus;
+pub use soak::{Seed, Soak};
+pub use survivor::Survivor;
 pub use world::World;
 
 /// A device with its certificate.

@@ -26,72 +26,170 @@ pub struct Addresses {
     pub admin: SocketAddr,
 }
 
-/// A running `waypost serve --dev`. Killed when it is dropped.
+/// A `waypost serve --dev` and its folder. Killed when it is dropped.
 #[derive(Debug)]
 pub struct Process {
-    child: Child,
+    running: Option<(Child, Addresses)>,
     environment: Vec<(String, String)>,
-    addresses: Addresses,
+    data_dir: PathBuf,
     dir: TempDir,
 }
 
+/// The settings that say where it listens.
+const LISTEN: [&str; 3] = [
+    "WAYPOST_DEVICES_LISTEN",
+    "WAYPOST_FRESHNESS_LISTEN",
+    "WAYPOST_ADMIN_LISTEN",
+];
+
 impl Process {
+    /// Starts one. Its ports are chosen once, so that devices find it again after a restart.
     pub async fn start(environment: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        let mut environment: Vec<_> = environment.iter().map(owned).collect();
-        // Ports are chosen once, so that devices find the gateway again after a restart.
-        for name in [
-            "WAYPOST_DEVICES_LISTEN",
-            "WAYPOST_FRESHNESS_LISTEN",
-            "WAYPOST_ADMIN_LISTEN",
-        ] {
-            environment.push((name.to_owned(), free_address(name).to_string()));
+        let mut process = Self::prepared(environment);
+        for name in LISTEN {
+            process.set(name, &free_address(name).to_string());
         }
-        let (child, addresses) = spawn(dir.path(), &environment).await;
-        Self {
-            child,
-            environment,
-            addresses,
-            dir,
-        }
+        process.restart().await;
+        process
     }
 
-    /// Starts it again after it was killed or has ended.
+    /// A folder in which nothing has been started yet, and a gateway that takes other ports at each start.
+    pub fn prepared(environment: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().join("disk/data");
+        std::fs::create_dir(dir.path().join("disk")).unwrap();
+        let mut process = Self {
+            running: None,
+            environment: Vec::new(),
+            data_dir,
+            dir,
+        };
+        for name in LISTEN {
+            process.set(name, "127.0.0.1:0");
+        }
+        for (name, value) in environment {
+            process.set(name, value);
+        }
+        process
+    }
+
+    /// Sets a variable of its environment, from the next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
-        (self.child, self.addresses) = spawn(self.dir.path(), &self.environment).await;
+        assert!(self.try_restart().await, "it ended: {}", self.log());
+    }
+
+    /// As [`Self::restart`], and says whether it became ready and did not end before.
+    pub async fn try_restart(&mut self) -> bool {
+        let mut child = self.spawn();
+        let addresses_file = self.data_dir.join("addresses.json");
+        let addresses = until(async || {
+            if child.try_wait().unwrap().is_some() {
+                return Some(None);
+            }
+            let addresses: Addresses =
+                serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
+            let ready = http_get(addresses.admin, "/readyz")
+                .await
+                .is_ok_and(|(status, _)| status == 200);
+            ready.then_some(Some(addresses))
+        })
+        .await;
+        let is_ready = addresses.is_some();
+        self.running = addresses.map(|addresses| (child, addresses));
+        is_ready
+    }
+
+    /// Starts it and kills it after a time, ready or not.
+    pub async fn start_and_kill(&mut self, after: Duration) {
+        let mut child = self.spawn();
+        tokio::time::sleep(after).await;
+        let ended = child.try_wait().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(ended.is_none(), "it ended by itself: {}", self.log());
     }
 
     /// SIGKILL: nothing is flushed, nobody is told.
     pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        let child = self.child();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// SIGTERM: drain.
     pub fn terminate(&self) {
+        let (child, _) = self.running.as_ref().expect("it was started");
         let sent = Command::new("kill")
-            .args(["-TERM", &self.child.id().to_string()])
+            .args(["-TERM", &child.id().to_string()])
             .status()
             .unwrap();
         assert!(sent.success());
     }
 
     pub async fn exit_code(&mut self) -> Option<i32> {
-        until(async || self.child.try_wait().unwrap()).await.code()
+        let child = self.child();
+        until(async || child.try_wait().unwrap()).await.code()
+    }
+
+    fn child(&mut self) -> &mut Child {
+        &mut self.running.as_mut().expect("it was started").0
+    }
+
+    fn spawn(&mut self) -> Child {
+        drop(std::fs::remove_file(self.data_dir.join("addresses.json")));
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file())
+            .unwrap();
+        Command::new(binary("waypost"))
+            .args(["serve", "--dev", "--data"])
+            .arg(&self.data_dir)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
     }
 
     pub fn data_dir(&self) -> &Path {
+        &self.data_dir
+    }
+
+    /// The folder that the data folder is in: nothing else is there.
+    pub fn disk(&self) -> &Path {
+        self.data_dir.parent().unwrap()
+    }
+
+    /// A folder that goes with this process, beside its disk.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Leaves everything on disk when this is dropped, for somebody to look at, and says where.
+    pub fn leave_behind(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
         self.dir.path()
     }
 
     pub fn addresses(&self) -> Addresses {
-        self.addresses
+        self.running.as_ref().expect("it was started").1
     }
 
     /// Everything it has logged, over all its starts.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(log_file(self.dir.path())).unwrap()
+        std::fs::read_to_string(self.log_file()).unwrap()
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.dir.path().join("log.txt")
     }
 
     pub fn device(&self, number: u32) -> Device {
@@ -103,7 +201,7 @@ impl Process {
     }
 
     pub fn authority(&self) -> Authority {
-        Authority::open(&self.dir.path().join("pki")).unwrap()
+        Authority::open(&self.data_dir.join("pki")).unwrap()
     }
 
     pub async fn connect(&self, device: &Device) -> Link {
@@ -114,7 +212,7 @@ impl Process {
         let authority = self.authority();
         let ca_pem = authority.certificate_pem();
         link::attempt(
-            self.addresses.devices,
+            self.addresses().devices,
             ca_pem,
             credentials,
             link::ordinary(),
@@ -123,7 +221,7 @@ impl Process {
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
-        http_get(self.addresses.admin, path).await.unwrap()
+        http_get(self.addresses().admin, path).await.unwrap()
     }
 
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
@@ -134,48 +232,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-async fn spawn(dir: &Path, environment: &[(String, String)]) -> (Child, Addresses) {
-    let addresses_file = dir.join("addresses.json");
-    drop(std::fs::remove_file(&addresses_file));
-    let log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log_file(dir))
-        .unwrap();
-    let mut child = Command::new(binary("waypost"))
-        .args(["serve", "--dev", "--data"])
-        .arg(dir)
-        .envs(environment.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    let addresses = until(async || {
-        if let Some(status) = child.try_wait().unwrap() {
-            panic!(
-                "the gateway ended with {status}: {}",
-                std::fs::read_to_string(log_file(dir)).unwrap()
-            );
+        if let Some((child, _)) = &mut self.running {
+            drop(child.kill());
+            drop(child.wait());
         }
-        let addresses: Addresses =
-            serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
-        let ready = http_get(addresses.admin, "/readyz")
-            .await
-            .is_ok_and(|(status, _)| status == 200);
-        ready.then_some(addresses)
-    })
-    .await;
-    (child, addresses)
-}
-
-fn log_file(dir: &Path) -> PathBuf {
-    dir.join("log.txt")
+    }
 }
 
 /// A port that was free a moment ago.

@@ -1,0 +1,158 @@
+//! A few [`Survivor`]s with one ledger, and what is asked of the gateway on their behalf after a crash.
+//!
+//! Knows how a life of the gateway goes on from the one before. Must not know when it is killed, or what
+//! is done to its disk.
+
+use std::path::PathBuf;
+
+use parking_lot::Mutex;
+use waypost_gateway::feed::client;
+use waypost_proto::v1;
+
+use crate::{
+    Process, Survivor, World,
+    audit::{self, Fault, Snapshot},
+    ledger::{self, Acked, Ledger},
+    survivor::Visit,
+};
+
+/// How many devices: enough for groups of several in a commit, few enough for short rounds.
+const DEVICES: usize = 6;
+
+#[derive(Debug)]
+pub struct Fleet {
+    survivors: [Survivor; DEVICES],
+    ledger: Mutex<Ledger>,
+    ledger_file: PathBuf,
+    ca_pem: String,
+    /// What the store held at the last audit.
+    held: Snapshot,
+}
+
+/// What one audit looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Audited {
+    /// Pings that devices were told are settled, over the whole life of the store.
+    pub acked: usize,
+    /// Pings in the store.
+    pub stored: usize,
+}
+
+impl Fleet {
+    /// Devices that know a gateway which has been ready once.
+    pub fn new(gateway: &Process, seed: u64) -> Self {
+        let ledger_file = gateway.scratch("ledger.txt");
+        let mut number = 0;
+        let survivors = std::array::from_fn(|_| {
+            number += 1;
+            Survivor::new(
+                gateway.device(number),
+                number,
+                seed ^ u64::from(number) << 32,
+            )
+        });
+        Self {
+            survivors,
+            ledger: Mutex::new(Ledger::create(&ledger_file)),
+            ledger_file,
+            ca_pem: gateway.authority().certificate_pem().to_owned(),
+            held: Snapshot::default(),
+        }
+    }
+
+    /// What the store held at the last audit.
+    pub fn held(&self) -> &Snapshot {
+        &self.held
+    }
+
+    /// The ledger.
+    pub fn acked(&self) -> Vec<Acked> {
+        ledger::read(&self.ledger_file)
+    }
+
+    pub fn survivors(&self) -> &[Survivor] {
+        &self.survivors
+    }
+
+    /// Works against a running gateway until it is dropped.
+    pub async fn work(&mut self, gateway: &Process) {
+        let (survivors, visit) = self.visit(gateway);
+        let [a, b, c, d, e, f] = survivors.each_mut();
+        tokio::join!(
+            a.work(&visit),
+            b.work(&visit),
+            c.work(&visit),
+            d.work(&visit),
+            e.work(&visit),
+            f.work(&visit),
+        );
+    }
+
+    /// Ends when the gateway has acknowledged all that any device holds.
+    pub async fn hand_over(&mut self, gateway: &Process) {
+        let (survivors, visit) = self.visit(gateway);
+        let [a, b, c, d, e, f] = survivors.each_mut();
+        tokio::join!(
+            a.hand_over(&visit),
+            b.hand_over(&visit),
+            c.hand_over(&visit),
+            d.hand_over(&visit),
+            e.hand_over(&visit),
+            f.hand_over(&visit),
+        );
+    }
+
+    fn visit<'a>(&'a mut self, gateway: &Process) -> (&'a mut [Survivor; DEVICES], Visit<'a>) {
+        let told = self.survivors.iter().map(Survivor::told_position);
+        let visit = Visit {
+            gateway: gateway.addresses().devices,
+            ca_pem: &self.ca_pem,
+            ledger: &self.ledger,
+            told_before: told.max().unwrap_or_default(),
+        };
+        (&mut self.survivors, visit)
+    }
+
+    /// Compares the store with the ledger, with what was sent, and with what it held before.
+    ///
+    /// # Panics
+    /// When the store cannot be opened.
+    pub fn audit(&mut self, gateway: &Process) -> (Audited, Vec<Fault>) {
+        let held = Snapshot::read(&World::open_store(gateway.data_dir()));
+        let acked = self.acked();
+        let mut faults = audit::compare(&held, &self.held, &acked, &self.survivors);
+        let told = self.survivors.iter_mut().flat_map(Survivor::take_faults);
+        faults.extend(told.map(Fault::Told));
+        let audited = Audited {
+            acked: acked.len(),
+            stored: held.pings(),
+        };
+        self.held = held;
+        (audited, faults)
+    }
+
+    /// Asks a gateway that has just recovered, before any device has spoken to it, what checkers are told.
+    pub async fn audit_freshness(&self, gateway: &Process) -> Vec<Fault> {
+        let credentials = gateway.authority().issue_checker("dev").unwrap();
+        let address = format!("https://{}", gateway.addresses().freshness);
+        let mut checker = client::connect(
+            &address,
+            &self.ca_pem,
+            &credentials.certificate_pem,
+            &credentials.private_key_pem,
+            "localhost",
+        )
+        .await
+        .unwrap();
+        let users = self
+            .survivors
+            .iter()
+            .map(|survivor| survivor.device().id.user);
+        let user_ids = users
+            .map(|user| bytes::Bytes::copy_from_slice(&user.0))
+            .collect();
+        let response = checker.get(v1::GetRequest { user_ids }).await.unwrap();
+        let entries = response.into_inner().entries;
+        audit::compare_entries(&self.held, &entries, &self.survivors)
+    }
+}
