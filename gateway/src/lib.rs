@@ -22,6 +22,7 @@ pub mod cli;
 pub mod clock;
 pub mod commit;
 pub mod config;
+mod durable;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;
