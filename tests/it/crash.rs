@@ -106,7 +106,7 @@ async fn crash_loop(seed: Seed, rounds: u32) -> Counts {
     let mut counts = Counts::default();
     while counts.rounds < rounds {
         let of_this_store = ROUNDS_OF_A_STORE.min(rounds - counts.rounds);
-        let store_seed = seed.of(counts.rounds);
+        let store_seed = seed.part(counts.rounds).number();
         let mut gateway = Process::prepared(&[]);
         let audited = one_store(&mut gateway, store_seed, of_this_store, &mut counts).await;
         counts.audited.acked += audited.acked;
@@ -123,27 +123,27 @@ async fn one_store(gateway: &mut Process, seed: u64, rounds: u32, counts: &mut C
     let mut fleet = Fleet::new(gateway, seed);
     for _ in 0..rounds {
         let life = Duration::from_millis(dice.random_range(20..600));
-        drop(tokio::time::timeout(life, Box::pin(fleet.work(gateway))).await);
+        fleet.work_for(gateway, life).await;
         if dice.random_ratio(1, 5) {
             gateway.terminate();
             let drain = Duration::from_millis(dice.random_range(0..40));
-            drop(tokio::time::timeout(drain, Box::pin(fleet.work(gateway))).await);
+            fleet.work_for(gateway, drain).await;
             counts.kills_while_draining += 1;
         }
         gateway.kill();
         counts.rounds += 1;
         let (_, faults) = fleet.audit(gateway);
-        assert_sound(&faults, gateway);
+        Fleet::assert_sound(&faults, gateway);
         kill_while_starting(gateway, &mut dice, counts).await;
         gateway.restart().await;
         let faults = fleet.audit_freshness(gateway).await;
-        assert_sound(&faults, gateway);
+        Fleet::assert_sound(&faults, gateway);
     }
     fleet.hand_over(gateway).await;
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));
     let (audited, faults) = fleet.audit(gateway);
-    assert_sound(&faults, gateway);
+    Fleet::assert_sound(&faults, gateway);
     audited
 }
 
@@ -155,14 +155,6 @@ async fn kill_while_starting(gateway: &mut Process, dice: &mut StdRng, counts: &
     }
 }
 
-fn assert_sound(faults: &[Fault], gateway: &mut Process) {
-    if !faults.is_empty() {
-        let kept = gateway.leave_behind().display().to_string();
-        let first: Vec<_> = faults.iter().take(20).collect();
-        panic!("{} faults; all is kept in {kept}: {first:#?}", faults.len());
-    }
-}
-
 /// The audit would notice: each fault, made by hand, is found and named.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_audit_notices_a_lost_a_doubled_an_altered_and_a_made_up_ping() {
@@ -170,7 +162,7 @@ async fn an_audit_notices_a_lost_a_doubled_an_altered_and_a_made_up_ping() {
     gateway.restart().await;
     let mut fleet = Fleet::new(&gateway, 7);
     let work = Duration::from_millis(300);
-    drop(tokio::time::timeout(work, Box::pin(fleet.work(&gateway))).await);
+    fleet.work_for(&gateway, work).await;
     fleet.hand_over(&gateway).await;
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));

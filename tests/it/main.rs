@@ -7,6 +7,7 @@ mod hostile;
 mod identity;
 mod ingest;
 mod operations;
+mod power_loss;
 mod python;
 mod replay;
 mod shutdown;

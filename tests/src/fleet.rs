@@ -3,7 +3,7 @@
 //! Knows how a life of the gateway goes on from the one before. Must not know when it is killed, or what
 //! is done to its disk.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use parking_lot::Mutex;
 use waypost_gateway::feed::client;
@@ -13,6 +13,7 @@ use crate::{
     Process, Survivor, World,
     audit::{self, Fault, Snapshot},
     ledger::{self, Acked, Ledger},
+    process::until,
     survivor::Visit,
 };
 
@@ -78,28 +79,48 @@ impl Fleet {
     pub async fn work(&mut self, gateway: &Process) {
         let (survivors, visit) = self.visit(gateway);
         let [a, b, c, d, e, f] = survivors.each_mut();
-        tokio::join!(
-            a.work(&visit),
-            b.work(&visit),
-            c.work(&visit),
-            d.work(&visit),
-            e.work(&visit),
-            f.work(&visit),
-        );
+        // On the heap: they are large together.
+        Box::pin(async {
+            tokio::join!(
+                a.work(&visit),
+                b.work(&visit),
+                c.work(&visit),
+                d.work(&visit),
+                e.work(&visit),
+                f.work(&visit),
+            )
+        })
+        .await;
+    }
+
+    /// Works until something is so.
+    pub async fn work_until(&mut self, gateway: &Process, is_so: impl Fn() -> bool) {
+        tokio::select! {
+            () = self.work(gateway) => unreachable!("it works until it is dropped"),
+            () = until(async || is_so().then_some(())) => {}
+        }
+    }
+
+    /// Works for a time.
+    pub async fn work_for(&mut self, gateway: &Process, time: Duration) {
+        drop(tokio::time::timeout(time, self.work(gateway)).await);
     }
 
     /// Ends when the gateway has acknowledged all that any device holds.
     pub async fn hand_over(&mut self, gateway: &Process) {
         let (survivors, visit) = self.visit(gateway);
         let [a, b, c, d, e, f] = survivors.each_mut();
-        tokio::join!(
-            a.hand_over(&visit),
-            b.hand_over(&visit),
-            c.hand_over(&visit),
-            d.hand_over(&visit),
-            e.hand_over(&visit),
-            f.hand_over(&visit),
-        );
+        Box::pin(async {
+            tokio::join!(
+                a.hand_over(&visit),
+                b.hand_over(&visit),
+                c.hand_over(&visit),
+                d.hand_over(&visit),
+                e.hand_over(&visit),
+                f.hand_over(&visit),
+            )
+        })
+        .await;
     }
 
     fn visit<'a>(&'a mut self, gateway: &Process) -> (&'a mut [Survivor; DEVICES], Visit<'a>) {
@@ -129,6 +150,16 @@ impl Fleet {
         };
         self.held = held;
         (audited, faults)
+    }
+
+    /// # Panics
+    /// With the first of the faults, if there are any; the disk is left behind to be looked at.
+    pub fn assert_sound(faults: &[Fault], gateway: &mut Process) {
+        if !faults.is_empty() {
+            let kept = gateway.leave_behind().display().to_string();
+            let first: Vec<_> = faults.iter().take(20).collect();
+            panic!("{} faults; all is kept in {kept}: {first:#?}", faults.len());
+        }
     }
 
     /// Asks a gateway that has just recovered, before any device has spoken to it, what checkers are told.

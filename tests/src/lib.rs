@@ -10,6 +10,7 @@ pub mod fleet;
 pub mod ledger;
 pub mod link;
 mod metrics_page;
+pub mod power_cut;
 mod process;
 mod prometheus;
 mod soak;

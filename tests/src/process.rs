@@ -4,7 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::Duration,
 };
 
@@ -75,34 +75,39 @@ impl Process {
 
     /// Sets a variable of its environment, from the next start on.
     pub fn set(&mut self, name: &str, value: &str) {
-        self.environment.retain(|(known, _)| known != name);
+        self.unset(name);
         self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Takes a variable out of its environment, from the next start on.
+    pub fn unset(&mut self, name: &str) {
+        self.environment.retain(|(known, _)| known != name);
     }
 
     /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
-        assert!(self.try_restart().await, "it ended: {}", self.log());
+        let started = self.try_restart().await;
+        started.unwrap_or_else(|status| panic!("it ended with {status}: {}", self.log()));
     }
 
-    /// As [`Self::restart`], and says whether it became ready and did not end before.
-    pub async fn try_restart(&mut self) -> bool {
+    /// As [`Self::restart`], but it may end before it is ready.
+    pub async fn try_restart(&mut self) -> Result<(), ExitStatus> {
         let mut child = self.spawn();
         let addresses_file = self.data_dir.join("addresses.json");
         let addresses = until(async || {
-            if child.try_wait().unwrap().is_some() {
-                return Some(None);
+            if let Some(status) = child.try_wait().unwrap() {
+                return Some(Err(status));
             }
             let addresses: Addresses =
                 serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
             let ready = http_get(addresses.admin, "/readyz")
                 .await
                 .is_ok_and(|(status, _)| status == 200);
-            ready.then_some(Some(addresses))
+            ready.then_some(Ok(addresses))
         })
         .await;
-        let is_ready = addresses.is_some();
-        self.running = addresses.map(|addresses| (child, addresses));
-        is_ready
+        self.running = Some((child, addresses?));
+        Ok(())
     }
 
     /// Starts it and kills it after a time, ready or not.

@@ -31,8 +31,12 @@ impl Seed {
     }
 
     /// The seed of one part of the test.
-    pub fn of(self, part: u32) -> u64 {
-        self.0.wrapping_add(u64::from(part) << 32)
+    pub fn part(self, part: u32) -> Self {
+        Self(self.0.wrapping_add(u64::from(part) << 32))
+    }
+
+    pub fn number(self) -> u64 {
+        self.0
     }
 }
 
