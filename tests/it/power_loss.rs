@@ -43,6 +43,7 @@ async fn ten_power_cuts_at_random_moments_lose_nothing_that_was_acknowledged() {
 #[ignore = "long: make soak runs it"]
 async fn soak_power_loss() {
     let soak = Soak::start();
+    first_start_ends_at_changes(1).await;
     let mut sum = Counts::default();
     let mut stores = 0;
     while soak.has_time_left() {
@@ -80,10 +81,9 @@ async fn power_cuts(seed: Seed, cuts: u32) -> Option<Counts> {
     let mut counts = Counts::default();
     gateway.restart().await;
     let mut fleet = Fleet::new(&gateway, seed.part(1).number());
+    gateway.kill();
     for _ in 0..cuts {
-        let life = Duration::from_millis(dice.random_range(20..800));
-        fleet.work_for(&gateway, life).await;
-        gateway.kill();
+        live_and_die(&mut gateway, &mut fleet, &mut dice).await;
         let unsynced = if dice.random() {
             Unsynced::Lost
         } else {
@@ -93,22 +93,10 @@ async fn power_cuts(seed: Seed, cuts: u32) -> Option<Counts> {
         counts.cuts += 1;
         counts.taken.bytes += taken.bytes;
         counts.taken.names += taken.names;
-        if dice.random_ratio(1, 3) {
-            // Again, while it recovers.
-            let after = Duration::from_millis(dice.random_range(0..250));
-            gateway.start_and_kill(after).await;
-            power.cut(unsynced, &mut dice);
-        }
-        // The gateway looks first: should it refuse, its reason is the better message.
-        gateway.restart().await;
-        gateway.kill();
-        power.cut(Unsynced::Lost, &mut dice);
         let (_, faults) = fleet.audit(&gateway);
         Fleet::assert_sound(&faults, &mut gateway);
-        gateway.restart().await;
-        let faults = fleet.audit_freshness(&gateway).await;
-        Fleet::assert_sound(&faults, &mut gateway);
     }
+    gateway.restart().await;
     fleet.hand_over(&gateway).await;
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));
@@ -120,42 +108,65 @@ async fn power_cuts(seed: Seed, cuts: u32) -> Option<Counts> {
     Some(counts)
 }
 
-/// The same with the protection off: a gateway whose syncs of its log do nothing, which is what
-/// `sync = false` would be. The same audit finds the loss.
+/// One life of the gateway: it recovers, serves, and is killed after a time, or at a change of its disk.
+async fn live_and_die(gateway: &mut Process, fleet: &mut Fleet, dice: &mut StdRng) {
+    let by_change = dice.random();
+    if by_change {
+        // A start makes about a hundred changes, and a commit two.
+        let last = dice.random_range(1..800);
+        gateway.set("POWER_LOSS_KILL_AT", &last.to_string());
+    }
+    let started = gateway.try_restart().await;
+    gateway.unset("POWER_LOSS_KILL_AT");
+    if let Err(status) = started {
+        let was_killed = by_change && status.signal() == Some(SIGKILL);
+        assert!(was_killed, "{status}: {}", gateway.log());
+        return;
+    }
+    if by_change {
+        while !gateway.has_ended() {
+            fleet.work_for(gateway, Duration::from_millis(200)).await;
+        }
+    } else {
+        let faults = fleet.audit_freshness(gateway).await;
+        Fleet::assert_sound(&faults, gateway);
+        let life = Duration::from_millis(dice.random_range(20..800));
+        fleet.work_for(gateway, life).await;
+        gateway.kill();
+    }
+}
+
+/// The same with a protection off: a gateway whose syncs of its log do nothing, which is what
+/// `sync = false` would be, and one that does not sync the folder that the database lies in. The same
+/// audit finds the loss.
 #[tokio::test(flavor = "multi_thread")]
 #[expect(
     clippy::print_stdout,
     reason = "the result of the control is published"
 )]
-async fn without_the_sync_of_the_log_a_power_cut_loses_acknowledged_pings() {
-    let mut gateway = Process::prepared(&[]);
-    let Some(mut power) = PowerCut::install(&mut gateway) else {
-        return;
-    };
-    let mut dice = StdRng::seed_from_u64(1);
-    gateway.restart().await;
-    let mut fleet = Fleet::new(&gateway, 1);
-    gateway.terminate();
-    assert_eq!(gateway.exit_code().await, Some(0));
-    power.begin();
-
-    gateway.set("POWER_LOSS_SWALLOW", ".log");
-    gateway.restart().await;
-    let life = Duration::from_millis(500);
-    fleet.work_for(&gateway, life).await;
-    fleet.hand_over(&gateway).await;
-    gateway.kill();
-    power.cut(Unsynced::Lost, &mut dice);
-    let (audited, faults) = fleet.audit(&gateway);
-    let lost = faults
-        .iter()
-        .filter(|fault| matches!(fault, Fault::Lost(_)));
-    let lost = lost.count();
-    println!(
-        "control: without syncs, {lost} of {} acknowledged pings were lost",
-        audited.acked
-    );
-    assert!(0 < lost, "{faults:?}");
+async fn without_its_syncs_a_power_cut_loses_acknowledged_pings() {
+    for (what, swallowed) in [("of the log", ".log"), ("of the store's folder", "/store")] {
+        let mut gateway = Process::prepared(&[("POWER_LOSS_SWALLOW", swallowed)]);
+        let Some(mut power) = PowerCut::install(&mut gateway) else {
+            return;
+        };
+        gateway.restart().await;
+        let mut fleet = Fleet::new(&gateway, 1);
+        fleet.work_for(&gateway, Duration::from_millis(500)).await;
+        fleet.hand_over(&gateway).await;
+        gateway.kill();
+        power.cut(Unsynced::Lost, &mut StdRng::seed_from_u64(1));
+        let (audited, faults) = fleet.audit(&gateway);
+        let lost = faults
+            .iter()
+            .filter(|fault| matches!(fault, Fault::Lost(_)));
+        let lost = lost.count();
+        println!(
+            "control: without the sync {what}, a power cut lost {lost} of {} acknowledged pings",
+            audited.acked
+        );
+        assert!(0 < lost, "{faults:?}");
+    }
 }
 
 /// The tripwire: a store that has lost acknowledged commits says so and does not start.
@@ -195,26 +206,38 @@ async fn a_gateway_that_has_lost_commits_in_a_power_cut_refuses_to_start() {
 /// goes. Afterwards a gateway starts.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_may_end_at_any_change_of_the_disk() {
+    // Every second one or so; the soak takes each.
+    first_start_ends_at_changes(2).await;
+}
+
+async fn first_start_ends_at_changes(longest_step: usize) {
     let mut dice = StdRng::seed_from_u64(Seed::fixed(1).number());
-    let mut last = 1;
+    let mut gateway = Process::prepared(&[]);
+    let Some(mut power) = PowerCut::install(&mut gateway) else {
+        return;
+    };
+    let mut last: usize = 1;
     loop {
-        let mut gateway = Process::prepared(&[]);
-        let Some(mut power) = PowerCut::install(&mut gateway) else {
-            return;
-        };
         gateway.set("POWER_LOSS_KILL_AT", &last.to_string());
         let Err(status) = gateway.try_restart().await else {
             break;
         };
         assert_eq!(status.signal(), Some(SIGKILL), "{}", gateway.log());
-        if last % 3 != 0 {
-            let unsynced = [Unsynced::Lost, Unsynced::KeptInPart][last % 2];
-            power.cut(unsynced, &mut dice);
-        }
+        match last % 3 {
+            0 => power.cut(Unsynced::Lost, &mut dice),
+            1 => power.cut(Unsynced::KeptInPart, &mut dice),
+            _ => Taken::default(), // only the process was killed
+        };
         gateway.unset("POWER_LOSS_KILL_AT");
         let started = gateway.try_restart().await;
-        assert!(started.is_ok(), "after change {last}: {}", gateway.log());
-        last += 1;
+        assert!(
+            started.is_ok(),
+            "after change {last}: {status}: {}",
+            gateway.log()
+        );
+        gateway.kill();
+        power.empty();
+        last += dice.random_range(1..=longest_step);
     }
     assert!(40 < last, "only {last} changes were seen");
 }

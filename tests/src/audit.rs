@@ -2,9 +2,12 @@
 //!
 //! Knows the promises 1, 2 and 5 as a list of [`Fault`]s. Must not know what was done to the gateway.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
-use waypost_gateway::store::{PingRow, Store};
+use waypost_gateway::store::{OpenError, PingRow, Store};
 use waypost_proto::{
     device::{Clocks, DeviceRecord},
     id::DeviceId,
@@ -46,7 +49,18 @@ pub enum Fault {
 type Name = (DeviceId, u32, u64);
 
 impl Snapshot {
-    pub fn read(store: &Store) -> Self {
+    /// What a data folder holds: nothing, if the store is not there or was never finished.
+    ///
+    /// # Panics
+    /// When there is a store that cannot be read.
+    pub fn of(data_dir: &Path) -> Self {
+        match Store::open_read_only(data_dir) {
+            Err(OpenError::NoStore { .. }) => Self::default(),
+            store => Self::read(&store.unwrap()),
+        }
+    }
+
+    fn read(store: &Store) -> Self {
         let (devices, recovered) = store.load_devices().unwrap();
         Self {
             rows: store.rows().map(Result::unwrap).collect(),

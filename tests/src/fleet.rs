@@ -10,7 +10,7 @@ use waypost_gateway::feed::client;
 use waypost_proto::v1;
 
 use crate::{
-    Process, Survivor, World,
+    Process, Survivor,
     audit::{self, Fault, Snapshot},
     ledger::{self, Acked, Ledger},
     process::until,
@@ -137,9 +137,9 @@ impl Fleet {
     /// Compares the store with the ledger, with what was sent, and with what it held before.
     ///
     /// # Panics
-    /// When the store cannot be opened.
+    /// When there is a store that cannot be read.
     pub fn audit(&mut self, gateway: &Process) -> (Audited, Vec<Fault>) {
-        let held = Snapshot::read(&World::open_store(gateway.data_dir()));
+        let held = Snapshot::of(gateway.data_dir());
         let acked = self.acked();
         let mut faults = audit::compare(&held, &self.held, &acked, &self.survivors);
         let told = self.survivors.iter_mut().flat_map(Survivor::take_faults);

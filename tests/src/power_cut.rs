@@ -170,6 +170,13 @@ impl PowerCut {
         taken
     }
 
+    /// An empty disk, as before the first start.
+    pub fn empty(&mut self) {
+        fs::remove_dir_all(&self.disk).unwrap();
+        fs::create_dir(&self.disk).unwrap();
+        self.begin();
+    }
+
     /// Forgets the past: all that is on disk now is durable.
     pub fn begin(&mut self) {
         drop(fs::remove_file(&self.journal));
@@ -188,21 +195,6 @@ impl PowerCut {
             .filter(|name| seen.get(*name) != disk.get(*name))
             .cloned()
             .collect()
-    }
-
-    /// Names and bytes that would be lost now, had the power gone.
-    pub fn at_stake(&self) -> Taken {
-        let journal = self.read_journal();
-        let contents = self.contents();
-        let lost = contents.iter().map(|(inode, path)| {
-            let synced_bytes = journal.durable.synced_bytes.get(inode);
-            let written = fs::metadata(path).unwrap().len();
-            written.saturating_sub(synced_bytes.copied().unwrap_or_default())
-        });
-        Taken {
-            bytes: lost.sum(),
-            names: journal.pending.len(),
-        }
     }
 
     /// Where the content behind each inode number is now.

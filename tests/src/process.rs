@@ -137,6 +137,11 @@ impl Process {
         assert!(sent.success());
     }
 
+    /// Whether it has ended, by itself or not.
+    pub fn has_ended(&mut self) -> bool {
+        self.child().try_wait().unwrap().is_some()
+    }
+
     pub async fn exit_code(&mut self) -> Option<i32> {
         let child = self.child();
         until(async || child.try_wait().unwrap()).await.code()
