@@ -26,6 +26,7 @@ pub mod clock;
 pub mod commit;
 pub mod config;
 pub mod disk;
+mod durable;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;

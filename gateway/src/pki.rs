@@ -7,10 +7,8 @@
 pub mod command;
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
+    fs, io,
     net::IpAddr,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -24,7 +22,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::
 use waypost_proto::id::{DeviceId, Identity, is_checker_name};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
-use crate::{clock, tls::is_trust_domain};
+use crate::{clock, durable, tls::is_trust_domain};
 
 /// How long an authority lives: replacing it means visiting every device.
 pub const AUTHORITY_DAYS: u32 = 3_650;
@@ -265,6 +263,13 @@ impl Authority {
         }
 
         let key = KeyPair::generate()?;
+        write_new(&files.private_key, &key.serialize_pem(), SECRET)?;
+        Self::certify(&files, key, trust_domain)
+    }
+
+    /// Makes the certificate of an authority whose key is there. It comes last: an authority without it
+    /// was never used.
+    fn certify(files: &Written, key: KeyPair, trust_domain: &str) -> Result<Self, PkiError> {
         let mut params = CertificateParams::default();
         // The number keeps two authorities of one domain apart: who trusts one of them can say of the
         // other's certificates that their authority is unknown, and not only that the signature is wrong.
@@ -280,7 +285,6 @@ impl Authority {
         Validity::days(AUTHORITY_DAYS).apply(&mut params)?;
         let certificate_pem = params.self_signed(&key)?.pem();
 
-        write_new(&files.private_key, &key.serialize_pem(), SECRET)?;
         write_new(&files.certificate, &certificate_pem, PUBLIC)?;
         Ok(Self {
             issuer: Issuer::new(params, key),
@@ -298,19 +302,12 @@ impl Authority {
         if !files.certificate.exists() {
             return Err(PkiError::NoAuthority(dir.to_owned()));
         }
-        let read = |path: &Path| {
-            fs::read_to_string(path).map_err(|source| PkiError::Read {
-                path: path.to_owned(),
-                source,
-            })
-        };
         let damaged = |path: &Path, problem| PkiError::Damaged {
             path: path.to_owned(),
             problem,
         };
         let certificate_pem = read(&files.certificate)?;
-        let key = KeyPair::from_pem(&read(&files.private_key)?)
-            .map_err(|_| damaged(&files.private_key, "is no private key"))?;
+        let key = read_key(&files.private_key)?;
         let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
             .map_err(|_| damaged(&files.certificate, "is no certificate"))?;
         let (_, certificate) = parse_x509_certificate(&der)
@@ -459,13 +456,22 @@ impl Authority {
 }
 
 /// Makes sure that a folder has all that a development gateway needs: an authority, the gateway's
-/// certificate for this machine, and a checker's. What is there is used as it is.
+/// certificate for this machine, and a checker's. What is there is used as it is; a key without its
+/// certificate is of an earlier start that was cut short, and gets one.
 ///
 /// # Errors
 /// When what is there is damaged, or files cannot be written.
 pub fn prepare_development(dir: &Path) -> Result<Authority, PkiError> {
     let authority = match Authority::open(dir) {
-        Err(PkiError::NoAuthority(_)) => Authority::create(dir, DEFAULT_TRUST_DOMAIN)?,
+        Err(PkiError::NoAuthority(_)) => {
+            let files = Written::named(dir, "ca");
+            if files.private_key.exists() {
+                let key = read_key(&files.private_key)?;
+                Authority::certify(&files, key, DEFAULT_TRUST_DOMAIN)?
+            } else {
+                Authority::create(dir, DEFAULT_TRUST_DOMAIN)?
+            }
+        }
         opened => opened?,
     };
     // As long as the authority: a development folder should not stop working one day.
@@ -484,10 +490,18 @@ pub fn prepare_development(dir: &Path) -> Result<Authority, PkiError> {
         ),
     ] {
         let files = Written::named(dir, &stem);
-        if !(files.certificate.exists() && files.private_key.exists()) {
-            authority
-                .issue(names, purpose, validity, &KeyPair::generate()?)?
-                .write(dir, &stem)?;
+        match (files.private_key.exists(), files.certificate.exists()) {
+            (true, true) => {}
+            (true, false) => {
+                let key = read_key(&files.private_key)?;
+                let issued = authority.issue(names, purpose, validity, &key)?;
+                write_new(&files.certificate, &issued.certificate_pem, PUBLIC)?;
+            }
+            (false, _) => {
+                authority
+                    .issue(names, purpose, validity, &KeyPair::generate()?)?
+                    .write(dir, &stem)?;
+            }
         }
     }
     Ok(authority)
@@ -544,24 +558,36 @@ const SECRET: u32 = 0o600;
 const PUBLIC: u32 = 0o644;
 
 fn create_dir(dir: &Path) -> Result<(), PkiError> {
-    fs::create_dir_all(dir).map_err(|source| PkiError::Write {
+    durable::create_folder(dir).map_err(|source| PkiError::Write {
         path: dir.to_owned(),
         source,
     })
 }
 
-/// Writes a file that must not be there yet.
+/// Writes a file that must not be there yet: as a whole, and on disk when this returns. A key that is
+/// lost takes all of its certificates with it.
 fn write_new(path: &Path, text: &str, mode: u32) -> Result<(), PkiError> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| PkiError::Write {
-            path: path.to_owned(),
-            source,
-        })
+    if path.exists() {
+        return Err(PkiError::Exists(path.to_owned()));
+    }
+    durable::replace_file(path, text.as_bytes(), mode).map_err(|source| PkiError::Write {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn read(path: &Path) -> Result<String, PkiError> {
+    fs::read_to_string(path).map_err(|source| PkiError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn read_key(path: &Path) -> Result<KeyPair, PkiError> {
+    KeyPair::from_pem(&read(path)?).map_err(|_| PkiError::Damaged {
+        path: path.to_owned(),
+        problem: "is no private key",
+    })
 }
 
 #[cfg(test)]
@@ -738,5 +764,40 @@ mod tests {
         let first = contents();
         prepare_development(&pki).unwrap();
         assert_eq!(contents(), first);
+    }
+
+    #[test]
+    fn a_development_folder_whose_making_was_cut_short_is_completed() {
+        // In the order in which they are written.
+        let files = [
+            "ca.key",
+            "ca.pem",
+            "server.key",
+            "server.pem",
+            "checker-dev.key",
+            "checker-dev.pem",
+        ];
+        for made in 0..files.len() {
+            let dir = tempfile::tempdir().unwrap();
+            let authority = prepare_development(dir.path()).unwrap();
+            for file in &files[made..] {
+                fs::remove_file(dir.path().join(file)).unwrap();
+            }
+            fs::write(dir.path().join(files[made]).with_extension("new"), "a pa").unwrap();
+            let completed = prepare_development(dir.path()).unwrap();
+            assert_eq!(
+                completed.certificate_pem() == authority.certificate_pem(),
+                1 < made,
+                "{made} files were there"
+            );
+            for stem in ["server", "checker-dev"] {
+                let files = Written::named(dir.path(), stem);
+                let pem = fs::read(files.certificate).unwrap();
+                let der = CertificateDer::from_pem_slice(&pem).unwrap();
+                let (_, certificate) = parse_x509_certificate(&der).unwrap();
+                let key = read_key(&files.private_key).unwrap();
+                assert_eq!(certificate.public_key().raw, key.subject_public_key_info());
+            }
+        }
     }
 }

@@ -328,6 +328,7 @@ impl Store {
             return Err(behind(&folder, 0, watermark));
         }
         folder.keep_log_of_unclean_stop(now_ms).map_err(unusable)?;
+        folder.make_database().map_err(unusable)?;
 
         let failed = |error| open_error(data_dir, error);
         let settings = Settings::writer(config).map_err(failed)?;

@@ -1,10 +1,18 @@
-//! SIGKILL in mid-replay: no acknowledged ping is lost, and the devices finish by themselves.
+//! SIGKILL at any moment: no acknowledged ping is lost, none is stored twice, and the devices finish by
+//! themselves.
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use quinn::ConnectionError;
-use waypost_proto::session::Lane;
-use waypost_tests::{Process, ais_file, binary, hello};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use waypost_proto::{device::DeviceRecord, ranges::RangeSet, session::Lane};
+use waypost_tests::{
+    Process, Seed, Soak, ais_file,
+    audit::{self, Fault, Snapshot},
+    binary,
+    fleet::{Audited, Fleet},
+    hello,
+};
 
 /// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
 /// the store against it at the end.
@@ -69,4 +77,181 @@ async fn a_restarted_gateway_tells_devices_that_their_connections_are_gone() {
     gateway.restart().await;
     // Its next keep-alive asks for it.
     assert_eq!(link.ended().await, ConnectionError::Reset);
+}
+
+/// How many rounds one store sees, so that an audit stays short.
+const ROUNDS_OF_A_STORE: u32 = 25;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_kills_at_random_moments_lose_nothing_and_double_nothing() {
+    let counts = crash_loop(Seed::fixed(20_261_123), 20).await;
+    assert_eq!(counts.rounds, 20);
+    assert!(0 < counts.audited.acked, "{counts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: make soak runs it"]
+async fn soak_crash_loop() {
+    let soak = Soak::start();
+    let counts = crash_loop(soak.seed(), soak.rounds()).await;
+    soak.summary(
+        "an acknowledged ping survives SIGKILL",
+        &format!(
+            "{} rounds, {} kills while starting, {} while draining, {} pings acknowledged, {} stored, \
+             0 lost, 0 stored twice",
+            counts.rounds,
+            counts.kills_while_starting,
+            counts.kills_while_draining,
+            counts.audited.acked,
+            counts.audited.stored,
+        ),
+    );
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    rounds: u32,
+    kills_while_starting: u32,
+    kills_while_draining: u32,
+    audited: Audited,
+}
+
+/// The seed decides on the moments and on what the devices do; what the gateway is doing then is up to
+/// the machine.
+async fn crash_loop(seed: Seed, rounds: u32) -> Counts {
+    let mut counts = Counts::default();
+    while counts.rounds < rounds {
+        let of_this_store = ROUNDS_OF_A_STORE.min(rounds - counts.rounds);
+        let store_seed = seed.part(counts.rounds).number();
+        let mut gateway = Process::prepared(&[]);
+        let audited = one_store(&mut gateway, store_seed, of_this_store, &mut counts).await;
+        counts.audited.acked += audited.acked;
+        counts.audited.stored += audited.stored;
+    }
+    counts
+}
+
+async fn one_store(gateway: &mut Process, seed: u64, rounds: u32, counts: &mut Counts) -> Audited {
+    let mut dice = StdRng::seed_from_u64(seed);
+    // The very first starts, too.
+    kill_while_starting(gateway, &mut dice, counts).await;
+    gateway.restart().await;
+    let mut fleet = Fleet::new(gateway, seed);
+    for _ in 0..rounds {
+        let life = Duration::from_millis(dice.random_range(20..600));
+        fleet.work_for(gateway, life).await;
+        if dice.random_ratio(1, 5) {
+            gateway.terminate();
+            let drain = Duration::from_millis(dice.random_range(0..40));
+            fleet.work_for(gateway, drain).await;
+            counts.kills_while_draining += 1;
+        }
+        gateway.kill();
+        counts.rounds += 1;
+        let (_, faults) = fleet.audit(gateway);
+        Fleet::assert_sound(&faults, gateway);
+        kill_while_starting(gateway, &mut dice, counts).await;
+        gateway.restart().await;
+        let faults = fleet.audit_freshness(gateway).await;
+        Fleet::assert_sound(&faults, gateway);
+    }
+    fleet.hand_over(gateway).await;
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+    let (audited, faults) = fleet.audit(gateway);
+    Fleet::assert_sound(&faults, gateway);
+    audited
+}
+
+async fn kill_while_starting(gateway: &mut Process, dice: &mut StdRng, counts: &mut Counts) {
+    for _ in 0..[0, 0, 1, 2][dice.random_range(0..4)] {
+        let after = Duration::from_millis(dice.random_range(0..250));
+        gateway.start_and_kill(after).await;
+        counts.kills_while_starting += 1;
+    }
+}
+
+/// The audit would notice: each fault, made by hand, is found and named.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_audit_notices_a_lost_a_doubled_an_altered_and_a_made_up_ping() {
+    let mut gateway = Process::prepared(&[]);
+    gateway.restart().await;
+    let mut fleet = Fleet::new(&gateway, 7);
+    let work = Duration::from_millis(300);
+    fleet.work_for(&gateway, work).await;
+    fleet.hand_over(&gateway).await;
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+    let (audited, faults) = fleet.audit(&gateway);
+    assert_eq!(faults, []);
+    assert!(0 < audited.acked);
+
+    let whole = fleet.held();
+    let found = |now: &Snapshot| audit::compare(now, whole, &fleet.acked(), fleet.survivors());
+    assert_eq!(found(whole), []);
+
+    let mut lost = whole.clone();
+    lost.rows.pop().unwrap();
+    assert!(
+        found(&lost)
+            .iter()
+            .any(|fault| matches!(fault, Fault::Lost(_)))
+    );
+
+    let mut doubled = whole.clone();
+    doubled.rows.push(doubled.rows[0].clone());
+    assert!(
+        found(&doubled)
+            .iter()
+            .any(|fault| matches!(fault, Fault::Twice(_)))
+    );
+
+    let mut altered = whole.clone();
+    altered.rows[0].record.pings[0].latitude_e7 ^= 1;
+    assert!(
+        found(&altered)
+            .iter()
+            .any(|fault| matches!(fault, Fault::Altered(_)))
+    );
+
+    let mut late = whole.clone();
+    late.rows[0].record.position += 1;
+    assert!(
+        found(&late)
+            .iter()
+            .any(|fault| matches!(fault, Fault::Position(_)))
+    );
+
+    let spoils: [fn(&mut DeviceRecord); 3] = [
+        |record| record.clocks.last_contact_ms -= 1_000,
+        |record| record.clocks.last_sample_ms += 1,
+        |record| record.clocks.last_fix_ms = 0,
+    ];
+    for spoil in spoils {
+        let mut spoilt = whole.clone();
+        spoilt.devices.values_mut().for_each(spoil);
+        assert!(
+            found(&spoilt)
+                .iter()
+                .any(|fault| matches!(fault, Fault::Clock(_)))
+        );
+    }
+
+    let mut forgetful = whole.clone();
+    for record in forgetful.devices.values_mut() {
+        record.settled = RangeSet::default();
+    }
+    assert!(
+        found(&forgetful)
+            .iter()
+            .any(|fault| matches!(fault, Fault::Dedup(_)))
+    );
+
+    // The other way round: a line of the ledger that no gateway ever gave cause for.
+    let mut ledger = fleet.acked();
+    let mut line = ledger[0];
+    line.seq += 1_000_000;
+    ledger.push(line);
+    let faults = audit::compare(whole, whole, &ledger, fleet.survivors());
+    assert!(faults.iter().any(|fault| matches!(fault, Fault::Lost(_))));
 }

@@ -9,6 +9,7 @@ mod hostile_crowd;
 mod identity;
 mod ingest;
 mod operations;
+mod power_loss;
 mod python;
 mod replay;
 mod shutdown;

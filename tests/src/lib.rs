@@ -5,16 +5,21 @@
 //! written against the wire alone, so that it does not share a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
+pub mod audit;
 pub mod crowd;
 mod failing_disk;
+pub mod fleet;
+pub mod ledger;
 pub mod link;
 mod metrics_page;
 mod mounts;
 pub mod packets;
+pub mod power_cut;
 mod process;
 mod prometheus;
 pub mod silence;
-pub mod soak;
+mod soak;
+mod survivor;
 mod world;
 
 use std::path::{Path, PathBuf};
@@ -33,6 +38,8 @@ pub use metrics_page::MetricsPage;
 pub use mounts::{Frozen, Mount};
 pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
+pub use soak::{Seed, Soak};
+pub use survivor::Survivor;
 pub use world::World;
 
 /// A device with its certificate.

@@ -121,9 +121,18 @@ impl Attempt {
     pub(crate) fn unwrap(self) -> Link {
         self.0.unwrap()
     }
+
+    /// The connection, if there is one.
+    pub(crate) fn established(self) -> Option<Link> {
+        self.0.ok()
+    }
 }
 
 impl Link {
+    pub(crate) fn connection(&self) -> &quinn::Connection {
+        &self.connection
+    }
+
     /// Opens a stream and says Hello on it.
     pub async fn open(&self, hello: v1::Hello) -> Stream {
         let mut stream = self.open_raw().await;
@@ -284,7 +293,7 @@ impl Stream {
     }
 }
 
-fn take_frame(unread: &mut BytesMut) -> Option<v1::GatewayFrame> {
+pub(crate) fn take_frame(unread: &mut BytesMut) -> Option<v1::GatewayFrame> {
     let mut ahead = unread.as_ref();
     let length = prost::decode_length_delimiter(&mut ahead).ok()?;
     if ahead.len() < length {

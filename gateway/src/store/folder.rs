@@ -12,6 +12,7 @@ use std::{
 use tracing::{info, warn};
 
 use super::keys::Day;
+use crate::durable;
 
 /// The subfolder of the data folder that holds all of the store.
 const STORE: &str = "store";
@@ -60,11 +61,17 @@ impl Folder {
         self.database().join("CURRENT").exists()
     }
 
-    /// Makes the folder if need be and takes the lock. `Ok(None)` when another process, or another
+    /// Makes the folder of the database if need be. RocksDB would do so as well, but not sync the name: a
+    /// loss of power could then take away the whole database, all of its synced files included.
+    pub(super) fn make_database(&self) -> io::Result<()> {
+        durable::create_folder(&self.database())
+    }
+
+    /// Makes the folder if need be, for good, and takes the lock. `Ok(None)` when another process, or another
     /// store of this one, has it. RocksDB has a lock of its own; this one comes before the first file
     /// is touched.
     pub(super) fn lock(&self) -> io::Result<Option<Lock>> {
-        fs::create_dir_all(&self.path)?;
+        durable::create_folder(&self.path)?;
         let file = File::options()
             .create(true)
             .truncate(false)
@@ -113,11 +120,13 @@ impl Folder {
         Ok(())
     }
 
-    /// Leaves a mark that lasts until [`Self::unmark_running`].
+    /// Leaves a mark that lasts until [`Self::unmark_running`], through a loss of power too.
     pub(super) fn mark_running(&self) -> io::Result<()> {
-        File::create(self.path.join(RUNNING)).map(drop)
+        File::create(self.path.join(RUNNING))?;
+        durable::sync_folder(&self.path)
     }
 
+    /// Not synced: a mark that comes back costs a copy of the log, no more.
     pub(super) fn unmark_running(&self) -> io::Result<()> {
         fs::remove_file(self.path.join(RUNNING))
     }
@@ -134,13 +143,14 @@ impl Folder {
     }
 
     fn link_log(&self, copy: &Path) -> io::Result<usize> {
-        fs::create_dir_all(copy)?;
+        durable::create_folder(copy)?;
         let files = self.log_files()?;
         for file in &files {
             if let Some(name) = file.file_name() {
                 fs::hard_link(file, copy.join(name))?;
             }
         }
+        durable::sync_folder(copy)?;
         Ok(files.len())
     }
 

@@ -7,8 +7,7 @@
 //! file. Must not know RocksDB.
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -22,11 +21,15 @@ use std::{
 use ring::digest::{SHA256, digest};
 use tracing::warn;
 
+use crate::durable;
+
 /// How often the file is written while commits go on: how much of the newest loss it may miss. A sync a
 /// second is nothing beside those of the commits.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How much of the digest guards the number.
 const CHECK_BYTES: usize = 8;
+/// Who may read it: a number of commits is no secret.
+const MODE: u32 = 0o644;
 
 /// The writer of the file, on a thread of its own, so that no commit waits for it.
 #[derive(Debug)]
@@ -106,13 +109,8 @@ fn keep_written(path: &Path, noted: &AtomicU64, recovered: u64, stopped: &mpsc::
     }
 }
 
-/// Replaces the file as a whole. The rename is not synced: if it is lost, the older file stands.
 fn write(path: &Path, position: u64) -> io::Result<()> {
-    let new = path.with_extension("new");
-    let mut file = File::create(&new)?;
-    file.write_all(content(position).as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&new, path)
+    durable::replace_file(path, content(position).as_bytes(), MODE)
 }
 
 fn content(position: u64) -> String {

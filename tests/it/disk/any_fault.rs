@@ -50,9 +50,9 @@ async fn any_fault(disk: &FailingDisk, seed: u64, tally: &mut Tally) {
         disk.order(any_order(&mut random, &["/store/"], 40));
         match gateway.try_restart().await {
             Ok(()) => gateway.kill(),
-            Err(code) => {
+            Err(status) => {
                 tally.failed_starts += 1;
-                assert_eq!(code, Some(1), "seed {seed}");
+                assert_eq!(status.code(), Some(1), "seed {seed}");
             }
         }
         disk.heal();
@@ -103,15 +103,23 @@ async fn soak_failing_disk() {
     let Some(disk) = FailingDisk::build() else {
         return;
     };
-    let (seed, length) = (soak::seed(), soak::length());
-    let end = Instant::now() + length;
+    let soak = Soak::start();
     let mut tally = Tally::default();
-    while Instant::now() < end {
-        any_fault(&disk, seed.wrapping_add(tally.rounds), &mut tally).await;
+    while soak.has_time_left() {
+        let seed = soak.seed().number().wrapping_add(tally.rounds);
+        any_fault(&disk, seed, &mut tally).await;
     }
-    soak::summary(format_args!(
-        "no fault of a disk loses an acknowledged ping: {} rounds, {} calls hit, {} times the gateway \
-         stopped and {} times went on, {} starts failed, {} pings acknowledged, 0 lost; seed {seed}",
-        tally.rounds, tally.hit, tally.stopped, tally.went_on, tally.failed_starts, tally.acked
-    ));
+    soak.summary(
+        "no fault of a disk loses an acknowledged ping",
+        &format!(
+            "{} rounds, {} calls hit, {} times the gateway stopped and {} times went on, {} starts failed, \
+             {} pings acknowledged, 0 lost",
+            tally.rounds,
+            tally.hit,
+            tally.stopped,
+            tally.went_on,
+            tally.failed_starts,
+            tally.acked
+        ),
+    );
 }

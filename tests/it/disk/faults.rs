@@ -117,7 +117,8 @@ async fn a_folder_that_became_read_only_is_final_and_a_restart_says_so() {
     let mut senders = all_send_until_closed(senders).await;
     stopped_because_of(&mut gateway, order.error.in_words()).await;
     let said_before = gateway.log().len();
-    assert_eq!(gateway.try_restart().await, Err(Some(1)));
+    let refused = gateway.try_restart().await.unwrap_err();
+    assert_eq!(refused.code(), Some(1));
     let said = gateway.log().split_off(said_before);
     assert!(said.contains("Read-only file system"), "{said}");
     assert!(said.contains("may write to"), "it says what to do: {said}");
@@ -197,7 +198,8 @@ async fn a_disk_that_lies_about_syncs_loses_pings_and_both_checker_and_gateway_n
         acked - before
     );
     assert!(3 * 100 < lost.len(), "{lost:?}");
-    assert_eq!(gateway.try_restart().await, Err(Some(1)));
+    let refused = gateway.try_restart().await.unwrap_err();
+    assert_eq!(refused.code(), Some(1));
     let log = gateway.log();
     assert!(log.contains("has lost acknowledged data"), "{log}");
 }

@@ -124,7 +124,8 @@ async fn a_full_disk_is_final_and_after_room_was_made_everything_is_there() {
 
     // What the end of the process has freed.
     write_ballast(&mount.path().join("more ballast"), 200);
-    assert_eq!(gateway.try_restart().await, Err(Some(1)));
+    let refused = gateway.try_restart().await.unwrap_err();
+    assert_eq!(refused.code(), Some(1));
     fs::remove_file(ballast).unwrap();
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0]);
     recovers(&mut gateway, &mut senders).await;
