@@ -6,6 +6,7 @@ mod freshness;
 mod hostile;
 mod identity;
 mod ingest;
+mod network;
 mod operations;
 mod python;
 mod replay;

@@ -1,14 +1,16 @@
 //! The harness: real gateways, real certificates, devices that say exactly what a test wants.
 //!
 //! [`World`] runs a gateway inside the test process; [`Process`] runs the real binary, to be signalled
-//! and killed. Both have their own data folder and ports. [`link`] is a device without manners: it is
-//! written against the wire alone, so that it does not share a mistake with the load test's device.
+//! and killed. Both have their own data folder and ports. [`Relay`] is a bad network on the way to either.
+//! [`link`] is a device without manners: it is written against the wire alone, so that it does not share
+//! a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
 pub mod link;
 mod metrics_page;
 mod process;
 mod prometheus;
+mod relay;
 mod world;
 
 use std::path::{Path, PathBuf};
@@ -23,8 +25,9 @@ use waypost_proto::{
 
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
-pub use process::{Addresses, Process};
+pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
+pub use relay::{Counts, Relay, Weather};
 pub use world::World;
 
 /// A device with its certificate.
