@@ -223,6 +223,8 @@ async fn run(
                     link: &link,
                     begun,
                     owed_since: None,
+                    reminders: 0,
+                    is_heartbeat_open: false,
                 };
                 let outcome = conversation.hold().await;
                 link.close();
@@ -258,6 +260,10 @@ struct Conversation<'a, O> {
     begun: Instant,
     /// Since when the gateway has owed an answer.
     owed_since: Option<Instant>,
+    /// Signs of life that were sent since then, because the answer did not come.
+    reminders: u32,
+    /// A heartbeat is an answer that the outbox does not know of.
+    is_heartbeat_open: bool,
 }
 
 /// What a conversation does next.
@@ -320,6 +326,7 @@ impl<O: Observer> Conversation<'_, O> {
         }
         if std::mem::take(&mut state.owes_heartbeat) {
             live.queue(Kind::Heartbeat(v1::Heartbeat {}));
+            self.is_heartbeat_open = true;
         }
         if live.is_written()
             && let Some(batch) = state.outbox.poll_batch(Lane::Live, now_ms)
@@ -337,26 +344,64 @@ impl<O: Observer> Conversation<'_, O> {
             }
             _ => {}
         }
-        let is_owed = !state.outbox.is_welcomed() || 0 < state.outbox.in_flight();
-        self.owed_since = is_owed.then(|| self.owed_since.unwrap_or(now));
-        let give_up_at = self.owed_since.map(|since| since + ANSWER_PATIENCE);
-        if give_up_at.is_some_and(|at| at <= now) {
-            return Err(LinkError::NoAnswer(ANSWER_PATIENCE));
-        }
         let poll_at = state
             .outbox
             .poll_timeout(now_ms)
             .map(|at_ms| self.begun + Duration::from_millis(at_ms));
+        let is_owed =
+            self.is_heartbeat_open || !state.outbox.is_welcomed() || 0 < state.outbox.in_flight();
+        drop(state);
+        let look_at = self.remind(live, is_owed, now)?;
         Ok(Next::Wait {
-            until: poll_at.into_iter().chain(give_up_at).min(),
+            until: poll_at.into_iter().chain(look_at).min(),
         })
+    }
+
+    /// Speaks up when an answer is overdue, and gives up when it is for too long. Returns when to look
+    /// again.
+    ///
+    /// A device that has sent all it had is silent while it waits. If its NAT gives it another address in
+    /// that time, the answer goes to the old one, again and again, until the device says anything at all.
+    fn remind(
+        &mut self,
+        live: &mut LinkStream,
+        is_owed: bool,
+        now: Instant,
+    ) -> Result<Option<Instant>, LinkError> {
+        if !is_owed {
+            (self.owed_since, self.reminders) = (None, 0);
+            return Ok(None);
+        }
+        let since = *self.owed_since.get_or_insert(now);
+        let give_up_at = since + ANSWER_PATIENCE;
+        if give_up_at <= now {
+            return Err(LinkError::NoAnswer(ANSWER_PATIENCE));
+        }
+        // Each wait is longer than the one before: a gateway that is slow must not be made slower.
+        let reminder_at = |reminders: u32| since + FIRST_REMINDER * ((2 << reminders) - 1);
+        if reminder_at(self.reminders) <= now {
+            live.queue(Kind::Heartbeat(v1::Heartbeat {}));
+        }
+        while reminder_at(self.reminders) <= now {
+            self.reminders += 1;
+        }
+        Ok(Some(give_up_at.min(reminder_at(self.reminders))))
     }
 
     fn take(&mut self, frame: v1::GatewayFrame) {
         let read_at = Instant::now();
-        self.owed_since = None;
         let now_ms = self.outbox_ms(read_at);
-        let events = self.shared.state.lock().outbox.handle(frame, now_ms);
+        let events = {
+            let outbox = &mut self.shared.state.lock().outbox;
+            let before = (outbox.is_welcomed(), outbox.in_flight());
+            let events = outbox.handle(frame, now_ms);
+            // The answer to a reminder is not the answer that is owed.
+            if before != (outbox.is_welcomed(), outbox.in_flight()) {
+                (self.owed_since, self.reminders) = (None, 0);
+            }
+            events
+        };
+        self.is_heartbeat_open = false;
         for event in &events {
             self.observer.observed(event, read_at);
         }
@@ -412,6 +457,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// QUIC itself notices a gateway that is gone only after the idle timeout. Far above any commit.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
+/// The next one comes twice as long after this one, and so on. Above what a commit takes.
+const FIRST_REMINDER: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {

@@ -91,6 +91,27 @@ pub struct Counts {
     pub longest_passed_bytes: usize,
 }
 
+impl Counts {
+    /// The sums of two relays.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            lost: self.lost + other.lost,
+            duplicated: self.duplicated + other.duplicated,
+            corrupted: self.corrupted + other.corrupted,
+            overtaken: self.overtaken + other.overtaken,
+            too_long: self.too_long + other.too_long,
+            blacked_out: self.blacked_out + other.blacked_out,
+            overflowed: self.overflowed + other.overflowed,
+            rebound: self.rebound + other.rebound,
+            answered_after_rebinding: self.answered_after_rebinding
+                + other.answered_after_rebinding,
+            longest_passed_bytes: self.longest_passed_bytes.max(other.longest_passed_bytes),
+        }
+    }
+}
+
 /// A running relay. Dropping it stops it.
 #[derive(Debug)]
 pub struct Relay {
@@ -558,7 +579,10 @@ mod tests {
         };
         assert_eq!(carry(narrow, 1, 10).1.too_long, 10);
         assert_eq!(carry(dark, 1, 10).1.blacked_out, 10);
-        assert_eq!((carry(narrow, 1, 10).0.len(), carry(dark, 1, 10).0.len()), (0, 0));
+        assert_eq!(
+            (carry(narrow, 1, 10).0.len(), carry(dark, 1, 10).0.len()),
+            (0, 0)
+        );
     }
 
     #[test]
