@@ -32,7 +32,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-/// What happens to the datagrams of both directions from now on.
+/// What happens to datagrams from now on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Weather {
     /// The share that is lost.
@@ -154,7 +154,13 @@ impl Relay {
 
     /// Changes the weather. What is on its way already stays as it is.
     pub fn set_weather(&self, weather: Weather) {
-        self.shared.state.lock().air.weather = weather;
+        let air = &mut self.shared.state.lock().air;
+        (air.weather_up, air.weather_down) = (weather, weather);
+    }
+
+    /// Changes the weather for what the gateway sends.
+    pub fn set_weather_down(&self, weather: Weather) {
+        self.shared.state.lock().air.weather_down = weather;
     }
 
     /// Gives each flow another port towards the gateway, as a NAT device does that was restarted: from
@@ -342,7 +348,8 @@ async fn deliver(shared: Arc<Shared>) {
 /// The datagrams on their way, and what becomes of them. Touches no socket and no clock.
 #[derive(Debug)]
 struct Air {
-    weather: Weather,
+    weather_up: Weather,
+    weather_down: Weather,
     counts: Counts,
     on_their_way: BinaryHeap<Reverse<Held>>,
     next_number: u64,
@@ -392,7 +399,8 @@ impl Lane {
 impl Air {
     fn new(weather: Weather) -> Self {
         Self {
-            weather,
+            weather_up: weather,
+            weather_down: weather,
             counts: Counts::default(),
             on_their_way: BinaryHeap::new(),
             next_number: 0,
@@ -401,12 +409,16 @@ impl Air {
 
     /// A datagram sets out.
     fn takes(&mut self, bytes: &[u8], way: Way, lane: &mut Lane, now: Instant) {
+        let weather = match way {
+            Way::Up(_) => self.weather_up,
+            Way::Down(_) => self.weather_down,
+        };
         let Weather {
             loss,
             duplication,
             corruption,
             ..
-        } = self.weather;
+        } = weather;
         // All dice are thrown for each datagram, so that its fate does not depend on earlier weather.
         let [is_lost, is_duplicated, is_corrupted] =
             [loss, duplication, corruption].map(|share| lane.dice.random_bool(share));
@@ -414,12 +426,12 @@ impl Air {
             lane.dice.random_range(0..bytes.len().max(1)),
             lane.dice.random_range(1..=u8::MAX),
         );
-        let longer = [(); 2].map(|()| self.weather.jitter.mul_f64(lane.dice.random()));
-        if self.weather.is_blacked_out {
+        let longer = [(); 2].map(|()| weather.jitter.mul_f64(lane.dice.random()));
+        if weather.is_blacked_out {
             self.counts.blacked_out += 1;
             return;
         }
-        if self.weather.longest_datagram_bytes < bytes.len() {
+        if weather.longest_datagram_bytes < bytes.len() {
             self.counts.too_long += 1;
             return;
         }
@@ -442,7 +454,7 @@ impl Air {
             }
             self.next_number += 1;
             self.on_their_way.push(Reverse(Held {
-                due: now + self.weather.delay + longer,
+                due: now + weather.delay + longer,
                 number: self.next_number,
                 way,
                 bytes: bytes.clone(),
