@@ -412,6 +412,28 @@ async fn an_answer_that_went_to_the_old_port_is_had_by_asking_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_new_port_that_cannot_be_answered_for_a_while_breaks_nothing() {
+    // The gateway follows to the new port, cannot validate it, and goes back to the old one, with what
+    // it had sent to the new one still unanswered.
+    let trial = Trial::start(9).await;
+    trial.connect().await;
+    let relay = &trial.relay;
+    let mut dice = SmallRng::seed_from_u64(trial.seed);
+    for _ in 0..6 {
+        until(async || (trial.fleet.open() == 0).then_some(())).await;
+        relay.set_weather_down(DARK);
+        relay.rebind();
+        (0..DEVICES as usize).for_each(|at| trial.send(at));
+        sleep(Duration::from_millis(dice.random_range(100..600))).await;
+        relay.set_weather(Weather::FAIR);
+    }
+    let findings = trial.settle().await;
+    findings.expect_kept();
+    assert!(0 < findings.network.blacked_out);
+    assert_eq!(findings.connections, u64::from(DEVICES), "connections live on");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_migration_loses_its_devices_when_the_port_changes() {
     // The negative control of the two above: the port changes for real, and somebody must follow it.
     assert!(is_heard_after_rebinding(true).await);
