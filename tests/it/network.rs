@@ -430,7 +430,11 @@ async fn a_new_port_that_cannot_be_answered_for_a_while_breaks_nothing() {
     let findings = trial.settle().await;
     findings.expect_kept();
     assert!(0 < findings.network.blacked_out);
-    assert_eq!(findings.connections, u64::from(DEVICES), "connections live on");
+    assert_eq!(
+        findings.connections,
+        u64::from(DEVICES),
+        "connections live on"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -581,34 +585,32 @@ async fn soak_network() {
     ));
 }
 
-/// Weather of all kinds, one after the other, for a few seconds, while everybody sends.
+/// Weather of all kinds, one after the other, for a few seconds, while everybody connects and sends.
 async fn storm(seed: u64) -> Findings {
     let mut dice = SmallRng::seed_from_u64(seed);
     let trial = Trial::start_in(seed, any_weather(&mut dice)).await;
-    trial.connect().await;
     let relay = &trial.relay;
-    trial
-        .send_during(async {
-            for _ in 0..8 {
-                let lasts_ms = match dice.random_range(0..8) {
-                    0 => {
-                        relay.set_weather(DARK);
-                        dice.random_range(0..2_000)
-                    }
-                    1 | 2 => {
-                        relay.rebind();
-                        dice.random_range(0..300)
-                    }
-                    _ => {
-                        relay.set_weather(any_weather(&mut dice));
-                        dice.random_range(0..700)
-                    }
-                };
-                sleep(Duration::from_millis(lasts_ms)).await;
-            }
-        })
-        .await;
-    trial.relay.set_weather(Weather::FAIR);
+    let script = async {
+        for _ in 0..8 {
+            let lasts_ms = match dice.random_range(0..8) {
+                0 => {
+                    relay.set_weather(DARK);
+                    dice.random_range(0..2_000)
+                }
+                1 | 2 => {
+                    relay.rebind();
+                    dice.random_range(0..300)
+                }
+                _ => {
+                    relay.set_weather(any_weather(&mut dice));
+                    dice.random_range(0..700)
+                }
+            };
+            sleep(Duration::from_millis(lasts_ms)).await;
+        }
+        relay.set_weather(Weather::FAIR);
+    };
+    tokio::join!(trial.connect(), trial.send_during(script));
     trial.settle().await
 }
 
