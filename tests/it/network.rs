@@ -213,20 +213,20 @@ impl Findings {
 /// The devices' books against each other and against the gateway's counters.
 fn book_faults(ledgers: &[DeviceLedger], metrics: &MetricsPage) -> Vec<String> {
     let mut faults = Vec::new();
-    let fate = |fate| metrics.value(&format!("waypost_pings_total{{fate=\"{fate}\"}}")) as u64;
+    let fate = |fate| metrics.value(&format!("waypost_pings_total{{fate=\"{fate}\"}}"));
     let (accepted, duplicate) = (fate("accepted"), fate("duplicate"));
-    let received = metrics.value("waypost_pings_received_total") as u64;
+    let received = metrics.value("waypost_pings_received_total");
     let of_all_fates = accepted + duplicate + fate("filtered") + fate("rejected");
     if received != of_all_fates {
         faults.push(format!("{received} received, {of_all_fates} with a fate"));
     }
-    let sent: u64 = ledgers.iter().map(|ledger| ledger.sent).sum();
+    let sum_of = |count: fn(&DeviceLedger) -> u64| ledgers.iter().map(count).sum::<u64>() as f64;
+    let sent = sum_of(|ledger| ledger.sent);
     if accepted != sent {
         faults.push(format!("{sent} sent, {accepted} accepted"));
     }
-    let told = |fate: fn(&DeviceLedger) -> u64| ledgers.iter().map(fate).sum::<u64>();
-    if accepted < told(|ledger| ledger.fates.accepted)
-        || duplicate < told(|ledger| ledger.fates.duplicate)
+    if accepted < sum_of(|ledger| ledger.fates.accepted)
+        || duplicate < sum_of(|ledger| ledger.fates.duplicate)
     {
         faults.push("acknowledgements have counted more than the gateway".to_owned());
     }
@@ -528,10 +528,7 @@ async fn when_nothing_passes_nothing_is_acknowledged_and_the_books_say_so() {
         let stop = stop.clone();
         async move { fleet.connect(&progress, &stop).await }
     });
-    until(async || {
-        (DEVICES as usize <= trial.fleet.breaks().values().sum::<u64>() as usize).then_some(())
-    })
-    .await;
+    until(async || (u64::from(DEVICES) <= trial.fleet.breaks().values().sum()).then_some(())).await;
     stop.cancel();
     connecting.await.unwrap().unwrap();
     assert_eq!((trial.fleet.acked(), trial.fleet.connected()), (0, 0));
