@@ -438,6 +438,29 @@ async fn a_new_port_that_cannot_be_answered_for_a_while_breaks_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_changes_in_mid_handshake_costs_an_attempt_and_no_more() {
+    let trial = Trial::start_in(
+        13,
+        Weather {
+            delay: Duration::from_millis(100),
+            ..Weather::FAIR
+        },
+    )
+    .await;
+    let relay = &trial.relay;
+    // QUIC lets nobody move before the handshake is complete.
+    let change = async {
+        until(async || (u64::from(DEVICES) <= relay.counts().passed).then_some(())).await;
+        relay.rebind();
+    };
+    tokio::join!(trial.connect(), change);
+    let findings = trial.settle().await;
+    findings.expect_kept();
+    assert!(0 < findings.network.rebound);
+    assert!(!findings.breaks.is_empty(), "attempts were lost");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_migration_loses_its_devices_when_the_port_changes() {
     // The negative control of the two above: the port changes for real, and somebody must follow it.
     assert!(is_heard_after_rebinding(true).await);
