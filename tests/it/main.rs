@@ -11,3 +11,4 @@ mod operations;
 mod python;
 mod replay;
 mod shutdown;
+mod watch;

@@ -36,7 +36,7 @@ use waypost_proto::{
     session::Lane,
     v1,
 };
-use waypost_tests::{Counts, MetricsPage, Relay, Weather, World, hello, ping, until};
+use waypost_tests::{Counts, MetricsPage, Relay, Weather, World, hello, ping, soak, until};
 
 /// A fleet, a gateway and the network between them.
 struct Trial {
@@ -572,9 +572,8 @@ async fn all_faults_together_lose_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_network() {
-    let first_seed = number_from("SEED", u64::from(std::process::id()) ^ system_now_ms());
-    say(format_args!("the first seed is {first_seed}"));
-    let end = Instant::now() + Duration::from_secs(number_from("SOAK_SECONDS", 60));
+    let first_seed = soak::seed();
+    let end = Instant::now() + soak::length();
     let mut dice = SmallRng::seed_from_u64(first_seed);
     let (mut storms, mut pings, mut connections) = (0_u64, 0, 0);
     let mut network = Counts::default();
@@ -598,8 +597,8 @@ async fn soak_network() {
         rebound,
         ..
     } = network;
-    say(format_args!(
-        "soak: every ping arrives once over a bad network: {storms} storms, {pings} pings, {connections} connections; \
+    soak::summary(format_args!(
+        "every ping arrives once over a bad network: {storms} storms, {pings} pings, {connections} connections; \
          {passed} datagrams passed, {lost} lost, {duplicated} duplicated, {corrupted} corrupted, {overtaken} overtaken, \
          {blacked_out} blacked out, {rebound} ports changed; seed {first_seed}"
     ));
@@ -747,14 +746,12 @@ fn device(number: u32) -> DeviceId {
 }
 
 /// Numbers for whoever looks on.
-#[expect(clippy::print_stdout, reason = "the soak's result is read from there")]
+#[expect(
+    clippy::print_stdout,
+    reason = "shown by --nocapture, and when the test fails"
+)]
 fn say(line: impl std::fmt::Display) {
     println!("{line}");
-}
-
-/// A number that the environment may set.
-fn number_from(variable: &str, otherwise: u64) -> u64 {
-    std::env::var(variable).map_or(otherwise, |number| number.parse().unwrap())
 }
 
 const DARK: Weather = Weather {

@@ -11,6 +11,8 @@ mod metrics_page;
 mod process;
 mod prometheus;
 mod relay;
+pub mod silence;
+pub mod soak;
 mod world;
 
 use std::path::{Path, PathBuf};
