@@ -222,7 +222,8 @@ async fn run(
                     observer: &mut observer,
                     link: &link,
                     begun,
-                    owed_since: None,
+                    patience: Patience::default(),
+                    is_heartbeat_open: false,
                 };
                 let outcome = conversation.hold().await;
                 link.close();
@@ -256,8 +257,31 @@ struct Conversation<'a, O> {
     link: &'a Link,
     /// Where the outbox's clock starts.
     begun: Instant,
-    /// Since when the gateway has owed an answer.
+    patience: Patience,
+    /// The outbox does not know that a heartbeat is answered too.
+    is_heartbeat_open: bool,
+}
+
+/// How long an answer has been owed.
+///
+/// A device that has sent all it had is silent while it waits. If its NAT gives it another address in
+/// that time, the answer goes to the old one, again and again, until the device says anything at all. So
+/// it asks again, each time after a longer wait: a gateway that is slow must not be made slower.
+#[derive(Debug, Default)]
+struct Patience {
     owed_since: Option<Instant>,
+    reminders: u32,
+}
+
+/// What to do about an answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Overdue {
+    Nothing,
+    /// Look again then.
+    WaitUntil(Instant),
+    /// Say something now, and look again then.
+    RemindAndWaitUntil(Instant),
+    GiveUp,
 }
 
 /// What a conversation does next.
@@ -320,6 +344,7 @@ impl<O: Observer> Conversation<'_, O> {
         }
         if std::mem::take(&mut state.owes_heartbeat) {
             live.queue(Kind::Heartbeat(v1::Heartbeat {}));
+            self.is_heartbeat_open = true;
         }
         if live.is_written()
             && let Some(batch) = state.outbox.poll_batch(Lane::Live, now_ms)
@@ -337,26 +362,41 @@ impl<O: Observer> Conversation<'_, O> {
             }
             _ => {}
         }
-        let is_owed = !state.outbox.is_welcomed() || 0 < state.outbox.in_flight();
-        self.owed_since = is_owed.then(|| self.owed_since.unwrap_or(now));
-        let give_up_at = self.owed_since.map(|since| since + ANSWER_PATIENCE);
-        if give_up_at.is_some_and(|at| at <= now) {
-            return Err(LinkError::NoAnswer(ANSWER_PATIENCE));
-        }
         let poll_at = state
             .outbox
             .poll_timeout(now_ms)
             .map(|at_ms| self.begun + Duration::from_millis(at_ms));
+        let is_owed =
+            self.is_heartbeat_open || !state.outbox.is_welcomed() || 0 < state.outbox.in_flight();
+        drop(state);
+        let look_at = match self.patience.look(is_owed, now) {
+            Overdue::Nothing => None,
+            Overdue::WaitUntil(at) => Some(at),
+            Overdue::RemindAndWaitUntil(at) => {
+                live.queue(Kind::Heartbeat(v1::Heartbeat {}));
+                Some(at)
+            }
+            Overdue::GiveUp => return Err(LinkError::NoAnswer(ANSWER_PATIENCE)),
+        };
         Ok(Next::Wait {
-            until: poll_at.into_iter().chain(give_up_at).min(),
+            until: poll_at.into_iter().chain(look_at).min(),
         })
     }
 
     fn take(&mut self, frame: v1::GatewayFrame) {
         let read_at = Instant::now();
-        self.owed_since = None;
         let now_ms = self.outbox_ms(read_at);
-        let events = self.shared.state.lock().outbox.handle(frame, now_ms);
+        let events = {
+            let outbox = &mut self.shared.state.lock().outbox;
+            let before = (outbox.is_welcomed(), outbox.in_flight());
+            let events = outbox.handle(frame, now_ms);
+            // The answer to a reminder is not the answer that is owed.
+            if before != (outbox.is_welcomed(), outbox.in_flight()) {
+                self.patience = Patience::default();
+            }
+            events
+        };
+        self.is_heartbeat_open = false;
         for event in &events {
             self.observer.observed(event, read_at);
         }
@@ -364,6 +404,31 @@ impl<O: Observer> Conversation<'_, O> {
 
     fn outbox_ms(&self, now: Instant) -> u64 {
         u64::try_from((now - self.begun).as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+impl Patience {
+    fn look(&mut self, is_owed: bool, now: Instant) -> Overdue {
+        if !is_owed {
+            *self = Self::default();
+            return Overdue::Nothing;
+        }
+        let since = *self.owed_since.get_or_insert(now);
+        let give_up_at = since + ANSWER_PATIENCE;
+        if give_up_at <= now {
+            return Overdue::GiveUp;
+        }
+        let reminder_at = |reminders: u32| since + FIRST_REMINDER * ((2 << reminders) - 1);
+        let is_due = reminder_at(self.reminders) <= now;
+        while reminder_at(self.reminders) <= now {
+            self.reminders += 1;
+        }
+        let look_at = reminder_at(self.reminders).min(give_up_at);
+        if is_due {
+            Overdue::RemindAndWaitUntil(look_at)
+        } else {
+            Overdue::WaitUntil(look_at)
+        }
     }
 }
 
@@ -412,6 +477,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(100);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 /// QUIC itself notices a gateway that is gone only after the idle timeout. Far above any commit.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(15);
+/// The next one comes twice as long after this one, and so on. Above what a commit takes.
+const FIRST_REMINDER: Duration = Duration::from_secs(2);
 
 #[cfg(test)]
 mod tests {
@@ -659,6 +726,45 @@ mod tests {
         device.stop_when_settled().await;
         until(&mut told, |told| (*told == Told::Connected).then_some(())).await;
         assert_eq!(world.stored().await, [1]);
+    }
+
+    #[test]
+    fn a_gateway_that_owes_an_answer_is_reminded_less_and_less_and_then_left() {
+        let begun = Instant::now();
+        let mut patience = Patience::default();
+        let (mut now, mut reminded_after) = (begun, Vec::new());
+        loop {
+            now = match patience.look(true, now) {
+                Overdue::WaitUntil(at) => at,
+                Overdue::RemindAndWaitUntil(at) => {
+                    reminded_after.push((now - begun).as_secs());
+                    at
+                }
+                Overdue::GiveUp => break,
+                Overdue::Nothing => unreachable!("an answer is owed"),
+            };
+        }
+        assert_eq!(reminded_after, [2, 6, 14]);
+        assert_eq!(now - begun, ANSWER_PATIENCE);
+    }
+
+    #[test]
+    fn patience_begins_anew_with_the_next_answer_that_is_owed() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut patience = Patience::default();
+        assert_eq!(patience.look(true, at(0)), Overdue::WaitUntil(at(2)));
+        assert_eq!(
+            patience.look(true, at(5)),
+            Overdue::RemindAndWaitUntil(at(6))
+        );
+        assert_eq!(
+            patience.look(true, at(5)),
+            Overdue::WaitUntil(at(6)),
+            "only once"
+        );
+        assert_eq!(patience.look(false, at(14)), Overdue::Nothing);
+        assert_eq!(patience.look(true, at(20)), Overdue::WaitUntil(at(22)));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod hostile;
 mod hostile_crowd;
 mod identity;
 mod ingest;
+mod network;
 mod operations;
 mod power_loss;
 mod python;

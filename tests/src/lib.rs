@@ -1,8 +1,9 @@
 //! The harness: real gateways, real certificates, devices that say exactly what a test wants.
 //!
 //! [`World`] runs a gateway inside the test process; [`Process`] runs the real binary, to be signalled
-//! and killed. Both have their own data folder and ports. [`link`] is a device without manners: it is
-//! written against the wire alone, so that it does not share a mistake with the load test's device.
+//! and killed. Both have their own data folder and ports. [`Relay`] is a bad network on the way to either.
+//! [`link`] is a device without manners: it is written against the wire alone, so that it does not share
+//! a mistake with the load test's device.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
 pub mod audit;
@@ -17,6 +18,7 @@ pub mod packets;
 pub mod power_cut;
 mod process;
 mod prometheus;
+mod relay;
 pub mod silence;
 mod soak;
 mod survivor;
@@ -38,6 +40,7 @@ pub use metrics_page::MetricsPage;
 pub use mounts::{Frozen, Mount};
 pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
+pub use relay::{Counts, Relay, Weather};
 pub use soak::{Seed, Soak};
 pub use survivor::Survivor;
 pub use world::World;

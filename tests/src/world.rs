@@ -19,10 +19,11 @@ use waypost_gateway::{
     pki::{Authority, Credentials},
     store::Store,
 };
+use waypost_loadtest::run::Target;
 use waypost_proto::v1;
 
 use crate::{
-    Device, MetricsPage, device_id,
+    Device, MetricsPage, Relay, device_id,
     link::{self, Attempt, Link},
     process,
 };
@@ -124,6 +125,15 @@ impl World {
             .unwrap()
     }
 
+    /// Connects to what stands between the device and the gateway.
+    pub async fn connect_over(&self, relay: &Relay, device: &Device) -> Link {
+        let ca_pem = self.authority.certificate_pem();
+        let credentials = Some(&*device.credentials);
+        link::attempt(relay.address(), ca_pem, credentials, link::ordinary())
+            .await
+            .unwrap()
+    }
+
     pub async fn connect_not_reading(&self, device: &Device) -> Link {
         let ca_pem = self.authority.certificate_pem();
         let credentials = Some(&*device.credentials);
@@ -208,6 +218,24 @@ impl World {
     pub async fn next_millisecond(&self) {
         let now_ms = system_now_ms();
         process::until(async || (now_ms < system_now_ms()).then_some(())).await;
+    }
+
+    /// The world as the load test sees it, with devices that look for the gateway elsewhere.
+    pub fn target(&self, devices: SocketAddr) -> Target {
+        let pki = self.scratch("pki");
+        self.authority
+            .issue_checker("dev")
+            .unwrap()
+            .write(&pki, "checker-dev")
+            .unwrap();
+        let addresses = self.addresses();
+        Target {
+            devices,
+            freshness: Some(addresses.freshness),
+            admin: Some(addresses.admin),
+            pki,
+            data: Some(self.config.data_dir.clone()),
+        }
     }
 
     pub fn addresses(&self) -> Addresses {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, soak};
+use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, Soak};
 
 use super::{
     faults::{SMALL_TABLES, start_on_failing},
