@@ -235,6 +235,9 @@ impl Outbox {
     /// The gateway closes the connection with FENCED_EPOCH; [`Self::disconnected`] follows. The next Hello
     /// asks for an epoch of its own, unless this connection began one already: then what was sent
     /// before that is meant.
+    ///
+    /// A shell that puts back an older copy of an outbox calls this as well: the copy does not know which
+    /// numbers were given since, and under those it would take the acks of other pings for its own.
     pub fn fenced(&mut self) {
         if !self.connection.has_begun_epoch {
             self.abandon_epoch();

@@ -180,8 +180,14 @@ fn body(value: &[u8]) -> Result<&[u8], RecordError> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
-    use waypost_proto::ping::Source;
+    use waypost_proto::{
+        device::{Admission, Claim, Policy},
+        ping::Source,
+        ranges::MAX_RANGES,
+    };
 
     use super::*;
 
@@ -238,7 +244,67 @@ mod tests {
         }
     }
 
+    /// What a device may do to its dedup state, and the restart that must not change it.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Send(u64),
+        GiveUpBelow(u64),
+        BeginEpoch,
+        Restart,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            40 => (1..300_u64).prop_map(Step::Send),
+            2 => (0..300_u64).prop_map(Step::GiveUpBelow),
+            1 => Just(Step::BeginEpoch),
+            8 => Just(Step::Restart),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn dedup_over_any_number_of_restarts_agrees_with_a_set(steps in prop::collection::vec(step(), 0..400)) {
+            let policy = Policy {
+                retention_ms: u64::MAX,
+                future_tolerance_ms: u64::MAX,
+                least_interval_ms: 0,
+                least_distance_m: 0.0,
+            };
+            let mut record = DeviceRecord { epoch: 1, ..DeviceRecord::default() };
+            let mut model = HashSet::new();
+            for step in steps {
+                match step {
+                    Step::Send(seq) => {
+                        let judgement = record.judge(&[ping(seq)], &[], 1, &policy, &mut None);
+                        if model.contains(&seq) {
+                            prop_assert_eq!((judgement.stored.len(), judgement.duplicate), (0, 1));
+                        } else if judgement.rejects.is_empty() {
+                            prop_assert_eq!((judgement.stored.len(), judgement.duplicate), (1, 0));
+                            model.insert(seq);
+                        } else {
+                            prop_assert_eq!(record.settled.above().len(), MAX_RANGES, "too sparse");
+                        }
+                    }
+                    Step::GiveUpBelow(seq) => {
+                        let claim = Claim { epoch: record.epoch, oldest_unsent_seq: seq, ..Claim::default() };
+                        prop_assert_eq!(record.admit(claim), Admission::Resumed);
+                        model.extend(1..seq);
+                    }
+                    Step::BeginEpoch => {
+                        let before = record.epoch;
+                        prop_assert_eq!(record.admit(Claim::default()), Admission::NewEpoch);
+                        prop_assert!(before < record.epoch);
+                        model.clear();
+                    }
+                    Step::Restart => record = decode_device(&encoded(&record)).expect("our own row"),
+                }
+                for seq in 1..300 {
+                    prop_assert_eq!(record.settled.contains(seq), model.contains(&seq), "seq {}", seq);
+                }
+            }
+        }
+
         #[test]
         fn device_records_round_trip(record in record()) {
             prop_assert_eq!(decode_device(&encoded(&record)), Ok(record));

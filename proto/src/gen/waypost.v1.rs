@@ -41,7 +41,8 @@ pub mod gateway_frame {
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Hello {
     /// The epoch that the device's queue belongs to, as issued by an earlier Welcome. 0 asks for a new
-    /// one: a fresh install, or a queue that was wiped. On the second lane of a connection say the epoch
+    /// one: a fresh install, a queue that was wiped, or one that was put back from an older copy: it does
+    /// not know which numbers were given since, and would take acks of those pings for its own. On the second lane of a connection say the epoch
     /// that Welcome named on the first; a Hello that could not wait for it joins the same epoch.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
