@@ -15,7 +15,7 @@ use waypost_loadtest::{
 };
 use waypost_proto::session::Lane;
 use waypost_tests::{
-    MetricsPage, Process, World, crowd::Crowd, hello, packets::Eavesdropper, ping, Soak,
+    MetricsPage, Process, Soak, World, crowd::Crowd, hello, packets::Eavesdropper, ping,
 };
 
 const GOOD_DEVICES: u32 = 1_000;

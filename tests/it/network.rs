@@ -36,7 +36,7 @@ use waypost_proto::{
     session::Lane,
     v1,
 };
-use waypost_tests::{Counts, MetricsPage, Relay, Weather, World, hello, ping, soak, until};
+use waypost_tests::{Counts, MetricsPage, Relay, Soak, Weather, World, hello, ping, until};
 
 /// A fleet, a gateway and the network between them.
 struct Trial {
@@ -572,13 +572,12 @@ async fn all_faults_together_lose_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_network() {
-    let first_seed = soak::seed();
-    let end = Instant::now() + soak::length();
-    let mut dice = SmallRng::seed_from_u64(first_seed);
+    let soak = Soak::start();
+    let mut dice = SmallRng::seed_from_u64(soak.seed().number());
     let (mut storms, mut pings, mut connections) = (0_u64, 0, 0);
     let mut network = Counts::default();
-    let mut seed = first_seed;
-    while Instant::now() < end {
+    let mut seed = soak.seed().number();
+    while soak.has_time_left() {
         let findings = storm(seed).await;
         findings.expect_kept();
         storms += 1;
@@ -597,11 +596,14 @@ async fn soak_network() {
         rebound,
         ..
     } = network;
-    soak::summary(format_args!(
-        "every ping arrives once over a bad network: {storms} storms, {pings} pings, {connections} connections; \
-         {passed} datagrams passed, {lost} lost, {duplicated} duplicated, {corrupted} corrupted, {overtaken} overtaken, \
-         {blacked_out} blacked out, {rebound} ports changed; seed {first_seed}"
-    ));
+    soak.summary(
+        "every ping arrives once over a bad network",
+        &format!(
+            "{storms} storms, {pings} pings, {connections} connections; {passed} datagrams passed, {lost} lost, \
+             {duplicated} duplicated, {corrupted} corrupted, {overtaken} overtaken, {blacked_out} blacked out, \
+             {rebound} ports changed"
+        ),
+    );
 }
 
 /// Weather of all kinds, one after the other, for a few seconds, while everybody connects and sends.

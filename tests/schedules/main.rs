@@ -30,6 +30,9 @@ mod scenario;
 mod store;
 mod sync;
 
+// The watch over the disk only looks on; the committer's half of it is used as it is.
+use waypost_gateway::disk;
+
 use std::{
     hash::{BuildHasher, Hasher, RandomState},
     panic,

@@ -1,7 +1,5 @@
 //! Faults by seed: any call, any file, any moment, also while the gateway starts.
 
-use std::time::Instant;
-
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, Soak};
 
