@@ -24,6 +24,10 @@ test: setup ## everything that proves the promises; what CI runs
 	$(CARGO) build --locked --workspace --bins
 	$(CARGO) test --locked --workspace
 
+.PHONY: soak
+soak: setup ## an hour of the same with random seeds: crashes, power cuts, bad disks, networks and peers
+	@.ci/soak 60
+
 .PHONY: check
 check: setup ## formatting, lints, documentation, dependencies
 	cargo fmt --all --check
