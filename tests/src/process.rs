@@ -31,98 +31,188 @@ pub struct Addresses {
     pub admin: SocketAddr,
 }
 
-/// A running `waypost serve --dev`. Killed when it is dropped.
+/// A `waypost serve --dev` and its folder. Killed when it is dropped.
 #[derive(Debug)]
 pub struct Process {
-    child: Child,
+    running: Option<(Child, Addresses)>,
     environment: Vec<(String, String)>,
-    addresses: Addresses,
     data_dir: PathBuf,
     dir: TempDir,
 }
 
+/// The settings that say where it listens.
+const LISTEN: [&str; 3] = [
+    "WAYPOST_DEVICES_LISTEN",
+    "WAYPOST_FRESHNESS_LISTEN",
+    "WAYPOST_ADMIN_LISTEN",
+];
+
 impl Process {
+    /// Starts one. Its ports are chosen once, so that devices find it again after a restart.
     pub async fn start(environment: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let data_dir = dir.path().to_owned();
-        Self::start_in(dir, data_dir, environment).await
-    }
-
-    /// On a data folder of the test's own. The log is not in it, as with a supervisor's journal: what
-    /// becomes of that disk is still told.
-    pub async fn start_on(data_dir: &Path, environment: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        Self::start_in(dir, data_dir.to_owned(), environment).await
-    }
-
-    async fn start_in(dir: TempDir, data_dir: PathBuf, environment: &[(&str, &str)]) -> Self {
-        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        let mut environment: Vec<_> = environment.iter().map(owned).collect();
-        // Ports are chosen once, so that devices find the gateway again after a restart.
-        for name in [
-            "WAYPOST_DEVICES_LISTEN",
-            "WAYPOST_FRESHNESS_LISTEN",
-            "WAYPOST_ADMIN_LISTEN",
-        ] {
-            environment.push((name.to_owned(), free_address(name).to_string()));
+        let mut process = Self::prepared(environment);
+        for name in LISTEN {
+            process.set(name, &free_address(name).to_string());
         }
-        let (child, addresses) = spawn(&data_dir, dir.path(), &environment).await;
-        Self {
-            child,
-            environment,
-            addresses,
+        process.restart().await;
+        process
+    }
+
+    /// A folder in which nothing has been started yet, and a gateway that takes other ports at each start.
+    pub fn prepared(environment: &[(&str, &str)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().join("disk/data");
+        std::fs::create_dir(dir.path().join("disk")).unwrap();
+        let mut process = Self {
+            running: None,
+            environment: Vec::new(),
             data_dir,
             dir,
+        };
+        for name in LISTEN {
+            process.set(name, "127.0.0.1:0");
         }
+        for (name, value) in environment {
+            process.set(name, value);
+        }
+        process
     }
 
-    /// Starts it again after it was killed or has ended.
+    /// As [`Self::prepared`], with its data on a disk of the test's own. The log is not on it, as with a
+    /// supervisor's journal: what becomes of that disk is still told.
+    pub fn prepared_on(disk: &Path, environment: &[(&str, &str)]) -> Self {
+        let mut process = Self::prepared(environment);
+        process.data_dir = disk.join("data");
+        process
+    }
+
+    /// Sets a variable of its environment, from the next start on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.unset(name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Takes a variable out of its environment, from the next start on.
+    pub fn unset(&mut self, name: &str) {
+        self.environment.retain(|(known, _)| known != name);
+    }
+
+    /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
-        (self.child, self.addresses) =
-            spawn(&self.data_dir, self.dir.path(), &self.environment).await;
+        let started = self.try_restart().await;
+        started.unwrap_or_else(|status| panic!("it ended with {status}: {}", self.log()));
     }
 
-    /// Starts it again although it may not be able to, and then gives its exit code.
-    pub async fn try_restart(&mut self) -> Result<(), Option<i32>> {
-        match try_spawn(&self.data_dir, self.dir.path(), &self.environment).await {
-            Ok(running) => {
-                (self.child, self.addresses) = running;
-                Ok(())
+    /// As [`Self::restart`], but it may end before it is ready.
+    pub async fn try_restart(&mut self) -> Result<(), ExitStatus> {
+        let mut child = self.spawn();
+        let addresses_file = self.data_dir.join("addresses.json");
+        let addresses = until(async || {
+            if let Some(status) = child.try_wait().unwrap() {
+                return Some(Err(status));
             }
-            Err(status) => Err(status.code()),
-        }
+            let addresses: Addresses =
+                serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
+            let ready = http_get(addresses.admin, "/readyz")
+                .await
+                .is_ok_and(|(status, _)| status == 200);
+            ready.then_some(Ok(addresses))
+        })
+        .await;
+        self.running = Some((child, addresses?));
+        Ok(())
+    }
+
+    /// Starts it and kills it after a time, ready or not.
+    pub async fn start_and_kill(&mut self, after: Duration) {
+        let mut child = self.spawn();
+        tokio::time::sleep(after).await;
+        let ended = child.try_wait().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(ended.is_none(), "it ended by itself: {}", self.log());
     }
 
     /// SIGKILL: nothing is flushed, nobody is told.
     pub fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        let child = self.child();
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     /// SIGTERM: drain.
     pub fn terminate(&self) {
+        let (child, _) = self.running.as_ref().expect("it was started");
         let sent = Command::new("kill")
-            .args(["-TERM", &self.child.id().to_string()])
+            .args(["-TERM", &child.id().to_string()])
             .status()
             .unwrap();
         assert!(sent.success());
     }
 
+    /// Whether it has ended, by itself or not.
+    pub fn has_ended(&mut self) -> bool {
+        self.child().try_wait().unwrap().is_some()
+    }
+
     pub async fn exit_code(&mut self) -> Option<i32> {
-        until(async || self.child.try_wait().unwrap()).await.code()
+        let child = self.child();
+        until(async || child.try_wait().unwrap()).await.code()
+    }
+
+    fn child(&mut self) -> &mut Child {
+        &mut self.running.as_mut().expect("it was started").0
+    }
+
+    fn spawn(&mut self) -> Child {
+        drop(std::fs::remove_file(self.data_dir.join("addresses.json")));
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log_file())
+            .unwrap();
+        Command::new(binary("waypost"))
+            .args(["serve", "--dev", "--data"])
+            .arg(&self.data_dir)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap()
     }
 
     pub fn data_dir(&self) -> &Path {
         &self.data_dir
     }
 
+    /// The folder that the data folder is in: nothing else is there.
+    pub fn disk(&self) -> &Path {
+        self.data_dir.parent().unwrap()
+    }
+
+    /// A folder that goes with this process, beside its disk.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Leaves everything on disk when this is dropped, for somebody to look at, and says where.
+    pub fn leave_behind(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
+    }
+
     pub fn addresses(&self) -> Addresses {
-        self.addresses
+        self.running.as_ref().expect("it was started").1
     }
 
     /// Everything it has logged, over all its starts.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(log_file(self.dir.path())).unwrap()
+        std::fs::read_to_string(self.log_file()).unwrap()
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.dir.path().join("log.txt")
     }
 
     pub fn device(&self, number: u32) -> Device {
@@ -145,7 +235,7 @@ impl Process {
         let authority = self.authority();
         let credentials = authority.issue_checker(DEVELOPMENT_CHECKER).unwrap();
         client::connect(
-            &format!("https://{}", self.addresses.freshness),
+            &format!("https://{}", self.addresses().freshness),
             authority.certificate_pem(),
             &credentials.certificate_pem,
             &credentials.private_key_pem,
@@ -167,7 +257,7 @@ impl Process {
         let authority = self.authority();
         let ca_pem = authority.certificate_pem();
         link::attempt(
-            self.addresses.devices,
+            self.addresses().devices,
             ca_pem,
             credentials,
             link::ordinary(),
@@ -176,12 +266,12 @@ impl Process {
     }
 
     pub async fn admin(&self, path: &str) -> (u16, String) {
-        http_get(self.addresses.admin, path).await.unwrap()
+        http_get(self.addresses().admin, path).await.unwrap()
     }
 
     /// What it says of its readiness; `None` when nobody answers any more.
     pub async fn readiness(&self) -> Option<(u16, String)> {
-        http_get(self.addresses.admin, "/readyz").await.ok()
+        http_get(self.addresses().admin, "/readyz").await.ok()
     }
 
     pub async fn metrics_until(&self, is_so: impl Fn(&MetricsPage) -> bool) -> MetricsPage {
@@ -192,63 +282,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-async fn spawn(
-    data_dir: &Path,
-    log_dir: &Path,
-    environment: &[(String, String)],
-) -> (Child, Addresses) {
-    match try_spawn(data_dir, log_dir, environment).await {
-        Ok(running) => running,
-        Err(status) => panic!(
-            "the gateway ended with {status}: {}",
-            std::fs::read_to_string(log_file(log_dir)).unwrap()
-        ),
-    }
-}
-
-async fn try_spawn(
-    data_dir: &Path,
-    log_dir: &Path,
-    environment: &[(String, String)],
-) -> Result<(Child, Addresses), ExitStatus> {
-    let addresses_file = data_dir.join("addresses.json");
-    drop(std::fs::remove_file(&addresses_file));
-    let log = std::fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(log_file(log_dir))
-        .unwrap();
-    let mut child = Command::new(binary("waypost"))
-        .args(["serve", "--dev", "--data"])
-        .arg(data_dir)
-        .envs(environment.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
-        .stdout(log.try_clone().unwrap())
-        .stderr(log)
-        .spawn()
-        .unwrap();
-    let started = until(async || {
-        if let Some(status) = child.try_wait().unwrap() {
-            return Some(Err(status));
+        if let Some((child, _)) = &mut self.running {
+            drop(child.kill());
+            drop(child.wait());
         }
-        let addresses: Addresses =
-            serde_json::from_slice(&std::fs::read(&addresses_file).ok()?).ok()?;
-        let ready = http_get(addresses.admin, "/readyz")
-            .await
-            .is_ok_and(|(status, _)| status == 200);
-        ready.then_some(Ok(addresses))
-    })
-    .await;
-    started.map(|addresses| (child, addresses))
-}
-
-fn log_file(dir: &Path) -> PathBuf {
-    dir.join("log.txt")
+    }
 }
 
 /// A port that was free a moment ago.
