@@ -6,7 +6,8 @@
  *
  *     CALL TEXT NTH TIMES FORM ERROR
  *
- * CALL   sync (fsync, fdatasync), write, change (open for writing, rename, mkdir, unlink) or all
+ * CALL   read, sync (fsync, fdatasync), write, change (open for writing, rename, mkdir, unlink), or all:
+ *        any of the last three
  * TEXT   only files whose path holds it
  * NTH    the first call that is hit, counted from 1 and from the moment the order is found
  * TIMES  how many calls are hit from there on; 0: all
@@ -18,6 +19,7 @@
  * the file was synced before, in bytes, and its path. */
 
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -80,8 +82,9 @@ static enum verdict judge(const char *call, const char *path, int file) {
     int before = errno;
     enum verdict verdict = PASS;
     pthread_mutex_lock(&lock);
-    if (read_order() && (!strcmp(call_wanted, "all") || !strcmp(call_wanted, call)) &&
-        strstr(path, text) && nth <= ++seen && (times == 0 || seen < nth + times)) {
+    int is_wanted = read_order() && (!strcmp(call_wanted, call) ||
+                                     (!strcmp(call_wanted, "all") && strcmp(call, "read")));
+    if (is_wanted && strstr(path, text) && nth <= ++seen && (times == 0 || seen < nth + times)) {
         verdict = !strcmp(form, "lie") ? LIE : FAIL;
         if (!strcmp(form, "torn") && seen == nth) verdict = TORN;
         note(call, path, 0 <= file && file < FILES ? synced_bytes[file] : 0);
@@ -151,6 +154,31 @@ ssize_t write(int file, const void *bytes, size_t count) {
         break;
     }
     return syscall(SYS_write, file, bytes, count);
+}
+
+ssize_t read(int file, void *bytes, size_t count) {
+    if (judge_file("read", file) != PASS) return fail();
+    return syscall(SYS_read, file, bytes, count);
+}
+
+ssize_t pread64(int file, void *bytes, size_t count, off64_t from) {
+    if (judge_file("read", file) != PASS) return fail();
+    return syscall(SYS_pread64, file, bytes, count, from);
+}
+
+ssize_t pread(int file, void *bytes, size_t count, off_t from) {
+    return pread64(file, bytes, count, from);
+}
+
+#undef fread_unlocked /* which may be a macro */
+size_t fread_unlocked(void *bytes, size_t size, size_t count, FILE *file) {
+    static size_t (*real)(void *, size_t, size_t, FILE *);
+    if (judge_file("read", fileno(file)) != PASS) {
+        fail();
+        return 0;
+    }
+    if (!real) *(void **)&real = dlsym(RTLD_NEXT, "fread_unlocked");
+    return real(bytes, size, count, file);
 }
 
 static int open_file(int folder, const char *path, int flags, mode_t mode) {

@@ -27,8 +27,10 @@ pub struct Order {
 pub enum Call {
     Sync,
     Write,
+    Read,
     /// Opening for writing, renaming, making folders, deleting.
     Change,
+    /// Any of these but reading.
     All,
 }
 
@@ -112,6 +114,7 @@ impl FailingDisk {
             ])
             .arg(library(&dir))
             .arg(source)
+            .arg("-ldl") // for a libc that has it apart
             .output();
         match compiled {
             Ok(output) => {
@@ -149,6 +152,7 @@ impl FailingDisk {
             match call {
                 Call::Sync => "sync",
                 Call::Write => "write",
+                Call::Read => "read",
                 Call::Change => "change",
                 Call::All => "all",
             },

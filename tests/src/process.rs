@@ -51,17 +51,9 @@ impl Process {
     /// Starts one. Its ports are chosen once, so that devices find it again after a restart.
     pub async fn start(environment: &[(&str, &str)]) -> Self {
         let mut process = Self::prepared(environment);
-        process.choose_ports();
-        process.restart().await;
-        process
-    }
-
-    /// The same on a data folder of the test's own. The log is not in it, as with a supervisor's journal:
-    /// what becomes of that disk is still told.
-    pub async fn start_on(data_dir: &Path, environment: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut process = Self::made(dir, data_dir.to_owned(), environment);
-        process.choose_ports();
+        for name in LISTEN {
+            process.set(name, &free_address(name).to_string());
+        }
         process.restart().await;
         process
     }
@@ -71,7 +63,12 @@ impl Process {
         let dir = tempfile::tempdir().unwrap();
         let data_dir = dir.path().join("disk/data");
         std::fs::create_dir(dir.path().join("disk")).unwrap();
-        let mut process = Self::made(dir, data_dir, &[]);
+        let mut process = Self {
+            running: None,
+            environment: Vec::new(),
+            data_dir,
+            dir,
+        };
         for name in LISTEN {
             process.set(name, "127.0.0.1:0");
         }
@@ -81,20 +78,12 @@ impl Process {
         process
     }
 
-    fn made(dir: TempDir, data_dir: PathBuf, environment: &[(&str, &str)]) -> Self {
-        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        Self {
-            running: None,
-            environment: environment.iter().map(owned).collect(),
-            data_dir,
-            dir,
-        }
-    }
-
-    fn choose_ports(&mut self) {
-        for name in LISTEN {
-            self.set(name, &free_address(name).to_string());
-        }
+    /// As [`Self::prepared`], with its data on a disk of the test's own. The log is not on it, as with a
+    /// supervisor's journal: what becomes of that disk is still told.
+    pub fn prepared_on(disk: &Path, environment: &[(&str, &str)]) -> Self {
+        let mut process = Self::prepared(environment);
+        process.data_dir = disk.join("data");
+        process
     }
 
     /// Sets a variable of its environment, from the next start on.

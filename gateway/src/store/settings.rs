@@ -33,9 +33,9 @@ pub struct StoreConfig {
     /// It bounds how much is replayed after a crash; 512 take a few seconds.
     pub wal_mib: NonZeroU32,
     /// How much of the disk must stay free, in MiB. Below it new pings are put off with OVERLOADED and a
-    /// time to come back, because a full disk is a failure that ends the process. 2,048: twice the log
-    /// and its copies from before a recovery, the memtables, and as much again for a compaction. 0 is
-    /// off.
+    /// time to come back, because a full disk is a failure that ends the process. 2,048: the log
+    /// and its two copies from before a recovery, the memtables, and a quarter of a GiB for compactions;
+    /// more with a larger log. 0 is off.
     pub free_space_floor_mib: u32,
     /// Threads for flushes and compactions. 2: one of each, which leaves the other cores to devices.
     pub background_threads: NonZeroU32,

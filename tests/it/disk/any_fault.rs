@@ -45,7 +45,11 @@ async fn any_fault(disk: &FailingDisk, seed: u64, tally: &mut Tally) {
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0], "seed {seed}");
     for _ in 0..random.random_range(0..4) {
         // A start makes some 80 calls.
-        disk.order(any_order(&mut random, &["/store/"], 40));
+        let mut order = any_order(&mut random, &["/store/"], 40);
+        if random.random() {
+            order.call = Call::Read;
+        }
+        disk.order(order);
         match gateway.try_restart().await {
             Ok(()) => gateway.kill(),
             Err(status) => {

@@ -5,7 +5,8 @@ use std::fs;
 use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, Process, until};
 
 use super::ledger::{
-    Sender, all_send_until, all_send_until_closed, connect_all, recovers, stopped_because_of, wrong,
+    Sender, all_send_until, all_send_until_closed, cannot_start, connect_all, recovers,
+    stopped_because_of, wrong,
 };
 
 pub(super) async fn start_on_failing(disk: &FailingDisk, more: &[(&str, &str)]) -> Process {
@@ -15,7 +16,9 @@ pub(super) async fn start_on_failing(disk: &FailingDisk, more: &[(&str, &str)]) 
         .map(|(name, value)| (name.as_str(), value.as_str()))
         .collect();
     environment.extend(more);
-    Process::start(&environment).await
+    let mut gateway = Process::prepared(&environment);
+    gateway.restart().await;
+    gateway
 }
 
 /// The gateway stops at this fault, and nothing that it acknowledged is missing.
@@ -30,7 +33,10 @@ async fn is_final(order: Order, batch_pings: u64, settings: &[(&str, &str)]) {
     stopped_because_of(&mut gateway, order.error.in_words()).await;
     assert!(!disk.done().is_empty(), "the fault happened");
     disk.heal();
-    disk.lose_unsynced();
+    let lost_bytes = disk.lose_unsynced();
+    if let (Call::Sync, ".log") = (order.call, order.text) {
+        assert!(0 < lost_bytes, "what was not synced is lost");
+    }
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0]);
     recovers(&mut gateway, &mut senders).await;
 }
@@ -117,8 +123,7 @@ async fn a_folder_that_became_read_only_is_final_and_a_restart_says_so() {
     let mut senders = all_send_until_closed(senders).await;
     stopped_because_of(&mut gateway, order.error.in_words()).await;
     let said_before = gateway.log().len();
-    let refused = gateway.try_restart().await.unwrap_err();
-    assert_eq!(refused.code(), Some(1));
+    cannot_start(&mut gateway).await;
     let said = gateway.log().split_off(said_before);
     assert!(said.contains("Read-only file system"), "{said}");
     assert!(said.contains("may write to"), "it says what to do: {said}");
@@ -153,6 +158,33 @@ async fn a_watermark_that_cannot_be_written_stops_nobody_and_is_told() {
     gateway.kill();
     disk.heal();
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0]);
+    recovers(&mut gateway, &mut senders).await;
+}
+
+/// Recovery cuts off an end of the log that was torn; a log that it cannot read is not such an end.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_cannot_be_read_at_the_start_is_not_taken_for_its_end() {
+    let Some(disk) = FailingDisk::build() else {
+        return;
+    };
+    let mut gateway = start_on_failing(&disk, &[]).await;
+    let senders = connect_all(&gateway, 100).await;
+    let enough = senders[0].durable_upto + 20_000;
+    let mut senders = all_send_until(senders, enough).await;
+    gateway.kill();
+    for nth in [1, 2, 5] {
+        disk.forget();
+        disk.order(Order {
+            nth,
+            ..Order::next(Call::Read, ".log", DiskError::Io)
+        });
+        cannot_start(&mut gateway).await;
+        assert_eq!(disk.done().len(), 1, "the fault happened");
+        disk.heal();
+        assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0]);
+    }
+    let log = gateway.log();
+    assert!(log.contains("Input/output error"), "{log}");
     recovers(&mut gateway, &mut senders).await;
 }
 
@@ -198,8 +230,7 @@ async fn a_disk_that_lies_about_syncs_loses_pings_and_both_checker_and_gateway_n
         acked - before
     );
     assert!(3 * 100 < lost.len(), "{lost:?}");
-    let refused = gateway.try_restart().await.unwrap_err();
-    assert_eq!(refused.code(), Some(1));
+    cannot_start(&mut gateway).await;
     let log = gateway.log();
     assert!(log.contains("has lost acknowledged data"), "{log}");
 }
@@ -207,7 +238,8 @@ async fn a_disk_that_lies_about_syncs_loses_pings_and_both_checker_and_gateway_n
 /// The control for the checker alone.
 #[tokio::test(flavor = "multi_thread")]
 async fn one_acknowledgement_too_many_does_not_escape_the_checker() {
-    let mut gateway = Process::start(&[]).await;
+    let mut gateway = Process::prepared(&[]);
+    gateway.restart().await;
     let mut senders = vec![Sender::connect(&gateway, 1, 20).await];
     senders[0].send_until(100).await;
     gateway.kill();

@@ -91,7 +91,8 @@ async fn a_frozen_disk_is_told_and_nothing_is_acknowledged_or_resolved_until_it_
         return;
     };
     let no_floor = [("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0")];
-    let mut gateway = Process::start_on(&mount.path().join("data"), &no_floor).await;
+    let mut gateway = Process::prepared_on(&mount.path(), &no_floor);
+    gateway.restart().await;
     is_told_and_waited_for(&mut gateway, || mount.freeze()).await;
 }
 

@@ -181,6 +181,11 @@ pub(super) async fn stopped_because_of(gateway: &mut Process, reason: &str) {
     assert!(log.contains("nothing was acknowledged after this"), "{log}");
 }
 
+pub(super) async fn cannot_start(gateway: &mut Process) {
+    let ended = gateway.try_restart().await.expect_err("it cannot start");
+    assert_eq!(ended.code(), Some(1));
+}
+
 /// After the fault is gone, the devices finish by themselves and everything is there once.
 pub(super) async fn recovers(gateway: &mut Process, senders: &mut [Sender]) {
     gateway.restart().await;

@@ -9,7 +9,9 @@ use std::{
 use waypost_proto::{session::Lane, v1::reject::Code};
 use waypost_tests::{Mount, Process, World, hello, ping, stored_seqs, until};
 
-use super::ledger::{all_send_until_closed, connect_all, recovers, stopped_because_of, wrong};
+use super::ledger::{
+    all_send_until_closed, cannot_start, connect_all, recovers, stopped_because_of, wrong,
+};
 
 /// Writes until the file is so large or the disk is full.
 fn write_ballast(path: &Path, mib: usize) {
@@ -33,7 +35,8 @@ async fn new_pings_wait_while_the_disk_is_nearly_full_and_nobody_is_taken_for_si
         ("WAYPOST_STORE_MEMTABLE_MIB", "8"),
         ("WAYPOST_STORE_WAL_MIB", "8"),
     ];
-    let mut gateway = Process::start_on(&mount.path().join("data"), &settings).await;
+    let mut gateway = Process::prepared_on(&mount.path(), &settings);
+    gateway.restart().await;
     let device = gateway.device(1);
     let link = gateway.connect(&device).await;
     let mut live = link.open(hello(Lane::Live, 0)).await;
@@ -115,7 +118,8 @@ async fn a_full_disk_is_final_and_after_room_was_made_everything_is_there() {
         ("WAYPOST_STORE_MEMTABLE_MIB", "8"),
         ("WAYPOST_STORE_WAL_MIB", "8"),
     ];
-    let mut gateway = Process::start_on(&mount.path().join("data"), &settings).await;
+    let mut gateway = Process::prepared_on(&mount.path(), &settings);
+    gateway.restart().await;
     let senders = connect_all(&gateway, 500).await;
     let ballast = mount.path().join("ballast");
     write_ballast(&ballast, 200);
@@ -124,8 +128,7 @@ async fn a_full_disk_is_final_and_after_room_was_made_everything_is_there() {
 
     // What the end of the process has freed.
     write_ballast(&mount.path().join("more ballast"), 200);
-    let refused = gateway.try_restart().await.unwrap_err();
-    assert_eq!(refused.code(), Some(1));
+    cannot_start(&mut gateway).await;
     fs::remove_file(ballast).unwrap();
     assert_eq!(wrong(gateway.data_dir(), &senders), [""; 0]);
     recovers(&mut gateway, &mut senders).await;
