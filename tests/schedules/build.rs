@@ -46,7 +46,7 @@ const CONTROLS: [(&str, &str, &str, &str); 10] = [
         "does_not_move_a_late_request_past_the_announced",
         "handoff.rs",
         "submission.receive_ms.max(self.resolved_ms + 1)",
-        "submission.receive_ms",
+        "submission.receive_ms.max(1)",
     ),
     (
         "answers_before_the_commit",

@@ -11,6 +11,12 @@
 //! A failure prints shuttle's schedule, which `shuttle::replay` plays again, and the seed, which `SEED`
 //! sets.
 
+#![allow(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "all of this is a test, also what is not in a function marked as one"
+)]
+
 mod clock;
 mod conformance;
 mod freshness;
@@ -148,19 +154,19 @@ fn soak_schedules() {
     let until = Instant::now() + Duration::from_secs(seconds);
     let seed = seed_or(|| RandomState::new().build_hasher().finish());
     println!("seed {seed}");
-    let mut rounds = 0;
+    let mut next_seed = seed;
+    let mut schedules = 0;
     let mut settled = 0;
-    while rounds == 0 || Instant::now() < until {
+    while schedules == 0 || Instant::now() < until {
         for plan in PLANS {
-            let seed = seed.wrapping_add(rounds);
-            settled += try_out_from(seed, plan, scenario::play, SCHEDULES).settled;
+            settled += try_out_from(next_seed, plan, scenario::play, SCHEDULES).settled;
+            schedules += SCHEDULES;
         }
-        rounds += 1;
+        next_seed = next_seed.wrapping_add(1);
     }
     println!(
-        "soak: no answer is missing, twice or too early, and nothing announced comes later: {} schedules, {settled} \
-         batches acknowledged; seed {seed}",
-        rounds as usize * PLANS.len() * SCHEDULES
+        "soak: no answer is missing, twice or too early, and nothing announced comes later: \
+         {schedules} schedules, {settled} batches acknowledged; seed {seed}"
     );
 }
 
@@ -205,7 +211,11 @@ control!(
 
 /// Half of the schedules at random, half by PCT, which finds what needs few but unlikely switches.
 fn try_out(plan: fn() -> Plan, play: fn(Plan, &Arc<Mutex<Tally>>), schedules: usize) -> Tally {
-    try_out_from(seed_or(|| FIXED_SEED), plan, play, schedules)
+    let seed = seed_or(|| FIXED_SEED);
+    println!("seed {seed}");
+    let tally = try_out_from(seed, plan, play, schedules);
+    println!("{schedules} schedules: {tally:?}");
+    tally
 }
 
 fn seed_or(otherwise: fn() -> u64) -> u64 {
@@ -221,24 +231,13 @@ fn try_out_from(
     play: fn(Plan, &Arc<Mutex<Tally>>),
     schedules: usize,
 ) -> Tally {
-    println!("seed {seed}");
     let tally = Arc::default();
     let half = schedules / 2;
-    run(
-        RandomScheduler::new_from_seed(seed, half),
-        plan,
-        play,
-        &tally,
-    );
-    run(
-        PctScheduler::new_from_seed(seed, PCT_DEPTH, half),
-        plan,
-        play,
-        &tally,
-    );
-    let tally = *tally.lock();
-    println!("{schedules} schedules: {tally:?}");
-    tally
+    let random = RandomScheduler::new_from_seed(seed, half);
+    run(random, plan, play, &tally);
+    let pct = PctScheduler::new_from_seed(seed, PCT_DEPTH, half);
+    run(pct, plan, play, &tally);
+    *tally.lock()
 }
 
 fn run(

@@ -377,7 +377,7 @@ fn lane_of(random: &mut impl Rng, hello_lane: Lane) -> Lane {
 
 fn device(at: usize) -> DeviceId {
     DeviceId {
-        user: UserId([at as u8; 16]),
+        user: UserId([u8::try_from(at).unwrap(); 16]),
         device: 1,
     }
 }
