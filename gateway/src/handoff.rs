@@ -318,3 +318,121 @@ fn request_len(request: &Request) -> usize {
 /// How often an idle committer says that nothing is left behind, well below the second that the
 /// freshness contract allows.
 const IDLE_RESOLVE_INTERVAL: Duration = Duration::from_millis(200);
+
+#[cfg(test)]
+mod tests {
+    use waypost_proto::device::Claim;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_announced_ends_before_the_current_millisecond() {
+        let (handle, mut requests) = standing_still(100);
+        for _ in 0..2 {
+            // All of it happens in one millisecond: none of it may be announced, and none be moved.
+            ask(&handle, Lane::Live, Request::Heartbeat, &Arc::default()).await;
+            let (group, gathered) = gather(&mut requests).await;
+            assert_eq!(group[0].receive_ms, STANDING_MS);
+            assert_eq!(gathered.resolved_ms, STANDING_MS - 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_left_in_a_queue_is_not_announced() {
+        let (handle, mut requests) = standing_still(1);
+        for _ in 0..3 {
+            ask(&handle, Lane::Backfill, Request::Heartbeat, &Arc::default()).await;
+        }
+        for left in [2, 1, 0] {
+            let (group, gathered) = gather(&mut requests).await;
+            assert_eq!((group.len(), handle.depth(Lane::Backfill)), (1, left));
+            assert_eq!(group[0].receive_ms, STANDING_MS);
+            assert_eq!(gathered.resolved_ms, STANDING_MS - 1);
+        }
+    }
+
+    #[tokio::test]
+    async fn backfill_is_not_judged_before_a_hello_that_more_than_a_group_of_live_is_ahead_of() {
+        let (handle, mut requests) = standing_still(8);
+        for _ in 0..20 {
+            ask(&handle, Lane::Live, Request::Heartbeat, &Arc::default()).await;
+        }
+        let mailbox = Arc::default();
+        ask(
+            &handle,
+            Lane::Live,
+            Request::Hello(Claim::default()),
+            &mailbox,
+        )
+        .await;
+        let session = tokio::spawn(async move {
+            ask(&handle, Lane::Backfill, Request::Heartbeat, &mailbox).await;
+            mailbox.take().await;
+        });
+        // The session waits wherever it is going to.
+        tokio::task::yield_now().await;
+        let mut order = Vec::new();
+        while order.len() < 22 {
+            for submission in gather(&mut requests).await.0 {
+                order.push((submission.reply.lane, submission.reply.is_hello));
+                submission.reply.answer(Answer::Fenced);
+            }
+        }
+        assert_eq!(order[20..], [(Lane::Live, true), (Lane::Backfill, false)]);
+        session.await.expect("the session was answered");
+    }
+
+    #[tokio::test]
+    async fn a_committer_that_goes_answers_what_waits_and_refuses_what_comes() {
+        let (handle, requests) = standing_still(8);
+        let mailbox = Arc::default();
+        ask(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
+        ask(&handle, Lane::Backfill, Request::Heartbeat, &mailbox).await;
+        drop(requests);
+        let answers = mailbox.take().await;
+        assert!(
+            matches!(
+                answers[..],
+                [(Lane::Live, Answer::Lost), (Lane::Backfill, Answer::Lost)]
+            ),
+            "{answers:?}"
+        );
+        let result = submit(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
+        assert_eq!(result, Err(Stopped));
+    }
+
+    /// Queues whose clock stands still, because the store remembers a time to come.
+    fn standing_still(group_pings: usize) -> (CommitHandle, Requests) {
+        new(
+            const { NonZeroUsize::new(64).unwrap() },
+            group_pings.try_into().unwrap(),
+            Clock::starting_at(STANDING_MS),
+        )
+    }
+
+    async fn ask(handle: &CommitHandle, lane: Lane, request: Request, mailbox: &Arc<Mailbox>) {
+        submit(handle, lane, request, mailbox).await.unwrap();
+    }
+
+    async fn submit(
+        handle: &CommitHandle,
+        lane: Lane,
+        request: Request,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<(), Stopped> {
+        let device = DeviceId {
+            user: waypost_proto::id::UserId([1; 16]),
+            device: 1,
+        };
+        handle.submit(device, lane, request, None, mailbox).await
+    }
+
+    async fn gather(requests: &mut Requests) -> (Vec<Submission>, Gathered) {
+        let mut group = Vec::new();
+        let gathered = requests.gather(&mut group).await.expect("a handle is left");
+        (group, gathered)
+    }
+
+    /// The year 2096.
+    const STANDING_MS: u64 = 4_000_000_000_000;
+}

@@ -1,11 +1,9 @@
 //! A model of the freshness index that refuses whatever would break a promise to checkers. Knows the
 //! model of the store, to see that nothing is visible before it is durable.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex},
-};
+use std::{collections::HashMap, sync::Arc};
 
+use parking_lot::Mutex;
 use waypost_proto::{device::Clocks, id::UserId};
 
 use crate::store::Store;
@@ -14,7 +12,7 @@ use crate::store::Store;
 #[derive(Debug)]
 pub(crate) struct Freshness {
     store: Arc<Store>,
-    // The standard library's: looking is no step of the schedule.
+    // No model: looking is no step of the schedule.
     told: Mutex<Told>,
 }
 
@@ -38,7 +36,7 @@ impl Freshness {
             position <= self.store.durable_position(),
             "visible before it was durable: position {position}"
         );
-        let mut told = self.told.lock().unwrap();
+        let mut told = self.told.lock();
         assert_eq!(position, told.position + 1, "a position was left out");
         told.position = position;
         for (user, clocks) in changes {
@@ -54,15 +52,15 @@ impl Freshness {
     }
 
     pub(crate) fn resolve(&self, resolved_ms: u64) {
-        self.told.lock().unwrap().resolve(resolved_ms);
+        self.told.lock().resolve(resolved_ms);
     }
 
     pub(crate) fn position(&self) -> u64 {
-        self.told.lock().unwrap().position
+        self.told.lock().position
     }
 
     pub(crate) fn resolved_ms(&self) -> u64 {
-        self.told.lock().unwrap().resolved_ms
+        self.told.lock().resolved_ms
     }
 }
 

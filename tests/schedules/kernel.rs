@@ -10,8 +10,8 @@ use waypost_proto::{
 };
 
 use crate::{
+    as_it_is::handoff::{self, Answer, CommitHandle, Mailbox, Stopped},
     clock::Clock,
-    handoff::{self, Answer, CommitHandle, Mailbox, Stopped},
     sync::Alarm,
 };
 
@@ -58,20 +58,18 @@ pub(crate) fn two_answers_meet_a_session_that_waits() {
     answering.join().unwrap();
 }
 
-/// Two sessions wait for the one place in the queue while the committer gathers.
-pub(crate) fn two_requests_meet_in_a_full_queue() {
+/// A session waits for the one place in the queue, which the committer is about to free.
+pub(crate) fn a_full_queue_meets_a_session_that_waits() {
     Alarm::default().set();
     let (handle, mut requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
-    let second = handle.clone();
-    future::block_on(async { hand_over(&handle, &Arc::default()).await.unwrap() });
-    let waiting = future::spawn(async move { hand_over(&second, &Arc::default()).await });
-    future::block_on(async {
-        let mut group = Vec::new();
-        while group.len() < 2 {
-            requests.gather(&mut group).await;
-        }
-        waiting.await.unwrap().unwrap();
+    let mailbox = Arc::default();
+    future::block_on(async { hand_over(&handle, &mailbox).await.unwrap() });
+    let waiting = thread::spawn(move || {
+        future::block_on(async { hand_over(&handle, &mailbox).await.unwrap() });
     });
+    let mut group = Vec::new();
+    future::block_on(async { requests.gather(&mut group).await });
+    waiting.join().unwrap();
 }
 
 async fn hand_over(handle: &CommitHandle, mailbox: &Arc<Mailbox>) -> Result<(), Stopped> {

@@ -20,6 +20,7 @@ pub(crate) struct Plan {
     pub(crate) idle_rings: usize,
     /// The commit that fails.
     pub(crate) failing_commit: Option<u64>,
+    pub(crate) is_committer_cut_off: bool,
     /// Sessions that are cut off at any moment, the first ones.
     pub(crate) leaving: usize,
 }
@@ -39,6 +40,7 @@ impl Plan {
             ticks: random.gen_range(0..=3),
             idle_rings: random.gen_range(0..=2),
             failing_commit: None,
+            is_committer_cut_off: false,
             leaving: 0,
         }
     }
@@ -47,6 +49,14 @@ impl Plan {
     pub(crate) fn failing() -> Self {
         Self {
             failing_commit: Some(thread_rng().gen_range(1..=3)),
+            ..Self::sound()
+        }
+    }
+
+    /// And the committer is cut off while it waits.
+    pub(crate) fn abandoned() -> Self {
+        Self {
+            is_committer_cut_off: true,
             ..Self::sound()
         }
     }

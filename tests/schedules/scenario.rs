@@ -7,11 +7,12 @@ use std::{
     collections::VecDeque,
     future::Future,
     pin::pin,
-    sync::{Arc, LazyLock, Mutex},
+    sync::{Arc, LazyLock},
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use prost::Message;
 use shuttle::{
     future,
@@ -44,6 +45,13 @@ struct World {
     store: Arc<Store>,
     freshness: Arc<Freshness>,
     tally: Arc<Mutex<Tally>>,
+}
+
+impl World {
+    fn is_committer_gone(&self) -> bool {
+        // A check of ours that fails takes it down as well; then that check is to be the one that is told.
+        self.plan.is_committer_cut_off || self.store.has_failed() || std::thread::panicking()
+    }
 }
 
 /// Plays one execution.
@@ -102,6 +110,9 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
     for session in &sessions[..world.plan.leaving] {
         session.abort();
     }
+    if world.plan.is_committer_cut_off {
+        committer.abort();
+    }
     time.join().unwrap();
     timer.join().unwrap();
 
@@ -110,21 +121,25 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
         for session in sessions {
             match session.await {
                 Ok(mailbox) => mailboxes.push(mailbox),
-                Err(future::JoinError::Cancelled) => tally.lock().unwrap().cut_off += 1,
+                Err(future::JoinError::Cancelled) => tally.lock().cut_off += 1,
             }
         }
-        if !store.has_failed() {
+        if !world.is_committer_gone() {
             // All that was received is told in the end, also when nothing more comes.
             clock.tick();
-            while freshness.resolved_ms() + 1 < clock.now_ms() {
+            while freshness.resolved_ms() + 1 < clock.now_ms() && !world.is_committer_gone() {
                 alarm.ring();
                 thread::yield_now();
             }
         }
         drop(handle);
         alarm.ring_for_ever();
-        let end = committer.await.expect("nobody cuts the committer off");
-        assert_eq!(end.is_err(), store.has_failed(), "how the committer ended");
+        match committer.await {
+            Ok(end) => assert_eq!(end.is_err(), store.has_failed(), "how the committer ended"),
+            Err(future::JoinError::Cancelled) => {
+                assert!(world.plan.is_committer_cut_off, "nobody cut it off");
+            }
+        }
         for (mailbox, may_be_lost) in mailboxes {
             let answers = taken_now(&mailbox);
             assert!(
@@ -193,7 +208,7 @@ async fn session(world: Arc<World>, handle: CommitHandle, at: usize) -> (Arc<Mai
     while let Some((lane, request, seqs)) = next {
         let world = &session.world;
         if handle.depth(lane) == world.plan.queue_requests {
-            world.tally.lock().unwrap().held_back += 1;
+            world.tally.lock().held_back += 1;
         }
         let is_hello = matches!(request, Request::Hello(_));
         let before_ms = world.clock.now_ms();
@@ -202,8 +217,8 @@ async fn session(world: Arc<World>, handle: CommitHandle, at: usize) -> (Arc<Mai
             .await;
         let after_ms = world.clock.now_ms();
         if result.is_err() {
-            assert!(world.store.has_failed(), "refused by a sound committer");
-            world.tally.lock().unwrap().refused += 1;
+            assert!(world.is_committer_gone(), "refused by a sound committer");
+            world.tally.lock().refused += 1;
             session.refused = Some(lane);
             while session.in_flight() > 0 {
                 session.receive(mailbox.take().await);
@@ -259,7 +274,7 @@ impl Session {
 
     fn check(&mut self, lane: Lane, asked: &Asked, answer: Answer) {
         let Self { world, device, .. } = self;
-        let mut tally = world.tally.lock().unwrap();
+        let mut tally = world.tally.lock();
         let (receive_ms, position) = match answer {
             Answer::Welcomed(welcomed) => {
                 assert!(asked.is_hello, "a welcome to a batch");
@@ -293,7 +308,7 @@ impl Session {
                 return;
             }
             Answer::Lost => {
-                assert!(world.store.has_failed(), "lost by a sound committer");
+                assert!(world.is_committer_gone(), "lost by a sound committer");
                 tally.lost += 1;
                 return;
             }
@@ -362,7 +377,7 @@ fn lane_of(random: &mut impl Rng, hello_lane: Lane) -> Lane {
 
 fn device(at: usize) -> DeviceId {
     DeviceId {
-        user: UserId([at as u8; 16]),
+        user: UserId([u8::try_from(at).unwrap(); 16]),
         device: 1,
     }
 }

@@ -1,8 +1,9 @@
 //! A model of the store: a commit is durable from one moment on, in the midst of the call. Knows which
 //! pings are durable; must not know who asked.
 
-use std::{collections::HashMap, sync::Mutex};
+use std::collections::HashMap;
 
+use parking_lot::Mutex;
 use waypost_proto::{device::DeviceRecord, id::DeviceId};
 
 pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
@@ -12,7 +13,7 @@ pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
 pub(crate) struct Store {
     /// The number of the commit that fails, counted from 1.
     failing_commit: Option<u64>,
-    // The standard library's: looking is no step of the schedule.
+    // No model: looking is no step of the schedule.
     durable: Mutex<Durable>,
 }
 
@@ -56,7 +57,7 @@ impl Store {
         // While the disk is at work, everybody else goes on.
         shuttle::thread::yield_now();
         {
-            let mut durable = self.durable.lock().unwrap();
+            let mut durable = self.durable.lock();
             durable.commits += 1;
             if Some(durable.commits) == self.failing_commit {
                 return Err(CommitError);
@@ -79,11 +80,11 @@ impl Store {
     }
 
     pub(crate) fn durable_position(&self) -> u64 {
-        self.durable.lock().unwrap().position
+        self.durable.lock().position
     }
 
     pub(crate) fn times_stored(&self, device: DeviceId, epoch: u32, seq: u64) -> u32 {
-        let durable = self.durable.lock().unwrap();
+        let durable = self.durable.lock();
         durable
             .pings
             .get(&(device, epoch, seq))
@@ -92,7 +93,7 @@ impl Store {
     }
 
     pub(crate) fn has_failed(&self) -> bool {
-        let commits = self.durable.lock().unwrap().commits;
+        let commits = self.durable.lock().commits;
         self.failing_commit
             .is_some_and(|failing| failing <= commits)
     }
