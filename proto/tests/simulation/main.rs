@@ -9,6 +9,8 @@
 //!
 //! `SEED=n` runs one seed. Seeds that once failed are in `simulation-seeds.txt` and run always.
 
+#![allow(clippy::unwrap_used)]
+
 mod dice;
 mod gateway;
 mod history;
