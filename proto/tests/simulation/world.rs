@@ -207,6 +207,7 @@ pub(crate) fn run_with_holes(pings: u64) -> Run {
         let ping = world.ping();
         world.installs[0].push(ping, 2, &mut world.history);
     }
+    world.pump(0);
     world.run()
 }
 
@@ -290,10 +291,8 @@ impl World {
             self.gateway.restart();
         }
         self.is_draining = false;
-        // What was cut without anybody noticing is noticed by the timeouts of both sides.
-        for link in 0..self.links.len() {
-            self.cut(link);
-        }
+        // Connections that hold are kept: what waits on them must go on by itself. Those that were cut are
+        // noticed in their time.
         for install in 0..self.installs.len() {
             self.after(0, Event::Connect(install));
         }
@@ -349,7 +348,7 @@ impl World {
                 Want::Close(link, code) => self.gateway_closes(link, code),
                 Want::TakeOver(link) => {
                     self.count("take-overs", 1);
-                    let delay_ms = self.dice.between(0, 20);
+                    let delay_ms = self.dice.one_of(&[0, 20, 300]);
                     self.after(delay_ms, Event::TakenOver(link));
                 }
                 Want::Gather => {
@@ -506,7 +505,14 @@ impl World {
         if self.is_healing {
             return;
         }
-        for _ in 0..self.dice.between(1, self.weather.pushes) {
+        // A heartbeat comes alone: that is when a device has nothing to report.
+        self.installs[at].owes_heartbeat = self.dice.hits(200);
+        let pushes = if self.installs[at].owes_heartbeat {
+            0
+        } else {
+            self.dice.between(1, self.weather.pushes)
+        };
+        for _ in 0..pushes {
             let ping = self.ping();
             self.count("pushed", 1);
             let gap = if self.dice.hits(self.weather.gaps_per_mille) {
@@ -520,7 +526,6 @@ impl World {
         if self.dice.hits(100) {
             self.installs[at].push_again();
         }
-        self.installs[at].owes_heartbeat |= self.dice.hits(50);
         self.pump(at);
         let delay_ms = self.dice.one_of(&[10, 300, 2_000]);
         self.after(delay_ms, Event::Push(at));
