@@ -32,7 +32,10 @@ use std::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use crate::rate::{Bucket, Rate};
+use crate::{
+    metrics::Metrics,
+    rate::{Bucket, Rate},
+};
 
 /// How many handshakes there may be, in all and from one address.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -262,15 +265,17 @@ impl State {
 #[derive(Clone, Debug)]
 pub struct Admission {
     state: Arc<Mutex<State>>,
+    metrics: Metrics,
 }
 
 impl Admission {
     /// Nobody is there. `most_connections` is how many may be open or shaking hands.
     #[must_use]
-    pub fn new(config: &AdmissionConfig, most_connections: usize) -> Self {
+    pub fn new(config: &AdmissionConfig, most_connections: usize, metrics: Metrics) -> Self {
         let state = State::new(config.clone(), most_connections);
         Self {
             state: Arc::new(Mutex::new(state)),
+            metrics,
         }
     }
 
@@ -279,28 +284,29 @@ impl Admission {
     /// # Errors
     /// When it is not; the verdict is then not [`Verdict::Accept`].
     pub fn admit(&self, address: IpAddr, is_proved: bool) -> Result<Place, Verdict> {
-        match self.state.lock().judge(address, is_proved, Instant::now()) {
-            (Verdict::Accept, network) => Ok(Place {
-                state: Arc::clone(&self.state),
-                network,
-                is_proved,
-                is_shaking_hands: true,
-            }),
-            (verdict, _) => Err(verdict),
+        let mut state = self.state.lock();
+        let (verdict, network) = state.judge(address, is_proved, Instant::now());
+        if verdict != Verdict::Accept {
+            return Err(verdict);
         }
-    }
-
-    /// How many addresses have an entry.
-    #[must_use]
-    pub fn addresses(&self) -> usize {
-        self.state.lock().addresses.len()
+        self.metrics
+            .limits
+            .addresses
+            .set(state.addresses.len() as f64);
+        drop(state);
+        Ok(Place {
+            admission: self.clone(),
+            network,
+            is_proved,
+            is_shaking_hands: true,
+        })
     }
 }
 
 /// The place of one connection, from its first packet to its end.
 #[derive(Debug)]
 pub struct Place {
-    state: Arc<Mutex<State>>,
+    admission: Admission,
     network: Network,
     is_proved: bool,
     is_shaking_hands: bool,
@@ -310,7 +316,8 @@ impl Place {
     /// The handshake is over, well or not.
     pub fn shaken_hands(&mut self) {
         if std::mem::take(&mut self.is_shaking_hands) {
-            self.state.lock().shaken_hands(self.network, self.is_proved);
+            let mut state = self.admission.state.lock();
+            state.shaken_hands(self.network, self.is_proved);
         }
     }
 }
@@ -318,7 +325,10 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.shaken_hands();
-        self.state.lock().left(self.network, Instant::now());
+        let Admission { state, metrics } = &self.admission;
+        let mut state = state.lock();
+        state.left(self.network, Instant::now());
+        metrics.limits.addresses.set(state.addresses.len() as f64);
     }
 }
 

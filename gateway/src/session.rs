@@ -117,6 +117,8 @@ pub async fn serve(
     parts.takeovers.release(device, connection.stable_id());
     let now = std::time::Instant::now();
     parts.allowances.leave(device, allowance, now);
+    let limits = &parts.metrics.limits;
+    limits.devices.set(parts.allowances.devices() as f64);
     match end {
         End::Peer(error) => {
             debug!(%device, reason = %error, "the device is gone");

@@ -6,7 +6,7 @@
 //!
 //! At most [`DevicesConfig::connections`] are open or shaking hands, and [`crate::admission`] says who may
 //! begin; all others are refused before any cryptography is spent on them. Refusals that anybody can
-//! cause are logged up to [`LOGGED_REFUSALS`] a second, and counted always. quinn's own buffers are bounded by the settings below; what a
+//! cause are logged up to `LOGGED_REFUSALS` a second, and counted always. quinn's own buffers are bounded by the settings below; what a
 //! connection may hold is in [`crate::session`].
 
 use std::{
@@ -159,7 +159,11 @@ impl Worker {
     /// Accepts connections until `draining`, then waits for the sessions to end.
     pub async fn run(self, parts: Arc<SessionParts>, draining: CancellationToken) {
         let sessions = TaskTracker::new();
-        let admission = Admission::new(&self.config.admission, self.config.connections);
+        let admission = Admission::new(
+            &self.config.admission,
+            self.config.connections,
+            self.metrics.clone(),
+        );
         let refusals = Arc::new(Mutex::new(Bucket::default()));
         loop {
             let incoming = tokio::select! {
@@ -171,7 +175,6 @@ impl Worker {
             let address = incoming.remote_address().ip();
             let verdict = admission.admit(address, incoming.remote_address_validated());
             let limits = &self.metrics.limits;
-            limits.addresses.set(admission.addresses() as f64);
             let place = match verdict {
                 Ok(place) => place,
                 Err(Verdict::Refuse(limit)) => {
@@ -428,3 +431,44 @@ const RESET_INTERVAL: Duration = Duration::from_millis(1);
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a stopping endpoint waits for its peers to acknowledge that it closes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+            self.0.lock().write(text)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nobody_can_fill_the_log_with_refusals_and_all_are_counted() {
+        let (log, metrics) = (Log::default(), Metrics::new());
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(move || writer.clone())
+            .finish();
+        let logged = Mutex::default();
+        let remote = SocketAddr::from(([192, 0, 2, 1], 7));
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..100_000 {
+                refused(&metrics, remote, &Refusal::UnknownAuthority, &logged);
+            }
+        });
+        let lines = String::from_utf8_lossy(&log.0.lock()).lines().count();
+        // Twenty at once; the loop would have to take an hour for all of them.
+        assert!((20..50_000).contains(&lines), "{lines} lines");
+        let counted = r#"waypost_connections_refused_total{reason="unknown_issuer"} 100000"#;
+        assert!(metrics.render().contains(counted));
+    }
+}
