@@ -9,7 +9,7 @@ use waypost_tests::{
     Process, Seed, Soak, ais_file,
     audit::{self, Fault, Snapshot},
     binary,
-    fleet::{Audited, Fleet},
+    fleet::{Audited, Fleet, store_settings},
 };
 
 /// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
@@ -107,16 +107,16 @@ async fn crash_loop(seed: Seed, rounds: u32) -> Counts {
     while counts.rounds < rounds {
         let of_this_store = ROUNDS_OF_A_STORE.min(rounds - counts.rounds);
         let store_seed = seed.part(counts.rounds).number();
-        let mut gateway = Process::prepared(&[]);
-        let audited = one_store(&mut gateway, store_seed, of_this_store, &mut counts).await;
+        let audited = one_store(store_seed, of_this_store, &mut counts).await;
         counts.audited.acked += audited.acked;
         counts.audited.stored += audited.stored;
     }
     counts
 }
 
-async fn one_store(gateway: &mut Process, seed: u64, rounds: u32, counts: &mut Counts) -> Audited {
+async fn one_store(seed: u64, rounds: u32, counts: &mut Counts) -> Audited {
     let mut dice = StdRng::seed_from_u64(seed);
+    let gateway = &mut Process::prepared(store_settings(&mut dice));
     // The very first starts, too.
     kill_while_starting(gateway, &mut dice, counts).await;
     gateway.restart().await;

@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use waypost_tests::{
     Process, Seed, Soak,
     audit::Fault,
-    fleet::{Audited, Fleet},
+    fleet::{Audited, Fleet, store_settings},
     power_cut::{PowerCut, Taken, Unsynced},
 };
 
@@ -43,7 +43,7 @@ async fn ten_power_cuts_at_random_moments_lose_nothing_that_was_acknowledged() {
 #[ignore = "long: make soak runs it"]
 async fn soak_power_loss() {
     let soak = Soak::start();
-    first_start_ends_at_changes(1).await;
+    first_start_ends_at_changes(soak.seed(), 1).await;
     let mut sum = Counts::default();
     let mut stores = 0;
     while soak.has_time_left() {
@@ -76,7 +76,7 @@ impl Counts {
 /// One store and its power cuts. `None` where the library cannot be made.
 async fn power_cuts(seed: Seed, cuts: u32) -> Option<Counts> {
     let mut dice = StdRng::seed_from_u64(seed.part(0).number());
-    let mut gateway = Process::prepared(&[]);
+    let mut gateway = Process::prepared(store_settings(&mut dice));
     let mut power = PowerCut::install(&mut gateway)?;
     let mut counts = Counts::default();
     gateway.restart().await;
@@ -207,11 +207,11 @@ async fn a_gateway_that_has_lost_commits_in_a_power_cut_refuses_to_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_may_end_at_any_change_of_the_disk() {
     // Every second one or so; the soak takes each.
-    first_start_ends_at_changes(2).await;
+    first_start_ends_at_changes(Seed::fixed(1), 2).await;
 }
 
-async fn first_start_ends_at_changes(longest_step: usize) {
-    let mut dice = StdRng::seed_from_u64(Seed::fixed(1).number());
+async fn first_start_ends_at_changes(seed: Seed, longest_step: usize) {
+    let mut dice = StdRng::seed_from_u64(seed.number());
     let mut gateway = Process::prepared(&[]);
     let Some(mut power) = PowerCut::install(&mut gateway) else {
         return;
