@@ -212,7 +212,15 @@ impl Survivor {
         match link.connection().close_reason() {
             Some(ConnectionError::ApplicationClosed(close)) => {
                 let code = CloseCode::from_number(close.error_code.into_inner());
-                if !matches!(code, Some(CloseCode::ShuttingDown | CloseCode::Overloaded)) {
+                let is_said = match code {
+                    Some(CloseCode::ShuttingDown | CloseCode::Overloaded) => true,
+                    // An attempt of its own that it gave up may arrive after its next one.
+                    Some(CloseCode::TakenOver) => true,
+                    // A handshake that the gateway breaks off because it stops.
+                    Some(CloseCode::NoError) => !self.is_welcomed,
+                    _ => false,
+                };
+                if !is_said {
                     self.fault(format!("the gateway closed with {code:?}"));
                 }
             }
