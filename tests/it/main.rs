@@ -11,3 +11,4 @@ mod power_loss;
 mod python;
 mod replay;
 mod shutdown;
+mod watch;

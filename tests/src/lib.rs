@@ -13,7 +13,8 @@ mod metrics_page;
 pub mod power_cut;
 mod process;
 mod prometheus;
-mod soak;
+pub mod silence;
+pub mod soak;
 mod survivor;
 mod world;
 
@@ -29,9 +30,8 @@ use waypost_proto::{
 
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
-pub use process::{Addresses, Process};
+pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
-pub use soak::{Seed, Soak};
 pub use survivor::Survivor;
 pub use world::World;
 
