@@ -7,11 +7,11 @@ use quinn::ConnectionError;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use waypost_proto::{device::DeviceRecord, ranges::RangeSet, session::Lane};
 use waypost_tests::{
-    Process, Seed, Soak, ais_file,
+    Process, ais_file,
     audit::{self, Fault, Snapshot},
     binary,
-    fleet::{Audited, Fleet},
-    hello,
+    fleet::{Audited, Fleet, store_settings},
+    hello, soak,
 };
 
 /// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
@@ -84,7 +84,7 @@ const ROUNDS_OF_A_STORE: u32 = 25;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn twenty_kills_at_random_moments_lose_nothing_and_double_nothing() {
-    let counts = crash_loop(Seed::fixed(20_261_123), 20).await;
+    let counts = crash_loop(soak::fixed_seed(20_261_123), 20).await;
     assert_eq!(counts.rounds, 20);
     assert!(0 < counts.audited.acked, "{counts:?}");
 }
@@ -92,20 +92,17 @@ async fn twenty_kills_at_random_moments_lose_nothing_and_double_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_crash_loop() {
-    let soak = Soak::start();
-    let counts = crash_loop(soak.seed(), soak.rounds()).await;
-    soak.summary(
-        "an acknowledged ping survives SIGKILL",
-        &format!(
-            "{} rounds, {} kills while starting, {} while draining, {} pings acknowledged, {} stored, \
-             0 lost, 0 stored twice",
-            counts.rounds,
-            counts.kills_while_starting,
-            counts.kills_while_draining,
-            counts.audited.acked,
-            counts.audited.stored,
-        ),
-    );
+    let seed = soak::seed();
+    let counts = crash_loop(seed, soak::rounds()).await;
+    soak::summary(format_args!(
+        "an acknowledged ping survives SIGKILL: {} rounds, {} kills while starting, {} while draining, \
+         {} pings acknowledged, {} stored, 0 lost, 0 stored twice; seed {seed}",
+        counts.rounds,
+        counts.kills_while_starting,
+        counts.kills_while_draining,
+        counts.audited.acked,
+        counts.audited.stored,
+    ));
 }
 
 #[derive(Debug, Default)]
@@ -118,21 +115,21 @@ struct Counts {
 
 /// The seed decides on the moments and on what the devices do; what the gateway is doing then is up to
 /// the machine.
-async fn crash_loop(seed: Seed, rounds: u32) -> Counts {
+async fn crash_loop(seed: u64, rounds: u32) -> Counts {
     let mut counts = Counts::default();
     while counts.rounds < rounds {
         let of_this_store = ROUNDS_OF_A_STORE.min(rounds - counts.rounds);
-        let store_seed = seed.part(counts.rounds).number();
-        let mut gateway = Process::prepared(&[]);
-        let audited = one_store(&mut gateway, store_seed, of_this_store, &mut counts).await;
+        let store_seed = soak::part(seed, counts.rounds);
+        let audited = one_store(store_seed, of_this_store, &mut counts).await;
         counts.audited.acked += audited.acked;
         counts.audited.stored += audited.stored;
     }
     counts
 }
 
-async fn one_store(gateway: &mut Process, seed: u64, rounds: u32, counts: &mut Counts) -> Audited {
+async fn one_store(seed: u64, rounds: u32, counts: &mut Counts) -> Audited {
     let mut dice = StdRng::seed_from_u64(seed);
+    let gateway = &mut Process::prepared(store_settings(&mut dice));
     // The very first starts, too.
     kill_while_starting(gateway, &mut dice, counts).await;
     gateway.restart().await;

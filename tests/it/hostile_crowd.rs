@@ -15,7 +15,7 @@ use waypost_loadtest::{
 };
 use waypost_proto::session::Lane;
 use waypost_tests::{
-    MetricsPage, Process, Soak, World, crowd::Crowd, hello, packets::Eavesdropper, ping,
+    MetricsPage, Process, World, crowd::Crowd, hello, packets::Eavesdropper, ping, soak,
 };
 
 const GOOD_DEVICES: u32 = 1_000;
@@ -402,26 +402,23 @@ async fn without_the_limits_the_same_crowd_does_as_it_likes() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_hostile() {
-    let soak = Soak::start();
+    let (seed, length) = (soak::seed(), soak::length());
     let outcome = beside_a_crowd(Plan {
-        calm: soak.length() / 5,
-        crowded: soak.length() / 5 * 4,
+        calm: length / 5,
+        crowded: length / 5 * 4,
         is_limited: true,
-        seed: soak.seed().number(),
+        seed,
     })
     .await;
     assert_eq!(outcome.faults, [""; 0]);
-    soak.summary(
-        "a hostile crowd costs good devices no ping",
-        &format!(
-            "{} pings of {GOOD_DEVICES} devices beside {} rounds and packets of abuse, none lost, none \
-             twice, p99 of acks {} ms without it and {} ms with it",
-            outcome.pings,
-            outcome.rounds.values().sum::<u64>(),
-            outcome.calm.quantile_ms(0.99),
-            outcome.crowded.quantile_ms(0.99),
-        ),
-    );
+    soak::summary(format_args!(
+        "a hostile crowd costs good devices no ping: {} pings of {GOOD_DEVICES} devices beside {} rounds and \
+         packets of abuse, none lost, none twice, p99 of acks {} ms without it and {} ms with it; seed {seed}",
+        outcome.pings,
+        outcome.rounds.values().sum::<u64>(),
+        outcome.calm.quantile_ms(0.99),
+        outcome.crowded.quantile_ms(0.99),
+    ));
 }
 
 /// As many as need not prove their address, the good ones' own among them, and some that have.

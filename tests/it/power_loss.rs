@@ -1,13 +1,17 @@
 //! The power goes at any moment: what was acknowledged was synced, so it is still there.
 
-use std::{os::unix::process::ExitStatusExt, time::Duration};
+use std::{
+    os::unix::process::ExitStatusExt,
+    time::{Duration, Instant},
+};
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use waypost_tests::{
-    Process, Seed, Soak,
+    Process,
     audit::Fault,
-    fleet::{Audited, Fleet},
+    fleet::{Audited, Fleet, store_settings},
     power_cut::{PowerCut, Taken, Unsynced},
+    soak,
 };
 
 /// How many cuts one store sees, so that an audit stays short.
@@ -24,7 +28,7 @@ struct Counts {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_power_cuts_at_random_moments_lose_nothing_that_was_acknowledged() {
-    let Some(counts) = power_cuts(Seed::fixed(20_261_124), 10).await else {
+    let Some(counts) = power_cuts(soak::fixed_seed(20_261_124), 10).await else {
         return;
     };
     assert_eq!(counts.cuts, 10);
@@ -42,25 +46,23 @@ async fn ten_power_cuts_at_random_moments_lose_nothing_that_was_acknowledged() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_power_loss() {
-    let soak = Soak::start();
-    first_start_ends_at_changes(1).await;
+    let (seed, length) = (soak::seed(), soak::length());
+    let started = Instant::now();
+    first_start_ends_at_changes(seed, 1).await;
     let mut sum = Counts::default();
     let mut stores = 0;
-    while soak.has_time_left() {
-        let Some(counts) = power_cuts(soak.seed().part(stores), CUTS_OF_A_STORE).await else {
+    while started.elapsed() < length {
+        let Some(counts) = power_cuts(soak::part(seed, 2 * stores), CUTS_OF_A_STORE).await else {
             return;
         };
         stores += 1;
         sum.add(&counts);
     }
-    soak.summary(
-        "an acknowledged ping survives the loss of power",
-        &format!(
-            "{} power cuts, which took {} unsynced bytes and {} unsynced names, {} pings \\
-             acknowledged, {} stored, 0 lost, 0 stored twice",
-            sum.cuts, sum.taken.bytes, sum.taken.names, sum.audited.acked, sum.audited.stored,
-        ),
-    );
+    soak::summary(format_args!(
+        "an acknowledged ping survives the loss of power: {} power cuts, which took {} unsynced bytes and \
+         {} unsynced names, {} pings acknowledged, {} stored, 0 lost, 0 stored twice; seed {seed}",
+        sum.cuts, sum.taken.bytes, sum.taken.names, sum.audited.acked, sum.audited.stored,
+    ));
 }
 
 impl Counts {
@@ -74,13 +76,13 @@ impl Counts {
 }
 
 /// One store and its power cuts. `None` where the library cannot be made.
-async fn power_cuts(seed: Seed, cuts: u32) -> Option<Counts> {
-    let mut dice = StdRng::seed_from_u64(seed.part(0).number());
-    let mut gateway = Process::prepared(&[]);
+async fn power_cuts(seed: u64, cuts: u32) -> Option<Counts> {
+    let mut dice = StdRng::seed_from_u64(seed);
+    let mut gateway = Process::prepared(store_settings(&mut dice));
     let mut power = PowerCut::install(&mut gateway)?;
     let mut counts = Counts::default();
     gateway.restart().await;
-    let mut fleet = Fleet::new(&gateway, seed.part(1).number());
+    let mut fleet = Fleet::new(&gateway, soak::part(seed, 1));
     gateway.kill();
     for _ in 0..cuts {
         live_and_die(&mut gateway, &mut fleet, &mut dice).await;
@@ -207,11 +209,11 @@ async fn a_gateway_that_has_lost_commits_in_a_power_cut_refuses_to_start() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_first_start_may_end_at_any_change_of_the_disk() {
     // Every second one or so; the soak takes each.
-    first_start_ends_at_changes(2).await;
+    first_start_ends_at_changes(soak::fixed_seed(1), 2).await;
 }
 
-async fn first_start_ends_at_changes(longest_step: usize) {
-    let mut dice = StdRng::seed_from_u64(Seed::fixed(1).number());
+async fn first_start_ends_at_changes(seed: u64, longest_step: usize) {
+    let mut dice = StdRng::seed_from_u64(seed);
     let mut gateway = Process::prepared(&[]);
     let Some(mut power) = PowerCut::install(&mut gateway) else {
         return;
@@ -246,7 +248,7 @@ async fn first_start_ends_at_changes(longest_step: usize) {
 /// synced is taken away, until it comes to its end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_recovery_may_end_at_any_change_of_the_disk() {
-    let mut dice = StdRng::seed_from_u64(Seed::fixed(2).number());
+    let mut dice = StdRng::seed_from_u64(soak::fixed_seed(2));
     let mut gateway = Process::prepared(&[]);
     let Some(mut power) = PowerCut::install(&mut gateway) else {
         return;

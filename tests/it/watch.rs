@@ -1,7 +1,11 @@
 //! "Nobody heard from U since T", through crashes: a checker follows with its token from one gateway process
 //! to the next, and everything that was said of silence is held against what devices were acknowledged.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    num::NonZeroUsize,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -18,9 +22,9 @@ use waypost_proto::{
     v1::{WatchRequest, watch_event::Kind},
 };
 use waypost_tests::{
-    Process, Soak, ping,
+    Process, ping,
     silence::{Claims, Contact, Said},
-    until,
+    soak, until,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -31,12 +35,12 @@ async fn what_is_said_of_silence_stays_right_through_crashes() {
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: make soak runs it"]
 async fn soak_watch() {
-    let soak = Soak::start();
-    let claims = through_crashes(soak.seed().number(), &mut |_| soak.has_time_left()).await;
-    soak.summary(
-        "a checker is never told a wrong silence",
-        &claims.to_string(),
-    );
+    let (seed, length) = (soak::seed(), soak::length());
+    let begun = Instant::now();
+    let claims = through_crashes(seed, &mut |_| begun.elapsed() < length).await;
+    soak::summary(format_args!(
+        "checkers are never told a wrong silence: {claims}; seed {seed}"
+    ));
 }
 
 /// Rounds of pings that end with SIGKILL, as long as `goes_on`; then everything said is judged.

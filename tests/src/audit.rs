@@ -276,16 +276,14 @@ pub fn compare_entries(
     let mut faults = Vec::new();
     for (survivor, entry) in survivors.iter().zip(entries) {
         let record = held.devices.get(&survivor.device().id);
-        let expected = record.map_or((Clocks::default(), 0), |record| {
-            (record.clocks, record.position)
-        });
+        let expected = record.map(|record| (record.clocks, record.position));
         let told = Clocks {
             last_contact_ms: entry.last_contact_ms,
             last_sample_ms: entry.last_sample_ms,
             last_fix_ms: entry.last_fix_ms,
             durable_ms: entry.durable_ms,
         };
-        if (told, entry.position) != expected {
+        if (told, entry.position) != expected.unwrap_or_default() {
             let text = format!("checkers are told {entry:?} of {expected:?}");
             faults.push(Fault::Clock(text));
         }

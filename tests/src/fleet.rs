@@ -6,6 +6,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use parking_lot::Mutex;
+use rand::{RngExt, rngs::StdRng};
 use waypost_gateway::feed::client;
 use waypost_proto::v1;
 
@@ -28,6 +29,19 @@ pub struct Fleet {
     ca_pem: String,
     /// What the store held at the last audit.
     held: Snapshot,
+}
+
+/// Settings of the store for a run: the defaults, or memory so small that it flushes, compacts and begins
+/// new logs all the time.
+pub fn store_settings(dice: &mut StdRng) -> &'static [(&'static str, &'static str)] {
+    if dice.random() {
+        &[
+            ("WAYPOST_STORE_MEMTABLE_MIB", "1"),
+            ("WAYPOST_STORE_WAL_MIB", "1"),
+        ]
+    } else {
+        &[]
+    }
 }
 
 /// What one audit looked at.

@@ -20,7 +20,7 @@ mod process;
 mod prometheus;
 mod relay;
 pub mod silence;
-mod soak;
+pub mod soak;
 mod survivor;
 mod world;
 
@@ -41,7 +41,6 @@ pub use mounts::{Frozen, Mount};
 pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
 pub use relay::{Counts, Relay, Weather};
-pub use soak::{Seed, Soak};
 pub use survivor::Survivor;
 pub use world::World;
 

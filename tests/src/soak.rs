@@ -1,83 +1,49 @@
-//! Seeds, and the long runs that take a new one each time.
-//!
-//! Knows the environment variables `SEED`, `SOAK_SECONDS` and `SOAK_ROUNDS`, and how a long run says what
-//! it did. Must not know what is run.
-#![expect(
-    clippy::print_stdout,
+//! How the long versions of tests learn their seed and their length, and say what they did.
+
+use std::{fmt::Display, str::FromStr, time::Duration};
+
+/// `SEED`, or a random one. Printed at once, so that a run that dies can be repeated.
+#[expect(clippy::print_stdout, reason = "the soak's log is its output")]
+pub fn seed() -> u64 {
+    let seed = number("SEED").unwrap_or_else(rand::random);
+    println!("seed {seed}");
+    seed
+}
+
+/// `SEED`, or the one that a short test always takes. Shown when the test fails.
+#[expect(
     clippy::print_stderr,
-    reason = "a run says its seed at once and its result at the end"
+    reason = "a failure that cannot be repeated is worth little"
 )]
-
-use std::time::{Duration, Instant};
-
-/// Where all of a test's randomness begins. It is printed, and `SEED` sets it.
-#[derive(Clone, Copy, Debug)]
-pub struct Seed(u64);
-
-/// A long run.
-#[derive(Debug)]
-pub struct Soak {
-    seed: Seed,
-    started: Instant,
+pub fn fixed_seed(seed: u64) -> u64 {
+    let seed = number("SEED").unwrap_or(seed);
+    eprintln!("seed {seed}");
+    seed
 }
 
-impl Seed {
-    /// The same at each run, unless `SEED` is set.
-    pub fn fixed(seed: u64) -> Self {
-        let seed = Self(number("SEED").unwrap_or(seed));
-        // Captured, and shown when the test fails.
-        eprintln!("seed {}", seed.0);
-        seed
-    }
-
-    /// The seed of one part of the test.
-    pub fn part(self, part: u32) -> Self {
-        Self(self.0.wrapping_add(u64::from(part) << 32))
-    }
-
-    pub fn number(self) -> u64 {
-        self.0
-    }
+/// The seed of one part of a run.
+pub fn part(seed: u64, part: u32) -> u64 {
+    seed.wrapping_add(u64::from(part) << 32)
 }
 
-impl Soak {
-    /// Begins with a random seed, unless `SEED` is set.
-    pub fn start() -> Self {
-        let seed = Seed(number("SEED").unwrap_or_else(|| u64::from(rand::random::<u32>())));
-        println!("soak: seed {}", seed.0);
-        Self {
-            seed,
-            started: Instant::now(),
-        }
-    }
-
-    pub fn seed(&self) -> Seed {
-        self.seed
-    }
-
-    /// How many rounds a run that is counted in rounds takes: `SOAK_ROUNDS`, or 1,000.
-    pub fn rounds(&self) -> u32 {
-        number("SOAK_ROUNDS").map_or(1_000, |rounds| u32::try_from(rounds).unwrap())
-    }
-
-    /// How long a run that is counted in seconds takes: `SOAK_SECONDS`, or 60.
-    pub fn length(&self) -> Duration {
-        Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60))
-    }
-
-    /// Whether it goes on.
-    pub fn has_time_left(&self) -> bool {
-        self.started.elapsed() < self.length()
-    }
-
-    /// The one line at the end.
-    pub fn summary(&self, claim: &str, counts: &str) {
-        println!("soak: {claim}: {counts}; seed {}", self.seed.0);
-    }
+/// `SOAK_ROUNDS`, or 1,000, for what is counted in rounds.
+pub fn rounds() -> u32 {
+    number("SOAK_ROUNDS").unwrap_or(1_000)
 }
 
-fn number(name: &str) -> Option<u64> {
+/// `SOAK_SECONDS`, or a minute.
+pub fn length() -> Duration {
+    Duration::from_secs(number("SOAK_SECONDS").unwrap_or(60))
+}
+
+/// The one line that goes into the summary of `make soak`.
+#[expect(clippy::print_stdout, reason = "the soak's log is its output")]
+pub fn summary(line: impl Display) {
+    println!("soak: {line}");
+}
+
+fn number<T: FromStr>(name: &str) -> Option<T> {
     let text = std::env::var(name).ok()?;
-    let number = text.parse();
-    Some(number.unwrap_or_else(|_| panic!("{name} is {text:?} and no number")))
+    let number = text.parse().ok();
+    Some(number.unwrap_or_else(|| panic!("{name} is not a number: {text:?}")))
 }

@@ -61,6 +61,8 @@ pub struct Survivor {
     told_position: u64,
     told_contact_ms: u64,
     epochs: BTreeSet<u32>,
+    /// On its present connection.
+    is_welcomed: bool,
 }
 
 /// The connection is gone; the device tries again.
@@ -118,6 +120,7 @@ impl Survivor {
             told_position: 0,
             told_contact_ms: 0,
             epochs: BTreeSet::new(),
+            is_welcomed: false,
         }
     }
 
@@ -204,11 +207,20 @@ impl Survivor {
         let credentials = Some(&*self.device.credentials);
         let attempt = link::attempt(visit.gateway, visit.ca_pem, credentials, link::ordinary());
         let link = attempt.await.established().ok_or(Cut)?;
+        self.is_welcomed = false;
         let ended = self.talk(&link, visit, fresh, stays).await;
         match link.connection().close_reason() {
             Some(ConnectionError::ApplicationClosed(close)) => {
                 let code = CloseCode::from_number(close.error_code.into_inner());
-                if !matches!(code, Some(CloseCode::ShuttingDown | CloseCode::Overloaded)) {
+                let is_said = match code {
+                    Some(CloseCode::ShuttingDown | CloseCode::Overloaded) => true,
+                    // An attempt of its own that it gave up may arrive after its next one.
+                    Some(CloseCode::TakenOver) => true,
+                    // A handshake that the gateway breaks off because it stops.
+                    Some(CloseCode::NoError) => !self.is_welcomed,
+                    _ => false,
+                };
+                if !is_said {
                     self.fault(format!("the gateway closed with {code:?}"));
                 }
             }
@@ -374,6 +386,7 @@ impl Survivor {
     }
 
     fn welcomed(&mut self, welcome: &v1::Welcome, order: &mut Order, visit: &Visit<'_>) {
+        self.is_welcomed = true;
         if self.epoch != welcome.epoch {
             if self.epoch != 0 {
                 self.fault(format!(

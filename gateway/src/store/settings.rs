@@ -159,7 +159,7 @@ impl Settings {
         let day_memtable_bytes = memtable_bytes / MEMTABLES_PER_BUDGET;
         Ok(Self {
             database,
-            meta: named()?,
+            meta: meta(day_memtable_bytes / 4)?,
             devices: devices(&cache, day_memtable_bytes / 2)?,
             day: day(&cache, day_memtable_bytes)?,
         })
@@ -194,6 +194,16 @@ pub(super) fn scan() -> ReadOptions {
     let mut options = ReadOptions::default();
     options.fill_cache(false);
     options
+}
+
+/// A few rows, one of them overwritten by each commit. RocksDB's default of 64 MiB would let its memtable
+/// fill the whole budget, in steps of a MiB. Then commits wait for a flush that nobody has asked for,
+/// because a family is flushed when it has reached its own size, and they wait for ever. The sizes of all
+/// families that are written to must stay below the budget together.
+fn meta(memtable_bytes: usize) -> Result<Options, rocksdb::Error> {
+    let mut options = named()?;
+    options.set_write_buffer_size(memtable_bytes);
+    Ok(options)
 }
 
 /// Device records: overwritten over and over, so levelled compaction, which keeps one version of each.

@@ -661,3 +661,33 @@ fn nothing_that_is_shown_of_a_store_holds_its_secret() {
     let shown = format!("{store:?} {store:#?}");
     assert!(!shown.contains("token"), "{shown}");
 }
+
+/// It used to wait for ever: the family `meta` alone could fill all the memory that there was, and nothing
+/// made it flush.
+#[test]
+fn commits_go_on_with_the_least_memory_that_can_be_configured() {
+    const COMMITS: u64 = 1_000;
+    let folder = tempfile::tempdir().unwrap();
+    let config = StoreConfig {
+        memtable_mib: std::num::NonZeroU32::MIN,
+        wal_mib: std::num::NonZeroU32::MIN,
+        ..StoreConfig::default()
+    };
+    let (done, is_done) = std::sync::mpsc::channel();
+    let path = folder.path().to_owned();
+    std::thread::spawn(move || {
+        let store = Store::open(&path, &config, NOW_MS).unwrap();
+        let today = Day::of_ms(NOW_MS);
+        for position in 1..=COMMITS {
+            let first = 1 + (position - 1) * 100;
+            commit(&store, position, today, device(1, 1), &pings(first, 100)).unwrap();
+        }
+        drop(store);
+        done.send(()).unwrap();
+    });
+    // Only a hang takes this long.
+    let patience = Duration::from_secs(300);
+    is_done.recv_timeout(patience).expect("all commits end");
+    let store = Store::open_read_only(folder.path()).unwrap();
+    assert_eq!(rows(&store).len() as u64, COMMITS);
+}

@@ -1,7 +1,9 @@
 //! Faults by seed: any call, any file, any moment, also while the gateway starts.
 
+use std::time::Instant;
+
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, Soak};
+use waypost_tests::{Call, DiskError, FailingDisk, Form, Order, soak};
 
 use super::{
     faults::{SMALL_TABLES, start_on_failing},
@@ -105,23 +107,15 @@ async fn soak_failing_disk() {
     let Some(disk) = FailingDisk::build() else {
         return;
     };
-    let soak = Soak::start();
+    let (seed, length) = (soak::seed(), soak::length());
+    let end = Instant::now() + length;
     let mut tally = Tally::default();
-    while soak.has_time_left() {
-        let seed = soak.seed().number().wrapping_add(tally.rounds);
-        any_fault(&disk, seed, &mut tally).await;
+    while Instant::now() < end {
+        any_fault(&disk, seed.wrapping_add(tally.rounds), &mut tally).await;
     }
-    soak.summary(
-        "no fault of a disk loses an acknowledged ping",
-        &format!(
-            "{} rounds, {} calls hit, {} times the gateway stopped and {} times went on, {} starts failed, \
-             {} pings acknowledged, 0 lost",
-            tally.rounds,
-            tally.hit,
-            tally.stopped,
-            tally.went_on,
-            tally.failed_starts,
-            tally.acked
-        ),
-    );
+    soak::summary(format_args!(
+        "no fault of a disk loses an acknowledged ping: {} rounds, {} calls hit, {} times the gateway \
+         stopped and {} times went on, {} starts failed, {} pings acknowledged, 0 lost; seed {seed}",
+        tally.rounds, tally.hit, tally.stopped, tally.went_on, tally.failed_starts, tally.acked
+    ));
 }
