@@ -4,7 +4,12 @@
 //!
 //! Knows what each fault must not do to the promises. Must not know how the relay makes it.
 
-use std::{collections::BTreeMap, num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    num::{NonZeroU32, NonZeroUsize},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
@@ -461,6 +466,47 @@ async fn a_port_that_changes_in_mid_handshake_costs_an_attempt_and_no_more() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_gets_through_a_line_of_16_kbit_per_second() {
+    let world = World::start().await;
+    let relay = Relay::start(world.addresses().devices, 14);
+    relay.set_weather(Weather {
+        delay: Duration::from_millis(200),
+        bytes_per_s: NonZeroU32::new(2_000),
+        ..Weather::FAIR
+    });
+    let (device, heard) = lone_device(&world, &relay);
+    // As different from each other as those of a moving vehicle, so that a batch is long: a full one
+    // takes this line six seconds, and each lane has one.
+    let mut dice = SmallRng::seed_from_u64(14);
+    for seq in 1..=2_000 {
+        let still = ping(seq);
+        device.push(Ping {
+            time_ms: still.time_ms + dice.random_range(0..1_000),
+            latitude_e7: still.latitude_e7 + dice.random_range(0..100_000),
+            longitude_e7: still.longitude_e7 + dice.random_range(0..100_000),
+            speed_cm_per_s: Some(dice.random_range(0..3_000)),
+            course_ddeg: Some(dice.random_range(0..3_600)),
+            ..still
+        });
+    }
+    device.go_online();
+    until(async || (device.held() == 0).then_some(())).await;
+    assert!(heard.lock().ends.is_empty(), "{heard:?}");
+    assert!(16_000 < relay.counts().passed_bytes);
+    let metrics = world.metrics().await;
+    assert_eq!(metrics.value("waypost_pings_received_total"), 2_000.0);
+    drop(device);
+    let store = world.stop().await;
+    let mut stored: Vec<_> = store
+        .rows()
+        .flat_map(|row| row.unwrap().record.pings)
+        .map(|ping| ping.seq)
+        .collect();
+    stored.sort_unstable();
+    assert_eq!(stored, (1..=2_000).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_refuses_migration_loses_its_devices_when_the_port_changes() {
     // The negative control of the two above: the port changes for real, and somebody must follow it.
     assert!(is_heard_after_rebinding(true).await);
@@ -649,7 +695,7 @@ fn any_weather(dice: &mut SmallRng) -> Weather {
         delay: Duration::from_millis(dice.random_range(0..20)),
         jitter: Duration::from_millis(dice.random_range(0..20)),
         longest_datagram_bytes: 1_200,
-        is_blacked_out: false,
+        ..Weather::FAIR
     }
 }
 
@@ -728,7 +774,7 @@ fn lone_device(world: &World, relay: &Relay) -> (Device, Arc<Mutex<Heard>>) {
         .unwrap();
     let config = DeviceConfig {
         credentials,
-        capacity: const { NonZeroUsize::new(10).unwrap() },
+        capacity: const { NonZeroUsize::new(10_000).unwrap() },
         seed: 1,
     };
     let heard = Arc::<Mutex<Heard>>::default();
