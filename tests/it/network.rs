@@ -7,7 +7,10 @@
 use std::{
     collections::BTreeMap,
     num::{NonZeroU32, NonZeroUsize},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -54,6 +57,8 @@ struct Trial {
     /// What checkers were told before.
     before: Vec<v1::Entry>,
     watch: Watch,
+    /// Makes each ping unlike all others.
+    next_ping: AtomicU64,
 }
 
 /// What a trial has shown.
@@ -71,12 +76,12 @@ struct Findings {
 }
 
 impl Trial {
-    /// Connects a fleet in fair weather.
+    /// A gateway, and a fleet that is not connected yet, in fair weather.
     async fn start(seed: u64) -> Self {
         Self::start_in(seed, Weather::FAIR).await
     }
 
-    /// Connects a fleet. Some of its devices have a backlog of frames that need many datagrams.
+    /// The same in other weather. Some devices have a backlog, of frames that need many datagrams.
     #[expect(clippy::print_stderr, reason = "shown when the test fails")]
     async fn start_in(seed: u64, weather: Weather) -> Self {
         eprintln!("seed {seed}");
@@ -104,6 +109,7 @@ impl Trial {
             users,
             before,
             watch,
+            next_ping: AtomicU64::new(1),
         };
         for at in 0..DEVICES_WITH_BACKLOG {
             (0..BACKLOG_PINGS).for_each(|_| trial.send(at));
@@ -117,12 +123,9 @@ impl Trial {
     }
 
     fn send(&self, at: usize) {
-        let now = system_now_ms();
-        let position = ping(now % 1_000_000);
         let ping = Ping {
-            seq: 0,
-            time_ms: now,
-            ..position
+            time_ms: system_now_ms(),
+            ..ping(self.next_ping.fetch_add(1, Ordering::Relaxed))
         };
         self.fleet.send(at, ping, self.fleet.now_us());
     }
