@@ -560,7 +560,7 @@ async fn a_device_that_found_a_wide_path_survives_when_it_becomes_narrow() {
     let world = World::start().await;
     let relay = Relay::start(world.addresses().devices, 11);
     let device = world.device(1);
-    let link = world.connect_over(&relay, &device).await;
+    let link = world.connect_at(relay.address(), &device).await;
     let mut live = link.open(hello(Lane::Live, 0)).await;
     let epoch = live.welcome().await.epoch;
     let mut batches = (0..).map(|at| {
@@ -743,7 +743,7 @@ async fn is_heard_after_rebinding(follows_migration: bool) -> bool {
         }
         Some(())
     });
-    let link = world.connect_over(&relay, &world.device(1)).await;
+    let link = world.connect_at(relay.address(), &world.device(1)).await;
     let mut stream = link.open_raw().await;
     stream.send_raw(b"before").await;
     assert!(stream.next().await.is_some());

@@ -23,7 +23,7 @@ use waypost_loadtest::run::Target;
 use waypost_proto::v1;
 
 use crate::{
-    Device, MetricsPage, Relay, device_id,
+    Device, MetricsPage, device_id,
     link::{self, Attempt, Link},
     process,
 };
@@ -116,11 +116,11 @@ impl World {
         self.attempt(Some(&device.credentials)).await.unwrap()
     }
 
-    /// Connects to what stands between the device and the gateway.
-    pub async fn connect_over(&self, relay: &Relay, device: &Device) -> Link {
+    /// Connects to an address that leads to the gateway.
+    pub async fn connect_at(&self, address: SocketAddr, device: &Device) -> Link {
         let ca_pem = self.authority.certificate_pem();
         let credentials = Some(&*device.credentials);
-        link::attempt(relay.address(), ca_pem, credentials, link::ordinary())
+        link::attempt(address, ca_pem, credentials, link::ordinary())
             .await
             .unwrap()
     }
