@@ -17,6 +17,7 @@ use std::{
     collections::{BinaryHeap, HashMap, hash_map::Entry},
     io,
     net::{Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
     sync::Arc,
     time::Duration,
 };
@@ -45,6 +46,8 @@ pub struct Weather {
     pub delay: Duration,
     /// Up to this much longer, for each datagram anew: one overtakes another.
     pub jitter: Duration,
+    /// How much a flow carries each way, if that is limited; the rest waits its turn.
+    pub bytes_per_s: Option<NonZeroU32>,
     /// Longer ones vanish without a word, as in a tunnel whose ICMP messages are filtered.
     pub longest_datagram_bytes: usize,
     /// Nothing passes at all.
@@ -59,6 +62,7 @@ impl Weather {
         corruption: 0.0,
         delay: Duration::ZERO,
         jitter: Duration::ZERO,
+        bytes_per_s: None,
         longest_datagram_bytes: usize::MAX,
         is_blacked_out: false,
     };
@@ -69,6 +73,8 @@ impl Weather {
 pub struct Counts {
     /// Handed on, copies included.
     pub passed: u64,
+    /// Their lengths in bytes, summed up.
+    pub passed_bytes: u64,
     /// Thrown away by [`Weather::loss`].
     pub lost: u64,
     /// Handed on a second time.
@@ -97,6 +103,7 @@ impl Counts {
     pub fn and(&self, other: &Self) -> Self {
         Self {
             passed: self.passed + other.passed,
+            passed_bytes: self.passed_bytes + other.passed_bytes,
             lost: self.lost + other.lost,
             duplicated: self.duplicated + other.duplicated,
             corrupted: self.corrupted + other.corrupted,
@@ -361,6 +368,8 @@ struct Lane {
     dice: SmallRng,
     /// The latest arrival that was handed on.
     handed_on: u64,
+    /// Until when a narrow line is taken.
+    busy_until: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -392,6 +401,7 @@ impl Lane {
             // Neighbouring numbers make unlike dice: the generator mixes its seed first.
             dice: SmallRng::seed_from_u64(seed.rotate_left(32) ^ number),
             handed_on: 0,
+            busy_until: None,
         }
     }
 }
@@ -452,9 +462,15 @@ impl Air {
                 self.counts.overflowed += 1;
                 continue;
             }
+            let mut sent = now;
+            if let Some(rate) = weather.bytes_per_s {
+                let begun = lane.busy_until.map_or(now, |until| until.max(now));
+                sent = begun + Duration::from_secs(bytes.len() as u64) / rate.get();
+                lane.busy_until = Some(sent);
+            }
             self.next_number += 1;
             self.on_their_way.push(Reverse(Held {
-                due: now + weather.delay + longer,
+                due: sent + weather.delay + longer,
                 number: self.next_number,
                 way,
                 bytes: bytes.clone(),
@@ -478,6 +494,7 @@ impl Air {
             return;
         }
         self.counts.passed += 1;
+        self.counts.passed_bytes += held.bytes.len() as u64;
         self.counts.overtaken += u64::from(held.number < lane.handed_on);
         lane.handed_on = lane.handed_on.max(held.number);
         self.counts.longest_passed_bytes = self.counts.longest_passed_bytes.max(held.bytes.len());
@@ -530,6 +547,7 @@ mod tests {
         assert!(arrived.is_sorted());
         let expected = Counts {
             passed: 1_000,
+            passed_bytes: 1_000 * LENGTH_BYTES as u64,
             longest_passed_bytes: LENGTH_BYTES,
             ..Counts::default()
         };
@@ -595,6 +613,24 @@ mod tests {
             (carry(narrow, 1, 10).0.len(), carry(dark, 1, 10).0.len()),
             (0, 0)
         );
+    }
+
+    #[test]
+    fn a_narrow_line_takes_its_time() {
+        let rate = NonZeroU32::new(1_000);
+        let narrow = Weather {
+            bytes_per_s: rate,
+            ..Weather::FAIR
+        };
+        let (mut air, mut lane) = (Air::new(narrow), Lane::new(1, 0));
+        let begun = Instant::now();
+        for _ in 0..3 {
+            air.takes(&[0; 500], Way::Up(0), &mut lane, begun);
+        }
+        let due: Vec<_> = std::iter::from_fn(|| air.due(begun + Duration::from_secs(9)))
+            .map(|held| (held.due - begun).as_millis())
+            .collect();
+        assert_eq!(due, [500, 1_000, 1_500]);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use waypost_loadtest::run::Target;
 use waypost_proto::v1;
 
 use crate::{
-    Device, MetricsPage, Relay, device_id,
+    Device, MetricsPage, device_id,
     link::{self, Attempt, Link},
     process,
 };
@@ -121,15 +121,6 @@ impl World {
         let ca_pem = self.authority.certificate_pem();
         let credentials = Some(&*device.credentials);
         link::attempt(address, ca_pem, credentials, link::ordinary())
-            .await
-            .unwrap()
-    }
-
-    /// Connects to what stands between the device and the gateway.
-    pub async fn connect_over(&self, relay: &Relay, device: &Device) -> Link {
-        let ca_pem = self.authority.certificate_pem();
-        let credentials = Some(&*device.credentials);
-        link::attempt(relay.address(), ca_pem, credentials, link::ordinary())
             .await
             .unwrap()
     }
