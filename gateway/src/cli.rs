@@ -164,7 +164,7 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
 fn check(config: &Config) -> Result<(), Failure> {
     config.log.filter().map_err(Failure::configuration)?;
     tls::device_server_config(&config.tls).map_err(Failure::configuration)?;
-    tls::freshness_tls(&config.tls).map_err(Failure::configuration)?;
+    tls::freshness_server_config(&config.tls).map_err(Failure::configuration)?;
     config.freshness.check().map_err(Failure::configuration)?;
     Ok(())
 }

@@ -5,9 +5,10 @@
 //!
 //! # Bounds
 //!
-//! At most [`FreshnessConfig::max_connections`] are open or shaking hands; more are closed at once. At
-//! most [`FreshnessConfig::max_watchers`] streams are open; more are refused with RESOURCE_EXHAUSTED. A
-//! stream that is read slowly holds two messages, and what HTTP/2 and the kernel buffer for any connection,
+//! At most [`FreshnessConfig::max_connections`] are open; more are closed at once, and those that are
+//! still shaking hands have bounds of their own. At most [`FreshnessConfig::max_watchers`] streams are
+//! open; more are refused with RESOURCE_EXHAUSTED. Two lists of the silent are made at a time; further
+//! ones wait, as many as the connections allow calls. A stream that is read slowly holds two messages, and what HTTP/2 and the kernel buffer for any connection,
 //! however much happens meanwhile.
 
 pub mod client;
@@ -27,11 +28,13 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Semaphore, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::{Server, ServerTlsConfig};
+use tonic::transport::Server;
 use tracing::{error, info};
 use waypost_proto::id::is_checker_name;
 
-use self::{rpc::freshness_server::FreshnessServer, service::Service, token::Tokens};
+use self::{
+    listener::Door, rpc::freshness_server::FreshnessServer, service::Service, token::Tokens,
+};
 use crate::{clock::Clock, freshness::Freshness, metrics::Metrics};
 
 /// The generated client and server of `waypost.v1.Freshness`.
@@ -57,7 +60,7 @@ pub struct FreshnessConfig {
     /// The names of the checkers that may call. A certificate alone does not let anybody in, so an
     /// empty list lets nobody in.
     pub checkers: Vec<String>,
-    /// How many connections may be open or shaking hands. A checker needs one.
+    /// How many connections with a certificate may be open. A checker needs one.
     pub max_connections: usize,
     /// How many streams may be open. One that is read slowly holds some 500 KB, most
     /// of it in HTTP/2's send buffer.
@@ -127,9 +130,6 @@ pub enum FeedError {
         /// What the system said.
         source: io::Error,
     },
-    /// The TLS settings cannot be used for gRPC.
-    #[error("the TLS settings cannot be used for the freshness service: {0}")]
-    Tls(#[source] tonic::transport::Error),
 }
 
 /// What the service speaks of and with.
@@ -154,7 +154,7 @@ pub struct FeedParts {
 pub struct Feed {
     listener: tokio::net::TcpListener,
     listen: SocketAddr,
-    server: Server,
+    tls: Arc<rustls::ServerConfig>,
     config: FreshnessConfig,
     parts: FeedParts,
 }
@@ -166,16 +166,10 @@ impl Feed {
     /// When a setting cannot be used or the address cannot be bound.
     pub fn bind(
         config: &FreshnessConfig,
-        tls: ServerTlsConfig,
+        tls: Arc<rustls::ServerConfig>,
         parts: FeedParts,
     ) -> Result<Self, FeedError> {
         config.check()?;
-        let server = Server::builder()
-            .tls_config(tls.timeout(HANDSHAKE_TIMEOUT))
-            .map_err(FeedError::Tls)?
-            .http2_keepalive_interval(Some(KEEP_ALIVE))
-            .http2_keepalive_timeout(Some(KEEP_ALIVE))
-            .max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
         let bind_error = |source| FeedError::Bind {
             listen: config.listen,
             source,
@@ -187,7 +181,7 @@ impl Feed {
         Ok(Self {
             listener,
             listen,
-            server,
+            tls,
             config: config.clone(),
             parts,
         })
@@ -213,15 +207,21 @@ impl Feed {
             checkers: self.config.checkers.into_iter().collect(),
             progress_interval: self.config.progress_interval,
             room: Arc::new(Semaphore::new(self.config.max_watchers)),
+            lists: Arc::new(Semaphore::new(MAX_LISTS)),
             watchers: watchers.clone(),
             cancel: cancel.clone(),
         };
-        let connections = listener::connections(
-            self.listener,
-            Arc::new(Semaphore::new(self.config.max_connections)),
-            move || metrics.freshness.refused.of("overloaded").increment(1),
-        );
-        let mut server = self.server;
+        let connections = Door {
+            listener: self.listener,
+            tls: self.tls,
+            room: Arc::new(Semaphore::new(self.config.max_connections)),
+            metrics,
+        }
+        .open(cancel.clone());
+        let mut server = Server::builder()
+            .http2_keepalive_interval(Some(KEEP_ALIVE))
+            .http2_keepalive_timeout(Some(KEEP_ALIVE))
+            .max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
         let serving = server
             .add_service(FreshnessServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
             .serve_with_incoming_shutdown(connections, cancel.clone().cancelled_owned());
@@ -246,15 +246,15 @@ impl Feed {
 const LEAST_PROGRESS_INTERVAL: Duration = Duration::from_millis(10);
 const MOST_PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Who has not proven itself by then is let go: its place is wanted.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// A connection is asked for a sign of life this often, and closed when none comes in as long again: a
 /// checker that vanished gives its streams back within 20 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// One stream and a few questions beside it are usual.
 const MAX_CALLS_PER_CONNECTION: u32 = 64;
+
+/// Lists of the silent that are made at a time: each looks at every user, and none may slow down commits.
+const MAX_LISTS: usize = 2;
 
 /// Holds a Watch of 10,000 users, some 180 KB, and a little more.
 const MAX_REQUEST_BYTES: usize = 256 << 10;

@@ -114,7 +114,7 @@ impl Gateway {
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
         let device_tls = tls::device_server_config(&config.tls)?;
-        let freshness_tls = tls::freshness_tls(&config.tls)?;
+        let freshness_tls = tls::freshness_server_config(&config.tls)?;
 
         let store = Arc::new(Store::open(
             &config.data_dir,
@@ -154,6 +154,7 @@ impl Gateway {
             &config.devices,
             device_tls,
             &config.tls.trust_domain,
+            &store.secret(),
             metrics.clone(),
         )?;
         let feed = Feed::bind(
@@ -163,7 +164,7 @@ impl Gateway {
                 trust_domain: config.tls.trust_domain.clone(),
                 freshness: Arc::clone(&freshness),
                 incarnation: store.incarnation(),
-                token_key: store.token_key(),
+                token_key: store.secret(),
                 clock: clock.clone(),
                 metrics: metrics.clone(),
             },

@@ -5,7 +5,7 @@
 //!
 //! # Families
 //!
-//! - `meta`: format version, incarnation, token key, and the last position, which every commit writes.
+//! - `meta`: format version, incarnation, secret, and the last position, which every commit writes.
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
 //!   a whole when retention is over.
@@ -73,7 +73,7 @@ struct Writer {
 /// What `meta` said when the store was opened.
 struct Facts {
     incarnation: [u8; 16],
-    token_key: [u8; 32],
+    secret: [u8; 32],
     position: u64,
 }
 
@@ -289,7 +289,7 @@ const DEVICES: &str = "devices";
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
 const META_FORMAT: &[u8] = b"format";
 const META_INCARNATION: &[u8] = b"incarnation";
-const META_TOKEN_KEY: &[u8] = b"token_key";
+const META_SECRET: &[u8] = b"token_key";
 const META_POSITION: &[u8] = b"position";
 /// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
 const PUT_OVERHEAD_BYTES: usize = 8;
@@ -424,11 +424,11 @@ impl Store {
         self.facts.incarnation
     }
 
-    /// The secret that resume tokens are sealed with: random, made with the store, so that tokens
-    /// outlive the process.
+    /// The secret that resume tokens are sealed with and that QUIC's keys are derived from: random, made
+    /// with the store, so that both outlive the process.
     #[must_use]
-    pub fn token_key(&self) -> [u8; 32] {
-        self.facts.token_key
+    pub fn secret(&self) -> [u8; 32] {
+        self.facts.secret
     }
 
     /// All device records, and what they say of the store as a whole.
@@ -808,7 +808,7 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
         incarnation: read(META_INCARNATION)?
             .and_then(fixed)
             .ok_or_else(|| damaged("its incarnation"))?,
-        token_key: read(META_TOKEN_KEY)?
+        secret: read(META_SECRET)?
             .and_then(fixed)
             .ok_or_else(|| damaged("its token key"))?,
         position: read(META_POSITION)?
@@ -821,7 +821,7 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
 fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     let mut facts = Facts {
         incarnation: [0; 16],
-        token_key: [0; 32],
+        secret: [0; 32],
         position: 0,
     };
     let random = SystemRandom::new();
@@ -829,13 +829,13 @@ fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
         .fill(&mut facts.incarnation)
         .map_err(|_| OpenError::NoRandomness)?;
     random
-        .fill(&mut facts.token_key)
+        .fill(&mut facts.secret)
         .map_err(|_| OpenError::NoRandomness)?;
     let meta = permanent_family(db, META);
     let mut writes = WriteBatch::default();
     writes.put_cf(&meta, META_FORMAT, FORMAT.to_be_bytes());
     writes.put_cf(&meta, META_INCARNATION, facts.incarnation);
-    writes.put_cf(&meta, META_TOKEN_KEY, facts.token_key);
+    writes.put_cf(&meta, META_SECRET, facts.secret);
     writes.put_cf(&meta, META_POSITION, facts.position.to_be_bytes());
     db.write_opt(writes, &settings::synced())
         .map_err(|error| open_error(data_dir, error))?;

@@ -156,29 +156,24 @@ pub fn provider() -> Arc<CryptoProvider> {
 /// # Errors
 /// When a file cannot be used; the error says which and what to do.
 pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+    server_config(config, ALPN)
+}
+
+/// The server side of TLS for the gRPC port: the same, for HTTP/2.
+///
+/// # Errors
+/// When a file cannot be used; the error says which and what to do.
+pub fn freshness_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+    server_config(config, b"h2")
+}
+
+fn server_config(config: &TlsConfig, alpn: &[u8]) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let mut server = Files::load(config)?.server_config(config)?;
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.alpn_protocols = vec![alpn.to_vec()];
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
     server.max_early_data_size = 0;
     Ok(Arc::new(server))
-}
-
-/// The server side of TLS for the gRPC port, in the form that tonic takes.
-///
-/// # Errors
-/// When a file cannot be used; the error says which and what to do.
-pub fn freshness_tls(config: &TlsConfig) -> Result<tonic::transport::ServerTlsConfig, TlsError> {
-    let files = Files::load(config)?;
-    files.server_config(config)?;
-    Ok(tonic::transport::ServerTlsConfig::new()
-        .identity(tonic::transport::Identity::from_pem(
-            &files.certificate_pem,
-            &files.private_key_pem,
-        ))
-        .client_ca_root(tonic::transport::Certificate::from_pem(
-            &files.client_ca_pem,
-        )))
 }
 
 /// Why a peer was turned away.
@@ -258,6 +253,29 @@ impl Refusal {
             | AlertDescription::HandshakeFailure => Self::NoSharedProtocol,
             _ => Self::OtherTls,
         })
+    }
+}
+
+impl Refusal {
+    /// The reason for which TLS over TCP ended a connection.
+    #[must_use]
+    pub fn from_tls_error(error: &rustls::Error) -> Self {
+        use rustls::Error;
+        match error {
+            Error::NoCertificatesPresented => Self::NoCertificate,
+            Error::InvalidCertificate(error) => match error {
+                CertificateError::UnknownIssuer => Self::UnknownAuthority,
+                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+                    Self::Expired
+                }
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+                    Self::NotYetValid
+                }
+                _ => Self::BadCertificate,
+            },
+            Error::PeerIncompatible(_) | Error::NoApplicationProtocol => Self::NoSharedProtocol,
+            _ => Self::OtherTls,
+        }
     }
 }
 
@@ -772,12 +790,12 @@ mod tests {
         ] {
             for error in [
                 device_server_config(&config).err(),
-                freshness_tls(&config).err(),
+                freshness_server_config(&config).err(),
             ] {
                 let text = error.unwrap().to_string();
                 assert!(text.contains(told), "{text}");
             }
         }
-        freshness_tls(&good()).unwrap();
+        freshness_server_config(&good()).unwrap();
     }
 }

@@ -15,9 +15,10 @@ use std::{
 };
 
 use quinn::{
-    Endpoint, EndpointConfig, Incoming, TokioRuntime, TransportConfig, VarInt,
-    crypto::rustls::QuicServerConfig,
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, TokioRuntime,
+    TransportConfig, VarInt, crypto::rustls::QuicServerConfig,
 };
+use ring::hmac;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout};
@@ -96,7 +97,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Opens the socket. Nothing is accepted before [`Self::run`].
+    /// Opens the socket. Nothing is accepted before [`Self::run`]. `secret` is the store's: with the same
+    /// one, a gateway that was killed and started again can tell devices that their connections are gone.
     ///
     /// # Errors
     /// When the address cannot be bound, or the settings do not fit QUIC.
@@ -104,6 +106,7 @@ impl Worker {
         config: &DevicesConfig,
         tls: Arc<rustls::ServerConfig>,
         trust_domain: &str,
+        secret: &[u8; 32],
         metrics: Metrics,
     ) -> Result<Self, WorkerError> {
         let bind_error = |source| WorkerError::Bind {
@@ -120,7 +123,7 @@ impl Worker {
             .incoming_buffer_size(32 << 10)
             .incoming_buffer_size_total(16 << 20);
         let endpoint = Endpoint::new(
-            EndpointConfig::default(),
+            endpoint_config(secret),
             Some(server),
             socket,
             Arc::new(TokioRuntime),
@@ -296,6 +299,38 @@ pub fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError>
     Ok(transport)
 }
 
+/// A packet of a connection that this process does not know is answered with a stateless reset (RFC 9000,
+/// section 10.3). The device believes it only if it is made with the key that the connection began with:
+/// with a key of each process's own, a device would wait for its own timeout after every crash.
+fn endpoint_config(secret: &[u8; 32]) -> EndpointConfig {
+    let secret = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    let key = hmac::sign(&secret, b"waypost quic stateless reset");
+    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())));
+    config
+        .cid_generator(|| Box::new(RandomConnectionIds))
+        // quinn's 20 ms would take half an hour to tell a large fleet.
+        .min_reset_interval(RESET_INTERVAL);
+    config
+}
+
+/// Connection ids that never come twice. quinn's own have 24 random bits, which a large fleet uses up
+/// within days, and whoever had an id before knows the token that resets it.
+struct RandomConnectionIds;
+
+impl ConnectionIdGenerator for RandomConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        ConnectionId::new(&rand::random::<[u8; CONNECTION_ID_BYTES]>())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
 fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
     let socket = socket2::SockRef::from(socket);
     for (name, result, granted) in [
@@ -322,6 +357,9 @@ fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
     }
 }
 
+const CONNECTION_ID_BYTES: usize = 8;
+/// Between two stateless resets: a quarter of the handshakes that a core can do, which is what follows.
+const RESET_INTERVAL: Duration = Duration::from_millis(1);
 /// How long a stopping endpoint lets its sessions finish before it closes on them; well within the time
 /// that a stop may take.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);

@@ -2,7 +2,9 @@
 
 use std::process::Command;
 
-use waypost_tests::{Process, ais_file, binary};
+use quinn::ConnectionError;
+use waypost_proto::session::Lane;
+use waypost_tests::{Process, ais_file, binary, hello};
 
 /// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
 /// the store against it at the end.
@@ -53,4 +55,18 @@ async fn a_killed_gateway_has_everything_it_acknowledged() {
     assert_eq!(report["stored"], 99_999);
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));
+}
+
+/// Without that a device would learn it only when an answer is overdue. The idle timeout of the connection
+/// is longer than the test waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_gateway_tells_devices_that_their_connections_are_gone() {
+    let mut gateway = Process::start(&[]).await;
+    let link = gateway.connect(&gateway.device(1)).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    live.welcome().await;
+    gateway.kill();
+    gateway.restart().await;
+    // Its next keep-alive asks for it.
+    assert_eq!(link.ended().await, ConnectionError::Reset);
 }

@@ -10,3 +10,4 @@ mod operations;
 mod python;
 mod replay;
 mod shutdown;
+mod watch;

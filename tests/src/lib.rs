@@ -9,6 +9,8 @@ pub mod link;
 mod metrics_page;
 mod process;
 mod prometheus;
+pub mod silence;
+pub mod soak;
 mod world;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ use waypost_proto::{
 
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
-pub use process::{Addresses, Process};
+pub use process::{Addresses, Process, until};
 pub use prometheus::Prometheus;
 pub use world::World;
 

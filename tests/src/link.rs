@@ -112,12 +112,16 @@ impl Link {
         }
     }
 
+    /// Waits for the end of the connection, whatever ends it.
+    pub async fn ended(&self) -> ConnectionError {
+        tokio::time::timeout(PATIENCE, self.connection.closed())
+            .await
+            .expect("the connection ends")
+    }
+
     /// Waits for the end of the connection; the gateway's code, or `None` if it gave none.
     pub async fn closed(&self) -> Option<CloseCode> {
-        match tokio::time::timeout(PATIENCE, self.connection.closed())
-            .await
-            .expect("the gateway closes")
-        {
+        match self.ended().await {
             ConnectionError::ApplicationClosed(close) => {
                 CloseCode::from_number(close.error_code.into_inner())
             }

@@ -212,7 +212,7 @@ pub(crate) async fn http_get(address: SocketAddr, path: &str) -> io::Result<(u16
 }
 
 /// Looks again and again until there is something; panics after minutes, which only a hang takes.
-pub(crate) async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+pub async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
     let looking = async {
         loop {
             if let Some(found) = look().await {

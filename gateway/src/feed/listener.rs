@@ -1,64 +1,223 @@
-//! Accepting TCP connections, up to a bound.
+//! The door for checkers: TCP, then TLS, up to bounds.
 //!
-//! Knows sockets and their number. Must not know TLS or gRPC.
+//! Knows sockets, handshakes and their number. Must not know gRPC, or what a checker may ask.
+//!
+//! # Bounds
+//!
+//! Whoever has not shown a certificate takes none of the places of those who have: handshakes have places
+//! of their own, [`MAX_HANDSHAKES`] in all and [`MAX_HANDSHAKES_PER_NETWORK`] for one address (for IPv6, one
+//! /64), for [`HANDSHAKE_TIMEOUT`] at most. Whatever is beyond a bound is closed at once and counted: a
+//! checker then tries again later, where one left waiting would know nothing.
 
 use std::{
+    collections::HashMap,
     io,
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
+use rustls::pki_types::CertificateDer;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinSet,
+    time::{sleep, timeout},
 };
-use tokio_stream::{Stream, StreamExt as _};
-use tonic::transport::server::{Connected, TcpConnectInfo, TcpIncoming};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::Connected;
+use tracing::{debug, warn};
 
-/// How long a connection is idle before the kernel asks whether the peer's machine still exists.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+use crate::{metrics::Metrics, tls::Refusal};
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Debug)]
+pub(super) struct Peer {
+    pub(super) address: SocketAddr,
+    /// Its certificates, its own first: signed by a known authority and within their time.
+    pub(super) chain: Arc<[CertificateDer<'static>]>,
+}
 
 /// A connection that counts as long as it is open.
 #[derive(Debug)]
 pub(super) struct Connection {
-    stream: TcpStream,
+    stream: TlsStream<TcpStream>,
+    peer: Peer,
     _room: OwnedSemaphorePermit,
 }
 
-/// The connections of a listener. When `room` is used up, a new one is closed at once and `refused` is
-/// called: a checker then tries again later, where one left waiting would know nothing.
-pub(super) fn connections(
-    listener: TcpListener,
-    room: Arc<Semaphore>,
-    refused: impl Fn(),
-) -> impl Stream<Item = io::Result<Connection>> {
-    TcpIncoming::from(listener)
-        // Progress and entries are small and wanted now.
-        .with_nodelay(Some(true))
-        .with_keepalive(Some(TCP_KEEPALIVE))
-        .filter_map(move |accepted| match accepted {
-            Ok(stream) => match Arc::clone(&room).try_acquire_owned() {
-                Ok(room) => Some(Ok(Connection {
-                    stream,
-                    _room: room,
-                })),
-                Err(_) => {
-                    refused();
-                    None
+/// Accepts connections and their TLS.
+pub(super) struct Door {
+    pub(super) listener: TcpListener,
+    pub(super) tls: Arc<rustls::ServerConfig>,
+    /// Places for connections that have shown their certificate.
+    pub(super) room: Arc<Semaphore>,
+    pub(super) metrics: Metrics,
+}
+
+impl Door {
+    /// The connections that come in, until cancelled.
+    pub(super) fn open(
+        self,
+        cancel: CancellationToken,
+    ) -> impl Stream<Item = io::Result<Connection>> {
+        let (admitted, connections) = mpsc::channel(1);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = self.attend(admitted) => {}
+            }
+        });
+        ReceiverStream::new(connections)
+    }
+
+    /// Until nobody takes the connections any more.
+    async fn attend(self, admitted: mpsc::Sender<io::Result<Connection>>) {
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.tls));
+        let mut places = Places::default();
+        let mut handshakes = JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = self.listener.accept() => match accepted {
+                    Ok((stream, address)) if places.take(address.ip()) => {
+                        handshakes.spawn(shake_hands(acceptor.clone(), stream, address));
+                    }
+                    Ok(_) => self.refused("overloaded"),
+                    Err(error) => {
+                        warn!(%error, "a checker's connection could not be accepted");
+                        // Without file descriptors the next attempt would fail as well, at once.
+                        sleep(ACCEPT_PAUSE).await;
+                    }
+                },
+                Some(shaken) = handshakes.join_next() => {
+                    // A handshake that panicked keeps its place, and there is none that does.
+                    let Ok((address, shaken)) = shaken else { continue };
+                    places.give_back(address.ip());
+                    let Some(connection) = self.admit(address, shaken) else { continue };
+                    if admitted.send(Ok(connection)).await.is_err() {
+                        return;
+                    }
                 }
-            },
-            Err(error) => Some(Err(error)),
+            }
+        }
+    }
+
+    fn admit(&self, address: SocketAddr, shaken: Shaken) -> Option<Connection> {
+        let stream = match shaken {
+            Ok(stream) => stream,
+            Err(label) => {
+                debug!(peer = %address, reason = label, "a checker's handshake failed");
+                self.refused(label);
+                return None;
+            }
+        };
+        let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
+            self.refused("overloaded");
+            return None;
+        };
+        let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
+        let peer = Peer {
+            address,
+            chain: chain.into(),
+        };
+        Some(Connection {
+            stream,
+            peer,
+            _room: room,
+        })
+    }
+
+    fn refused(&self, label: &'static str) {
+        self.metrics.freshness.refused.of(label).increment(1);
+    }
+}
+
+/// A handshake's outcome: the stream, or the label of why there is none.
+type Shaken = Result<TlsStream<TcpStream>, &'static str>;
+
+async fn shake_hands(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    address: SocketAddr,
+) -> (SocketAddr, Shaken) {
+    let shaken = match prepare(&stream) {
+        Ok(()) => match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(reason(&error)),
+            Err(_) => Err("timed_out"),
+        },
+        Err(_) => Err("handshake_broken"),
+    };
+    (address, shaken)
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    // Progress and entries are small and wanted now.
+    stream.set_nodelay(true)?;
+    SockRef::from(stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEPALIVE))
+}
+
+fn reason(error: &io::Error) -> &'static str {
+    error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+        .map_or("handshake_broken", |error| {
+            Refusal::from_tls_error(error).as_label()
         })
 }
 
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+/// Places for handshakes.
+#[derive(Debug, Default)]
+struct Places {
+    taken: usize,
+    taken_by: HashMap<IpAddr, usize>,
+}
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+impl Places {
+    /// Takes a place, if there is one for this address.
+    fn take(&mut self, address: IpAddr) -> bool {
+        let network = network(address);
+        let taken_here = self.taken_by.get(&network).copied().unwrap_or_default();
+        let is_free = self.taken < MAX_HANDSHAKES && taken_here < MAX_HANDSHAKES_PER_NETWORK;
+        if is_free {
+            self.taken += 1;
+            self.taken_by.insert(network, taken_here + 1);
+        }
+        is_free
+    }
+
+    fn give_back(&mut self, address: IpAddr) {
+        let network = network(address);
+        self.taken = self.taken.saturating_sub(1);
+        match self.taken_by.get_mut(&network) {
+            Some(taken) if 1 < *taken => *taken -= 1,
+            _ => drop(self.taken_by.remove(&network)),
+        }
+    }
+}
+
+/// What one peer can be expected to have: an IPv4 address, or the IPv6 /64 of a host.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let bits = u128::from(address) & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from(bits))
+        }
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }
 
@@ -99,5 +258,68 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A handshake takes milliseconds of somebody honest.
+const MAX_HANDSHAKES: usize = 256;
+/// Enough for all the checkers of an operations centre that start together behind one address.
+const MAX_HANDSHAKES_PER_NETWORK: usize = 16;
+/// Who has not proven itself by then is let go: its place is wanted.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection is idle before the kernel asks whether the peer's machine still exists.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn one_network_cannot_take_the_places_of_another() {
+        let mut places = Places::default();
+        let (greedy, other) = (address("192.0.2.1"), address("192.0.2.2"));
+        let taken = (0..100).filter(|_| places.take(greedy)).count();
+        assert_eq!(taken, MAX_HANDSHAKES_PER_NETWORK);
+        assert!(places.take(other));
+        places.give_back(greedy);
+        assert!(places.take(greedy));
+        assert!(!places.take(greedy));
+    }
+
+    #[test]
+    fn an_ipv6_host_is_one_network_however_many_addresses_it_uses() {
+        let mut places = Places::default();
+        let hosts = (0..100).map(|host| address(&format!("2001:db8::{host:x}")));
+        assert_eq!(
+            hosts.filter(|&host| places.take(host)).count(),
+            MAX_HANDSHAKES_PER_NETWORK
+        );
+        assert!(places.take(address("2001:db8:0:1::1")));
+        assert_eq!(
+            network(address("::ffff:192.0.2.1")),
+            network(address("192.0.2.1"))
+        );
+    }
+
+    #[test]
+    fn there_is_an_end_to_all_networks_together_and_nothing_is_left_when_they_are_gone() {
+        let mut places = Places::default();
+        let hosts: Vec<_> = (0..1_000u32)
+            .map(|host| IpAddr::from(host.to_be_bytes()))
+            .collect();
+        let taken: Vec<_> = hosts
+            .into_iter()
+            .filter(|&host| places.take(host))
+            .collect();
+        assert_eq!(taken.len(), MAX_HANDSHAKES);
+        for host in taken {
+            places.give_back(host);
+        }
+        assert_eq!((places.taken, places.taken_by.len()), (0, 0));
     }
 }

@@ -18,6 +18,7 @@ use waypost_proto::{
 };
 
 use super::{
+    listener::Peer,
     rpc,
     token::Tokens,
     watcher::Watcher,
@@ -36,6 +37,8 @@ pub(super) struct Service {
     pub(super) progress_interval: Duration,
     /// For the streams that may be open.
     pub(super) room: Arc<Semaphore>,
+    /// For the lists of the silent that may be made at a time.
+    pub(super) lists: Arc<Semaphore>,
     pub(super) watchers: TaskTracker,
     pub(super) cancel: CancellationToken,
 }
@@ -69,11 +72,24 @@ impl rpc::freshness_server::Freshness for Service {
     ) -> Result<Response<ListStaleResponse>, Status> {
         self.admit(&request)?;
         let request = request.get_ref();
-        let page = self.freshness.stale(
+        let (older_than_ms, after, limit) = (
             request.older_than_ms,
             wire::page_start(request)?,
             wire::page_size(request)?,
         );
+        let turn = Arc::clone(&self.lists)
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        let freshness = Arc::clone(&self.freshness);
+        // A look at a million users takes as long as many commits; nobody else should wait behind it.
+        let page = tokio::task::spawn_blocking(move || {
+            // Kept until it is made, also when the caller has given up meanwhile.
+            let _turn = turn;
+            freshness.stale(older_than_ms, after, limit)
+        })
+        .await
+        .map_err(|_| Status::internal("the list could not be made"))?;
         Ok(Response::new(ListStaleResponse {
             entries: wire::entries(&page.users).collect(),
             next_page_token: wire::page_token(page.next),
@@ -119,14 +135,16 @@ impl rpc::freshness_server::Freshness for Service {
 impl Service {
     /// The name of the checker that calls, if it may.
     fn admit<T>(&self, request: &Request<T>) -> Result<String, Status> {
-        let chain = request.peer_certs().unwrap_or_default();
-        let checker = tls::checker_of(&chain, &self.trust_domain).map_err(|refusal| {
+        let peer = request.extensions().get::<Peer>();
+        let chain = peer.map_or_else(Default::default, |peer| &*peer.chain);
+        let address = peer.map(|peer| peer.address);
+        let checker = tls::checker_of(chain, &self.trust_domain).map_err(|refusal| {
             self.metrics
                 .freshness
                 .refused
                 .of(refusal.as_label())
                 .increment(1);
-            debug!(peer = ?request.remote_addr(), %refusal, "refused");
+            debug!(peer = ?address, %refusal, "refused");
             Status::permission_denied(format!(
                 "only checkers may ask for freshness, and this peer is not one: {refusal}"
             ))
@@ -137,7 +155,7 @@ impl Service {
                 .refused
                 .of("not_allowed")
                 .increment(1);
-            debug!(peer = ?request.remote_addr(), %checker, "refused");
+            debug!(peer = ?address, %checker, "refused");
             return Err(Status::permission_denied(format!(
                 "checker {checker:?} is not in this gateway's [freshness] checkers: ask its operator"
             )));

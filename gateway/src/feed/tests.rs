@@ -4,10 +4,7 @@ use std::{collections::BTreeMap, thread};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use tokio::task::JoinHandle;
-use tonic::{
-    Code, Status, Streaming,
-    transport::{Certificate, Channel, Identity},
-};
+use tonic::{Code, Status, Streaming, transport::Channel};
 use waypost_proto::{
     device::Clocks,
     id::UserId,
@@ -18,6 +15,8 @@ use waypost_proto::{
 };
 
 use bytes::Bytes;
+
+use crate::tls::{TlsConfig, freshness_server_config};
 
 use super::{client::connect, rpc::freshness_client::FreshnessClient, *};
 
@@ -79,9 +78,19 @@ impl Harness {
         change(&mut config);
         let pki = Pki::new();
         let (certificate, key) = pki.issue(SanType::DnsName("localhost".try_into().unwrap()));
-        let tls = ServerTlsConfig::new()
-            .identity(Identity::from_pem(certificate, key))
-            .client_ca_root(Certificate::from_pem(&pki.ca_pem));
+        let files = tempfile::tempdir().unwrap();
+        let file = |name, text: &str| {
+            let path = files.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let tls = freshness_server_config(&TlsConfig {
+            certificate: file("server.pem", &certificate),
+            private_key: file("server.key", &key),
+            client_ca: file("ca.pem", &pki.ca_pem),
+            trust_domain: TRUST_DOMAIN.to_owned(),
+        })
+        .unwrap();
         let freshness = Arc::new(Freshness::restore(std::iter::empty(), 0));
         let metrics = Metrics::new();
         let parts = FeedParts {
@@ -132,6 +141,17 @@ impl Harness {
     fn publish(&self, position: u64, users: &[u8]) {
         let changes: Vec<_> = users.iter().map(|&n| (user(n), heard(position))).collect();
         self.freshness.publish(position, position, &changes);
+    }
+
+    /// Whether a checker that connects now is answered. It may learn only from the first answer that it
+    /// is not.
+    async fn serves_another(&self) -> bool {
+        let (certificate, key) = self.pki.issue(SanType::URI(OPS.try_into().unwrap()));
+        let (address, ca_pem) = (&self.address, &self.pki.ca_pem);
+        match connect(address, ca_pem, certificate, key, "localhost").await {
+            Ok(mut client) => client.get(GetRequest::default()).await.is_ok(),
+            Err(_) => false,
+        }
     }
 
     fn metric(&self, line: &str) -> bool {
@@ -573,6 +593,51 @@ async fn a_certificate_of_another_authority_is_not_even_heard() {
     if let Ok(mut client) = client {
         assert!(client.get(GetRequest::default()).await.is_err());
     }
+    let counted = r#"waypost_freshness_refused_checkers_total{reason="unknown_issuer"} 1"#;
+    until(|| harness.metric(counted)).await;
+}
+
+/// Before, whoever could reach the port could keep all checkers out without any certificate.
+#[tokio::test]
+async fn strangers_who_stall_in_the_handshake_keep_no_checker_out() {
+    let harness = Harness::with(|config| config.max_connections = 2);
+    let port = harness.address.rsplit_once(':').unwrap().1;
+    let gateway = format!("127.0.0.1:{port}").parse().unwrap();
+    let mut strangers = Vec::new();
+    for _ in 0..100 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind(SocketAddr::from(([127, 0, 0, 2], 0))).unwrap();
+        strangers.push(socket.connect(gateway).await.unwrap());
+    }
+    let counted = r#"waypost_freshness_refused_checkers_total{reason="overloaded"} 84"#;
+    until(|| harness.metric(counted)).await;
+    let mut checker = harness.client(OPS).await;
+    assert!(checker.get(GetRequest::default()).await.is_ok());
+    drop(strangers);
+}
+
+#[tokio::test]
+async fn what_is_no_tls_is_counted() {
+    let harness = Harness::start();
+    let address = harness.address.strip_prefix("https://").unwrap();
+    let mut stranger = tokio::net::TcpStream::connect(address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut stranger, b"GET / HTTP/1.1\r\n\r\n")
+        .await
+        .unwrap();
+    let counted = r#"waypost_freshness_refused_checkers_total{reason="other"} 1"#;
+    until(|| harness.metric(counted)).await;
+}
+
+/// Looks until it is so; only a hang takes minutes.
+async fn until(is_so: impl Fn() -> bool) {
+    let looking = async {
+        while !is_so() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(120), looking)
+        .await
+        .expect("it happens within two minutes");
 }
 
 #[tokio::test]
@@ -682,27 +747,10 @@ async fn one_connection_too_many_is_closed() {
     let harness = Harness::with(|config| config.max_connections = 1);
     let mut first = harness.client(OPS).await;
     first.get(GetRequest::default()).await.unwrap();
-    let (certificate, key) = harness.pki.issue(SanType::URI(OPS.try_into().unwrap()));
-    let second = connect(
-        &harness.address,
-        &harness.pki.ca_pem,
-        &certificate,
-        &key,
-        "localhost",
-    )
-    .await;
-    assert!(second.is_err());
+    assert!(!harness.serves_another().await);
     drop(first);
-    while connect(
-        &harness.address,
-        &harness.pki.ca_pem,
-        &certificate,
-        &key,
-        "localhost",
-    )
-    .await
-    .is_err()
-    {}
+    // The place is free once the service has noticed; how soon that is, is not promised.
+    while !harness.serves_another().await {}
 }
 
 #[tokio::test]

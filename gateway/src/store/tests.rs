@@ -115,7 +115,7 @@ fn a_reopened_store_has_everything() {
     let folder = tempfile::tempdir().unwrap();
     let today = Day::of_ms(NOW_MS);
     let store = open(&folder);
-    let names = (store.incarnation(), store.token_key());
+    let names = (store.incarnation(), store.secret());
     assert_eq!(
         store.load_devices().unwrap(),
         (vec![], Recovered::default())
@@ -126,7 +126,7 @@ fn a_reopened_store_has_everything() {
     drop(store);
 
     let store = open(&folder);
-    assert_eq!((store.incarnation(), store.token_key()), names);
+    assert_eq!((store.incarnation(), store.secret()), names);
     let (devices, recovered) = store.load_devices().unwrap();
     assert_eq!(
         devices,
@@ -655,7 +655,7 @@ fn statistics_are_those_of_this_store() {
 }
 
 #[test]
-fn nothing_that_is_shown_of_a_store_holds_its_token_key() {
+fn nothing_that_is_shown_of_a_store_holds_its_secret() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);
     let shown = format!("{store:?} {store:#?}");
