@@ -152,6 +152,8 @@ impl Totals {
 struct Held {
     ping: Ping,
     is_in_flight: bool,
+    /// Under this number it went out on an earlier connection, or was refused for now on this one.
+    was_sent: bool,
 }
 
 /// What ends with a connection.
@@ -237,7 +239,8 @@ impl Outbox {
     /// before that is meant.
     ///
     /// A shell that puts back an older copy of an outbox calls this as well: the copy does not know which
-    /// numbers were given since, and under those it would take the acks of other pings for its own.
+    /// numbers were given since, and under those it could take the acks of other pings for its own. Most
+    /// copies give themselves away by their first Welcome, but not all.
     pub fn fenced(&mut self) {
         if !self.connection.has_begun_epoch {
             self.abandon_epoch();
@@ -399,6 +402,7 @@ impl Outbox {
         self.held.push_back(Held {
             ping,
             is_in_flight: false,
+            was_sent: false,
         });
         Pushed {
             seq: ping.seq,
@@ -415,7 +419,7 @@ impl Outbox {
     fn forget_connection(&mut self) {
         let connection = std::mem::take(&mut self.connection);
         for held in &mut self.held {
-            held.is_in_flight = false;
+            held.was_sent |= std::mem::take(&mut held.is_in_flight);
         }
         for (_, ping) in connection.repeats_in_flight.into_iter().rev() {
             self.repeats.push_front(ping);
@@ -545,7 +549,11 @@ impl Outbox {
             self.frame_bytes = stated(limits.frame_bytes).unwrap_or(DEFAULT_FRAME_BYTES);
             self.batch_pings = stated(limits.batch_pings).unwrap_or(DEFAULT_BATCH_PINGS);
         }
-        self.connection.is_welcomed = true;
+        // The first Welcome comes before any answer to what this connection sends. If it covers what was
+        // never sent, another queue has used our numbers: this one was put back from an older copy.
+        let is_copy = !std::mem::replace(&mut self.connection.is_welcomed, true)
+            && welcome.epoch == self.epoch
+            && self.covers_unsent(&welcome);
         // Another store may by chance give out the number of our epoch. A batch that followed Hello at
         // once would then have been taken for its own, under numbers that we are about to give anew.
         let is_other_store = self.incarnation != welcome.incarnation;
@@ -564,7 +572,7 @@ impl Outbox {
         } else {
             1
         };
-        if welcome.epoch == 0 || is_ambiguous || first_unused <= highest {
+        if welcome.epoch == 0 || is_ambiguous || is_copy || first_unused <= highest {
             self.abandon_epoch();
             self.leave(LeaveReason::EpochTaken, events);
         } else {
@@ -576,6 +584,22 @@ impl Outbox {
         if let Some(flow) = welcome.flow {
             self.obey(flow, now_ms, events);
         }
+    }
+
+    fn covers_unsent(&self, welcome: &v1::Welcome) -> bool {
+        let floor = v1::SeqRange {
+            first: 1,
+            last: welcome.durable_upto,
+        };
+        std::iter::once(&floor).chain(&welcome.ranges).any(|range| {
+            let from = self
+                .held
+                .partition_point(|held| held.ping.seq < range.first);
+            self.held
+                .range(from..)
+                .take_while(|held| held.ping.seq <= range.last)
+                .any(|held| !held.was_sent)
+        })
     }
 
     fn ack(&mut self, ack: v1::Ack, now_ms: u64, events: &mut Vec<Event>) {
@@ -658,6 +682,7 @@ impl Outbox {
         for held in &mut self.held {
             held.ping.seq = self.next_seq;
             held.is_in_flight = false;
+            held.was_sent = false;
             self.next_seq += 1;
         }
         self.dropped_total = 0;
@@ -757,6 +782,7 @@ impl Outbox {
         if !std::mem::take(&mut self.held[at].is_in_flight) {
             return false;
         }
+        self.held[at].was_sent = true;
         self.connection.held_in_flight -= 1;
         self.connection.live_next = self.connection.live_next.min(seq);
         self.connection.backfill_next = self.connection.backfill_next.min(seq);

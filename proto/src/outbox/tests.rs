@@ -554,6 +554,52 @@ fn an_epoch_that_another_queue_has_used_is_left_alone() {
 }
 
 #[test]
+fn a_copy_that_is_told_of_pings_it_never_sent_keeps_them_for_an_epoch_of_its_own() {
+    let mut outbox = welcomed(10);
+    push(&mut outbox, 2);
+    sent(&mut outbox, Lane::Live, 0);
+    outbox.disconnected();
+    // What the original did with 3 and 4, this copy cannot know; it gives them to other pings.
+    push(&mut outbox, 3);
+    outbox.connected();
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2, 3, 4, 5]);
+    let events = told_welcome(
+        &mut outbox,
+        v1::Welcome {
+            durable_upto: 4,
+            ..welcome(1)
+        },
+    );
+    assert!(events.contains(&Event::Leaving(LeaveReason::EpochTaken)));
+    assert_eq!((outbox.held(), outbox.must_reconnect()), (5, true));
+    outbox.disconnected();
+    outbox.connected();
+    assert_eq!(outbox.hello(Lane::Live, 0).epoch, 0);
+}
+
+#[test]
+fn what_was_sent_is_believed_to_be_settled_by_a_later_welcome() {
+    let mut outbox = welcomed(10);
+    push(&mut outbox, 3);
+    sent(&mut outbox, Lane::Live, 0);
+    let told = v1::Ack {
+        rejects: vec![reject(2, RejectCode::Overloaded)],
+        ..ack(1, 1)
+    };
+    told_ack(&mut outbox, told);
+    outbox.disconnected();
+    outbox.connected();
+    let events = told_welcome(
+        &mut outbox,
+        v1::Welcome {
+            durable_upto: 3,
+            ..welcome(1)
+        },
+    );
+    assert!(events.contains(&Event::Settled(range(2, 3))));
+}
+
+#[test]
 fn the_same_epoch_number_of_another_store_is_not_used() {
     let mut outbox = welcomed(10);
     push(&mut outbox, 3);

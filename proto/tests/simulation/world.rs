@@ -732,5 +732,13 @@ impl World {
         self.count("queues restored", 1);
         let keeps_epoch = self.sabotage == Sabotage::RestoreKeepsEpoch;
         self.installs[at].restore(keeps_epoch, &mut self.history);
+        if keeps_epoch {
+            // Cut off after its first batch and before Welcome, which would give it away.
+            self.push(at);
+            self.connect(at);
+            if let Some(link) = self.installs[at].link {
+                self.abandon(link);
+            }
+        }
     }
 }
