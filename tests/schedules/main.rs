@@ -28,12 +28,7 @@ mod sync;
 // The watch over the disk only looks on; the committer's half of it is used as it is.
 use waypost_gateway::disk;
 
-use std::{
-    hash::{BuildHasher, Hasher, RandomState},
-    panic,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{panic, sync::Arc, time::Instant};
 
 use parking_lot::Mutex;
 use shuttle::{
@@ -41,6 +36,7 @@ use shuttle::{
     scheduler::{DfsScheduler, PctScheduler, RandomScheduler, Scheduler},
 };
 use waypost_gateway::metrics;
+use waypost_tests::soak;
 
 use as_it_is::scenario;
 use plan::{Plan, Tally};
@@ -151,12 +147,8 @@ fn in_every_order_a_full_queue_wakes_the_session_that_waits_for_a_place() {
 #[test]
 #[ignore = "long: make soak runs it"]
 fn soak_schedules() {
-    let seconds = std::env::var("SOAK_SECONDS").map_or(60, |seconds| {
-        seconds.parse().expect("SOAK_SECONDS is a number")
-    });
-    let until = Instant::now() + Duration::from_secs(seconds);
-    let seed = seed_or(|| RandomState::new().build_hasher().finish());
-    println!("seed {seed}");
+    let seed = soak::seed();
+    let until = Instant::now() + soak::length();
     let mut next_seed = seed;
     let mut schedules = 0;
     let mut settled = 0;
@@ -167,10 +159,10 @@ fn soak_schedules() {
         }
         next_seed = next_seed.wrapping_add(1);
     }
-    println!(
-        "soak: no answer is missing, twice or too early, and nothing announced comes later: \
-         {schedules} schedules, {settled} batches acknowledged; seed {seed}"
-    );
+    soak::summary(format_args!(
+        "no answer is missing, twice or too early, and nothing announced comes later: {schedules} \
+         schedules, {settled} batches acknowledged; seed {seed}"
+    ));
 }
 
 control!(wakes_before_it_posts, Plan::sound, "deadlock");
@@ -214,18 +206,12 @@ control!(
 
 /// Half of the schedules at random, half by PCT, which finds what needs few but unlikely switches.
 fn try_out(plan: fn() -> Plan, play: fn(Plan, &Arc<Mutex<Tally>>), schedules: usize) -> Tally {
-    let seed = seed_or(|| FIXED_SEED);
+    let seed =
+        std::env::var("SEED").map_or(FIXED_SEED, |seed| seed.parse().expect("SEED is a number"));
     println!("seed {seed}");
     let tally = try_out_from(seed, plan, play, schedules);
     println!("{schedules} schedules: {tally:?}");
     tally
-}
-
-fn seed_or(otherwise: fn() -> u64) -> u64 {
-    std::env::var("SEED").map_or_else(
-        |_| otherwise(),
-        |seed| seed.parse().expect("SEED is a number"),
-    )
 }
 
 fn try_out_from(
