@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, num::NonZeroUsize};
 use bytes::{Bytes, BytesMut};
 use waypost_proto::{
     frame::{FrameReader, encode_frame},
-    outbox::{Event, Outbox},
+    outbox::{Event, LeaveReason, Outbox},
     ping::Ping,
     session::{CloseCode, Lane},
     v1::{self, device_frame::Kind},
@@ -23,6 +23,8 @@ pub(crate) struct Install {
     pub(crate) device: u32,
     pub(crate) link: Option<LinkId>,
     pub(crate) owes_heartbeat: bool,
+    /// How often it took itself for a copy, or its epoch for that of another queue.
+    pub(crate) epochs_taken: u64,
     outbox: Outbox,
     /// What is held, by its current number.
     names: BTreeMap<u64, Name>,
@@ -62,6 +64,7 @@ impl Install {
             device,
             link: None,
             owes_heartbeat: false,
+            epochs_taken: 0,
             outbox: new_outbox(capacity),
             names: BTreeMap::new(),
             repeatable: Vec::new(),
@@ -293,6 +296,7 @@ impl Install {
                 self.next_seq = previous_seqs.len() as u64 + 1;
                 self.repeatable.clear();
             }
+            Event::Leaving(LeaveReason::EpochTaken) => self.epochs_taken += 1,
             Event::Leaving(_)
             | Event::Welcomed { .. }
             | Event::Repeated(_)

@@ -24,10 +24,10 @@ use std::{
 
 use gateway::Sabotage;
 use history::{Breach, Entry, judge, tally};
-use world::{Counts, Run, run, run_with_holes};
+use world::{Counts, Run, run, run_with_faithful_queues, run_with_holes};
 
 /// How many seeds `make test` runs.
-const SEEDS: u64 = 400;
+const SEEDS: u64 = 300;
 
 /// Fails with all that is needed to run it again. Adds up what happened.
 fn assert_promises_hold(seed: u64, counts: &mut Counts) {
@@ -117,6 +117,15 @@ fn the_same_seed_is_the_same_run() {
 }
 
 #[test]
+fn a_queue_that_is_no_copy_never_takes_itself_for_one() {
+    for seed in 0..60 {
+        let run = run_with_faithful_queues(seed);
+        assert_kept(&run, &format!("seed {seed}"));
+        assert_eq!(run.counts["epochs taken by others"], 0, "seed {seed}");
+    }
+}
+
+#[test]
 fn a_thousand_holes_are_settled_as_well() {
     let run = run_with_holes(1_000);
     assert_kept(&run, "there is no chance in it");
@@ -198,6 +207,12 @@ fn an_outbox_that_forgets_what_is_in_flight_at_a_cut_is_caught() {
 fn a_restored_queue_that_keeps_its_epoch_is_caught() {
     let breaches = breaches_with(Sabotage::RestoreKeepsEpoch);
     assert!(breaches.contains("ForgottenNotStored"), "{breaches:?}");
+    // Though most copies notice by themselves what they are.
+    let noticed = (0..40).map(|seed| {
+        let run = run(seed, Sabotage::RestoreKeepsEpoch);
+        run.counts["epochs taken by others"]
+    });
+    assert!(0 < noticed.sum::<u64>());
 }
 
 #[test]

@@ -55,6 +55,8 @@ pub(crate) struct Weather {
     pub(crate) makes_odd_pings: bool,
     /// More than one install of a device at once.
     pub(crate) has_rivals: bool,
+    /// The last in the list of faults that may come.
+    pub(crate) last_fault: u64,
     pub(crate) duration_ms: u64,
 }
 
@@ -84,6 +86,7 @@ impl Weather {
             gaps_per_mille: dice.one_of(&[0, 30, 900]),
             makes_odd_pings: dice.hits(900),
             has_rivals: dice.hits(500),
+            last_fault: 99,
             duration_ms: 30_000,
         }
     }
@@ -178,6 +181,16 @@ pub(crate) fn run(seed: u64, sabotage: Sabotage) -> Run {
     World::new(weather, dice, sabotage).run()
 }
 
+/// One run in which connections are cut and the gateway crashes, but nobody loses a queue or a store.
+pub(crate) fn run_with_faithful_queues(seed: u64) -> Run {
+    let mut dice = Dice::new(seed);
+    let weather = Weather {
+        last_fault: 79,
+        ..Weather::of(&mut dice)
+    };
+    World::new(weather, dice, Sabotage::Nothing).run()
+}
+
 /// One device that leaves out two numbers before each ping, on a day when nothing else goes wrong.
 pub(crate) fn run_with_holes(pings: u64) -> Run {
     let mut dice = Dice::new(1);
@@ -252,6 +265,12 @@ impl World {
         {
             self.turn();
         }
+        let epochs_taken = self
+            .installs
+            .iter()
+            .map(|install| install.epochs_taken)
+            .sum();
+        self.count("epochs taken by others", epochs_taken);
         let unsettled = self.installs.iter().filter(|install| !install.is_settled());
         Run {
             unsettled: unsettled.map(|install| format!("{install:?}")).collect(),
@@ -605,7 +624,7 @@ impl World {
         let fault = if self.sabotage == Sabotage::RestoreKeepsEpoch && self.dice.hits(500) {
             self.dice.one_of(&[80, 87])
         } else {
-            self.dice.between(0, 99)
+            self.dice.between(0, self.weather.last_fault)
         };
         match fault {
             0..=29 => {
