@@ -62,7 +62,8 @@ pub struct SessionConfig {
     /// How long the first frame of a stream may take.
     #[serde(with = "humantime_serde")]
     pub first_frame_timeout: Duration,
-    /// How long a frame may take once it has begun, and a write to a device that does not read.
+    /// How long the next bytes of a frame may take once it has begun, and a write to a device that does
+    /// not read.
     #[serde(with = "humantime_serde")]
     pub frame_timeout: Duration,
 }
@@ -390,7 +391,6 @@ impl<'a> Shell<'a> {
     /// Works through the complete frames of a stream, as long as there is room for more requests: a few
     /// bytes can hold many frames, and a short frame many pings.
     async fn work_through(&mut self, at: usize) -> Result<(), End> {
-        let mut is_progress = false;
         while !self.is_full()
             && self.held_until.is_none()
             && let Some(frame) = self.streams[at]
@@ -398,7 +398,6 @@ impl<'a> Shell<'a> {
                 .next::<v1::DeviceFrame>()
                 .map_err(Violation::from)?
         {
-            is_progress = true;
             self.handle_frame(at, frame).await?;
         }
         let stream = &mut self.streams[at];
@@ -406,7 +405,8 @@ impl<'a> Shell<'a> {
             if stream.lane.is_some() {
                 stream.deadline = None;
             }
-        } else if stream.deadline.is_none() || (is_progress && stream.lane.is_some()) {
+        } else if stream.deadline.is_none() || stream.lane.is_some() {
+            // From the newest bytes on, so that a full frame gets through a line of any speed.
             stream.deadline = Some(Instant::now() + self.parts.config.frame_timeout);
         }
         Ok(())

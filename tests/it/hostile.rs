@@ -177,6 +177,29 @@ async fn a_stream_that_stalls_inside_a_frame() {
     .await;
 }
 
+/// On a line of a few bytes a second a frame takes longer than the timeout; what counts is that it goes on.
+/// The control is the stream that stalls.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frame_that_trickles_in_is_waited_for() {
+    let timeout = Duration::from_secs(3);
+    let world = World::start_with(|config| config.devices.session.frame_timeout = timeout).await;
+    let link = world.connect(&world.device(1)).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    let frame = raw_frame(v1::device_frame::Kind::Batch(three_pings(epoch)));
+    let began = std::time::Instant::now();
+    let (last, first) = frame.split_last().unwrap();
+    for (at, byte) in first.iter().enumerate() {
+        live.send_raw(&[*byte]).await;
+        // Longer than the timeout in all, and far less from byte to byte.
+        let share = u32::try_from(at + 1).unwrap() * (timeout + timeout / 2);
+        let due = share / u32::try_from(first.len()).unwrap();
+        tokio::time::sleep(due.saturating_sub(began.elapsed())).await;
+    }
+    live.send_raw(&[*last]).await;
+    assert_eq!(live.ack().await.accepted, 3);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_never_says_hello() {
     closes_with(CloseCode::FirstFrameTimeout, async |stream, _| {
