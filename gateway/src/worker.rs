@@ -23,7 +23,7 @@ use quinn::{
 use ring::hmac;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
 use waypost_proto::{id::DeviceId, session::CloseCode};
@@ -246,7 +246,8 @@ async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     let connection = match incoming.accept() {
         Ok(connecting) => tokio::select! {
             connection = timeout(handshake_timeout, connecting) => Some(connection),
-            () = parts.draining.cancelled() => None,
+            // Not at once: a device that has been let in is told why it is closed.
+            () = async { parts.draining.cancelled().await; sleep(LAST_HANDSHAKES).await } => None,
         },
         Err(error) => Some(Ok(Err(error))),
     };
@@ -426,6 +427,8 @@ const LOGGED_REFUSALS: u32 = 20;
 const CONNECTION_ID_BYTES: usize = 8;
 /// Between two stateless resets: a quarter of the handshakes that a core can do, which is what follows.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);
+/// How long a stopping endpoint goes on with handshakes that were begun before.
+const LAST_HANDSHAKES: Duration = Duration::from_secs(1);
 /// How long a stopping endpoint lets its sessions finish before it closes on them; well within the time
 /// that a stop may take.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);

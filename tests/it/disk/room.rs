@@ -9,8 +9,11 @@ use std::{
 use waypost_proto::{session::Lane, v1::reject::Code};
 use waypost_tests::{Mount, Process, World, hello, ping, stored_seqs, until};
 
-use super::ledger::{
-    all_send_until_closed, cannot_start, connect_all, recovers, stopped_because_of, wrong,
+use super::{
+    faults::ANY_RATE,
+    ledger::{
+        all_send_until_closed, cannot_start, connect_all, recovers, stopped_because_of, wrong,
+    },
 };
 
 /// Writes until the file is so large or the disk is full.
@@ -114,6 +117,7 @@ async fn a_full_disk_is_final_and_after_room_was_made_everything_is_there() {
         return;
     };
     let settings = [
+        ANY_RATE,
         ("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0"),
         ("WAYPOST_STORE_MEMTABLE_MIB", "8"),
         ("WAYPOST_STORE_WAL_MIB", "8"),
