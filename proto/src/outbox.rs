@@ -655,6 +655,9 @@ impl Outbox {
             self.leave(LeaveReason::HolesToClose, events);
         }
         self.settle_repeats(totals.sum(), events);
+        if self.connection.sent <= totals.sum() {
+            self.put_back_all();
+        }
         if let Some(flow) = ack.flow {
             self.obey(flow, now_ms, events);
         }
@@ -744,6 +747,20 @@ impl Outbox {
                 })),
             }
         }
+    }
+
+    /// Everything that was sent has been answered: what is in flight all the same was refused, and the
+    /// ack that said so got lost.
+    fn put_back_all(&mut self) {
+        if self.connection.held_in_flight == 0 {
+            return;
+        }
+        for held in &mut self.held {
+            held.was_sent |= std::mem::take(&mut held.is_in_flight);
+        }
+        self.connection.held_in_flight = 0;
+        self.connection.live_next = 0;
+        self.connection.backfill_next = 0;
     }
 
     /// Repeats go out on LIVE alone and in order, so the running total tells which are answered.

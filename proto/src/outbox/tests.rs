@@ -413,6 +413,22 @@ fn a_full_outbox_drops_its_oldest_and_tells_hello() {
     );
 }
 
+/// Found by the simulation, where the acks that named the refusals got lost.
+#[test]
+fn what_was_refused_in_an_ack_that_got_lost_is_sent_again_once_everything_is_answered() {
+    let mut outbox = welcomed(10);
+    push(&mut outbox, 3);
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2, 3]);
+    let answered = |rejected| v1::Ack {
+        rejected,
+        ..ack(1, 0)
+    };
+    told_ack(&mut outbox, answered(2));
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [], "one is on its way");
+    told_ack(&mut outbox, answered(3));
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [1, 2, 3]);
+}
+
 #[test]
 fn a_permanent_reject_is_settled_and_a_retryable_one_waits() {
     let mut outbox = welcomed(10);

@@ -143,7 +143,7 @@ fn soak_simulation() {
         seconds.parse().expect("SOAK_SECONDS is a number")
     });
     let first = seed_of_environment().unwrap_or_else(chosen_by_chance);
-    println!("soak: the simulation starts from seed {first}");
+    println!("seed {first}");
     let end = Instant::now() + Duration::from_secs(seconds);
     let mut counts = Counts::new();
     let mut seed = first;
