@@ -4,14 +4,17 @@
 //! takes it through the stations. [`local_gateway`] starts a gateway if there is none; the [`fleet`]
 //! connects its [`device`]s over a few sockets ([`link`]) and keeps a [`ledger`] of each; a [`checker`]
 //! watches freshness meanwhile and [`scrape`] what the gateway uses. Then [`verify`] compares store and
-//! freshness with the ledgers, and [`verdict`] makes a [`report`] of it.
+//! freshness with the ledgers, and [`verdict`] makes a [`report`] of it, which [`page`] lays out with the
+//! charts of its [`timeline`].
 
+mod chart;
 pub mod checker;
 pub mod device;
 pub mod fleet;
 pub mod ledger;
 pub mod link;
 pub mod local_gateway;
+pub mod page;
 pub mod progress;
 pub mod replay;
 pub mod report;
@@ -19,5 +22,6 @@ pub mod run;
 pub mod scenario;
 pub mod scrape;
 pub mod steady;
+pub mod timeline;
 pub mod verdict;
 pub mod verify;

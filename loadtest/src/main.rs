@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use waypost_gateway::clock::system_now_ms;
 use waypost_loadtest::{
+    page,
     progress::Progress,
     replay::Replay,
     report::Report,
@@ -99,6 +100,9 @@ struct CommonArgs {
     /// Write the report as one JSON object; `-` for standard output, the table then goes to standard error
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the report as one HTML page with charts, for a browser
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -126,9 +130,7 @@ async fn main() -> ExitCode {
         None => run::on_own_gateway(scenario, &progress, &stop).await,
     };
     progress.end();
-    match outcome
-        .and_then(|report| publish(&report, common.json.as_deref()).map(|()| report.passed()))
-    {
+    match outcome.and_then(|report| publish(&report, &common).map(|()| report.passed())) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(EXIT_FAILED),
         Err(error) => fail(&error, EXIT_FAILED),
@@ -223,7 +225,12 @@ fn stop_on_ctrl_c() -> CancellationToken {
     clippy::print_stderr,
     reason = "the report is what the command is for"
 )]
-fn publish(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
+fn publish(report: &Report, common: &CommonArgs) -> anyhow::Result<()> {
+    if let Some(path) = &common.html {
+        std::fs::write(path, page::render(report))
+            .with_context(|| format!("cannot write the report to {}", path.display()))?;
+    }
+    let json = common.json.as_deref();
     let to_stdout = json == Some(Path::new("-"));
     match json {
         Some(_) if to_stdout => {

@@ -7,11 +7,15 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::timeline::Moment;
+
 /// The outcome of a run. The names are a contract: programs read them.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Which load test ran.
     pub scenario: &'static str,
+    /// The same with its settings, in one line for people.
+    pub title: String,
     /// Repeats it exactly; absent where nothing is random.
     pub seed: Option<u64>,
     /// How many devices took part.
@@ -66,6 +70,8 @@ pub struct Report {
     pub gateway: GatewayUse,
     /// Each promise that was checked.
     pub checks: Vec<Check>,
+    /// What was seen while pings were sent, about once a second.
+    pub timeline: Vec<Moment>,
 }
 
 /// Percentiles of the acknowledgement's latency in milliseconds.
@@ -333,50 +339,54 @@ impl fmt::Display for Seconds {
 /// The longest latency that is told from longer ones: an hour.
 const LONGEST_US: u64 = 3_600_000_000;
 
+/// A report for tests.
+#[cfg(test)]
+pub(crate) fn example() -> Report {
+    Report {
+        scenario: "replay",
+        title: "replay: an example".to_owned(),
+        seed: None,
+        devices: 10_631,
+        passes: 1,
+        sent: 99_999,
+        acked: 99_999,
+        accepted: 99_999,
+        duplicate: 0,
+        filtered: 0,
+        rejected: 0,
+        untold: 0,
+        dropped: 0,
+        lost: Some(0),
+        stored: Some(99_999),
+        stored_twice: Some(0),
+        altered: Some(0),
+        unknown: Some(0),
+        unchecked: 0,
+        freshness_checked: Some(10_631),
+        freshness_wrong: Some(0),
+        reconnects: 0,
+        breaks: BTreeMap::new(),
+        seconds: 60.0,
+        pings_per_s: 1_666.65,
+        ack_ms: AckMs::default(),
+        freshness_ms: Some(FreshnessMs::default()),
+        gateway: GatewayUse::default(),
+        checks: vec![Check {
+            promise: "every ping was acknowledged",
+            passed: true,
+            detail: String::new(),
+        }],
+        timeline: Vec::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn report() -> Report {
-        Report {
-            scenario: "replay",
-            seed: None,
-            devices: 10_631,
-            passes: 1,
-            sent: 99_999,
-            acked: 99_999,
-            accepted: 99_999,
-            duplicate: 0,
-            filtered: 0,
-            rejected: 0,
-            untold: 0,
-            dropped: 0,
-            lost: Some(0),
-            stored: Some(99_999),
-            stored_twice: Some(0),
-            altered: Some(0),
-            unknown: Some(0),
-            unchecked: 0,
-            freshness_checked: Some(10_631),
-            freshness_wrong: Some(0),
-            reconnects: 0,
-            breaks: BTreeMap::new(),
-            seconds: 60.0,
-            pings_per_s: 1_666.65,
-            ack_ms: AckMs::default(),
-            freshness_ms: Some(FreshnessMs::default()),
-            gateway: GatewayUse::default(),
-            checks: vec![Check {
-                promise: "every ping was acknowledged",
-                passed: true,
-                detail: String::new(),
-            }],
-        }
-    }
-
     #[test]
     fn the_json_has_every_field_of_the_contract() {
-        let json = serde_json::to_value(report()).unwrap();
+        let json = serde_json::to_value(example()).unwrap();
         for field in [
             "scenario",
             "seed",
@@ -410,7 +420,7 @@ mod tests {
 
     #[test]
     fn one_failed_check_fails_the_run_and_is_shown() {
-        let mut report = report();
+        let mut report = example();
         assert!(report.passed());
         assert!(
             report

@@ -19,6 +19,7 @@ use crate::{
     report::{Count, Ms, Report},
     scenario::Scenario,
     scrape::UseWatch,
+    timeline::{Moment, Timeline},
     verdict::{self, Outcome},
     verify::{self, Expected, FreshnessFindings, StoreFindings},
 };
@@ -107,13 +108,27 @@ async fn load(
     let fleet = Arc::new(Fleet::enrol(&devices, target, keep_each, progress).await?);
     fleet.connect(progress, stop).await?;
     let watch = checker.as_ref().map(Checker::watch);
+    let mut recorder = Recorder::default();
     let mut took_us = 0;
     for pass in 1..=scenario.passes() {
         if 1 < pass && !stop.is_cancelled() {
             fleet.reconnect(progress, stop).await?;
         }
         let begun_us = fleet.now_us();
-        send(&fleet, &scenario, pass, watch.as_ref(), progress, stop).await?;
+        let watched = Watched {
+            fleet: &fleet,
+            stream: watch.as_ref(),
+            usage: usage.as_ref(),
+        };
+        let sender = tokio::task::spawn_blocking({
+            let (fleet, scenario, stop) = (fleet.clone(), scenario.clone(), stop.clone());
+            move || hand_out(&fleet, &scenario, pass, &stop)
+        });
+        progress.begin(
+            if pass == 1 { "sending" } else { "again" },
+            scenario.pings_per_pass(),
+        );
+        follow(sender, &watched, &mut recorder, progress).await?;
         took_us += fleet
             .last_acked_us()
             .map_or(0, |last_us| last_us.saturating_sub(begun_us));
@@ -140,6 +155,8 @@ async fn load(
     progress.end();
     Ok(Outcome {
         scenario: scenario.name(),
+        title: scenario.title(),
+        timeline: recorder.timeline.into_moments(),
         seed: scenario.seed(),
         passes: scenario.passes(),
         seconds: Duration::from_micros(took_us).as_secs_f64(),
@@ -155,27 +172,17 @@ async fn load(
     })
 }
 
-/// Sends one pass and waits until it is settled, or until nothing moves any more.
-async fn send(
-    fleet: &Arc<Fleet>,
-    scenario: &Arc<Scenario>,
-    pass: u32,
-    watch: Option<&Watch>,
+/// Waits until a pass is sent and settled, or until nothing moves any more.
+async fn follow(
+    mut sender: tokio::task::JoinHandle<()>,
+    watched: &Watched<'_>,
+    recorder: &mut Recorder,
     progress: &Progress,
-    stop: &CancellationToken,
 ) -> anyhow::Result<()> {
-    progress.begin(
-        if pass == 1 { "sending" } else { "again" },
-        scenario.pings_per_pass(),
-    );
+    let fleet = watched.fleet;
     let acked_before = fleet.acked();
-    let mut sender = tokio::task::spawn_blocking({
-        let (fleet, scenario, stop) = (fleet.clone(), scenario.clone(), stop.clone());
-        move || hand_out(&fleet, &scenario, pass, &stop)
-    });
     let mut ticks = interval(LIVE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut live = Live::new(fleet.acked());
     let mut is_sent = false;
     let mut moved = (fleet.acked(), Instant::now());
     loop {
@@ -194,7 +201,8 @@ async fn send(
         if is_sent && (fleet.open() == 0 || SETTLE_PATIENCE <= moved.1.elapsed()) {
             return Ok(());
         }
-        progress.at(acked - acked_before, || live.line(fleet, watch));
+        recorder.look(watched);
+        progress.at(acked - acked_before, || recorder.line(watched));
     }
 }
 
@@ -228,41 +236,90 @@ fn hand_out(fleet: &Fleet, scenario: &Scenario, pass: u32, stop: &CancellationTo
     }
 }
 
-/// The live line; its numbers are of about the last second.
-struct Live {
-    since: Instant,
-    acked: u64,
-    recent: String,
+/// What can be watched while a run goes on.
+struct Watched<'a> {
+    fleet: &'a Fleet,
+    stream: Option<&'a Watch>,
+    usage: Option<&'a UseWatch>,
 }
 
-impl Live {
-    fn new(acked: u64) -> Self {
-        Self {
-            since: Instant::now(),
-            acked,
-            recent: String::new(),
+/// Makes a moment of about every second, for the charts and for the live line.
+#[derive(Default)]
+struct Recorder {
+    timeline: Timeline,
+    last: Option<Seen>,
+    /// The gateway's processor time when it last moved; it is scraped at other moments than these.
+    cpu: Option<(Instant, f64)>,
+    cpus: Option<f64>,
+    line: String,
+}
+
+/// What the next moment is reckoned from.
+struct Seen {
+    at: Instant,
+    acked: u64,
+}
+
+impl Recorder {
+    /// Looks, unless less than a second has passed since it last did.
+    fn look(&mut self, watched: &Watched<'_>) {
+        let fleet = watched.fleet;
+        let gateway = watched.usage.map(UseWatch::newest).unwrap_or_default();
+        let seen = Seen {
+            at: Instant::now(),
+            acked: fleet.acked(),
+        };
+        self.look_at_cpu(seen.at, gateway.cpu_s);
+        let Some(last) = &self.last else {
+            self.last = Some(seen);
+            return;
+        };
+        let elapsed_s = (seen.at - last.at).as_secs_f64();
+        if elapsed_s < MOMENT_S {
+            return;
+        }
+        let recent = fleet.take_recent_latencies();
+        let quantile_ms = |quantile| (!recent.is_empty()).then(|| recent.quantile_ms(quantile));
+        let moment = Moment {
+            at_s: Duration::from_micros(fleet.now_us()).as_secs_f64(),
+            pings_per_s: (seen.acked - last.acked) as f64 / elapsed_s,
+            ack_p50_ms: quantile_ms(0.5),
+            ack_p99_ms: quantile_ms(0.99),
+            ack_max_ms: quantile_ms(1.0),
+            open: fleet.open(),
+            connected: fleet.connected(),
+            freshness_lag_ms: watched.stream.map(Watch::lag_ms),
+            gateway_rss_bytes: gateway.rss_bytes,
+            gateway_cpus: self.cpus,
+        };
+        self.line = format!("{}/s", Count::of(moment.pings_per_s));
+        if let Some((p50_ms, p99_ms)) = moment.ack_p50_ms.zip(moment.ack_p99_ms) {
+            self.line += &format!("  ack p50 {} p99 {}", Ms(p50_ms), Ms(p99_ms));
+        }
+        self.timeline.push(moment);
+        self.last = Some(seen);
+    }
+
+    fn look_at_cpu(&mut self, now: Instant, cpu_s: Option<f64>) {
+        let Some(cpu_s) = cpu_s else { return };
+        match self.cpu {
+            Some((_, last_s)) if last_s == cpu_s => {}
+            // A gateway that was restarted counts from zero.
+            Some((at, last_s)) if last_s < cpu_s => {
+                self.cpus = Some((cpu_s - last_s) / (now - at).as_secs_f64());
+                self.cpu = Some((now, cpu_s));
+            }
+            _ => self.cpu = Some((now, cpu_s)),
         }
     }
 
-    fn line(&mut self, fleet: &Fleet, watch: Option<&Watch>) -> String {
-        let elapsed = self.since.elapsed();
-        if Duration::from_secs(1) <= elapsed {
-            let acked = fleet.acked();
-            let per_s = Count::of((acked - self.acked) as f64 / elapsed.as_secs_f64());
-            let recent = fleet.take_recent_latencies();
-            self.recent = format!("{per_s}/s");
-            if !recent.is_empty() {
-                let (p50, p99) = (Ms(recent.quantile_ms(0.5)), Ms(recent.quantile_ms(0.99)));
-                self.recent += &format!("  ack p50 {p50} p99 {p99}");
-            }
-            (self.since, self.acked) = (Instant::now(), acked);
+    fn line(&self, watched: &Watched<'_>) -> String {
+        let mut line = self.line.clone();
+        if let Some(stream) = watched.stream {
+            line += &format!("  freshness lag {} ms", Count(stream.lag_ms()));
         }
-        let mut line = self.recent.clone();
-        if let Some(watch) = watch {
-            line += &format!("  freshness lag {} ms", Count(watch.lag_ms()));
-        }
-        line += &format!("  {} devices", Count(fleet.connected()));
-        match fleet.open() {
+        line += &format!("  {} devices", Count(watched.fleet.connected()));
+        match watched.fleet.open() {
             0 => line,
             open => line + &format!("  {} open", Count(open)),
         }
@@ -321,6 +378,8 @@ const MOST_OPEN_PINGS: u64 = 2_000;
 /// A run is given up when nothing was acknowledged for this long: a gateway that was killed has time to
 /// come back.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two moments of the timeline, at least.
+const MOMENT_S: f64 = 1.0;
 const LIVE_INTERVAL: Duration = Duration::from_millis(200);
 const STOP_LATENCY: Duration = Duration::from_millis(100);
 const ROOM_INTERVAL: Duration = Duration::from_micros(200);

@@ -50,6 +50,12 @@ impl UseWatch {
         Self { seen, task }
     }
 
+    /// What it used when it was looked at last.
+    #[must_use]
+    pub fn newest(&self) -> GatewayUse {
+        self.seen.lock().newest
+    }
+
     /// What it was seen to use at most, and the processor time since the first look.
     #[must_use]
     pub fn most(&self) -> GatewayUse {

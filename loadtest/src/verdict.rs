@@ -9,6 +9,7 @@ use waypost_proto::outbox::Totals;
 use crate::{
     ledger::DeviceLedger,
     report::{Check, Count, GatewayUse, Latencies, Report},
+    timeline::Moment,
     verify::{FreshnessFindings, StoreFindings},
 };
 
@@ -17,6 +18,8 @@ use crate::{
 pub struct Outcome {
     /// Which load test ran.
     pub scenario: &'static str,
+    /// The same with its settings, in one line for people.
+    pub title: String,
     /// What repeats it.
     pub seed: Option<u64>,
     /// How often everything was sent.
@@ -39,6 +42,8 @@ pub struct Outcome {
     pub stream: Option<FreshnessFindings>,
     /// What the store holds, if it was read.
     pub store: Option<StoreFindings>,
+    /// What was seen while pings were sent.
+    pub timeline: Vec<Moment>,
     /// How our own gateway ended: with an error, perhaps.
     pub gateway_end: Option<Option<String>>,
 }
@@ -53,6 +58,7 @@ pub fn report(outcome: &Outcome) -> Report {
     let freshness = outcome.freshness.as_ref();
     Report {
         scenario: outcome.scenario,
+        title: outcome.title.clone(),
         seed: outcome.seed,
         devices: ledgers.len() as u64,
         passes: outcome.passes,
@@ -90,6 +96,7 @@ pub fn report(outcome: &Outcome) -> Report {
             .map(Latencies::freshness_ms),
         gateway: outcome.gateway,
         checks: checks(outcome, sent, acked),
+        timeline: outcome.timeline.clone(),
     }
 }
 
@@ -280,6 +287,8 @@ mod tests {
             |_| (),
         );
         Outcome {
+            title: "an example".to_owned(),
+            timeline: Vec::new(),
             scenario: "steady",
             seed: Some(1),
             passes: 1,
