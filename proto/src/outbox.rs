@@ -288,7 +288,12 @@ impl Outbox {
     /// before BACKFILL.
     pub fn poll_batch(&mut self, lane: Lane, now_ms: u64) -> Option<v1::PingBatch> {
         let is_open = lane == Lane::Live || self.has_backlog();
-        if !is_open || !self.may_send() || now_ms < self.not_before_ms || self.must_yield(lane) {
+        if !is_open
+            || !self.may_send()
+            || now_ms < self.not_before_ms
+            || self.must_wait_for_answer()
+            || self.must_yield(lane)
+        {
             return None;
         }
         let room = self.room(lane, now_ms).min(self.batch_pings);
@@ -440,13 +445,25 @@ impl Outbox {
         self.epoch != 0 && !self.connection.is_leaving
     }
 
-    /// When the gateway spaces batches out, LIVE could take every turn; it leaves each second one.
+    /// When the gateway spaces batches out, LIVE could take every turn; it leaves each second one. While
+    /// ranges are missing it leaves all of them: only the lowest of the missing is taken for sure.
     fn must_yield(&self, lane: Lane) -> bool {
+        let is_greedy = 0 < self.min_interval_ms && self.connection.last_lane == Some(Lane::Live);
         lane == Lane::Live
-            && 0 < self.min_interval_ms
-            && self.connection.last_lane == Some(Lane::Live)
+            && (is_greedy || self.is_sparse())
             && self.has_backlog()
             && !self.waiting(Lane::Backfill, 1).is_empty()
+    }
+
+    /// Whether the gateway can take no new range, and has named those that it misses.
+    fn is_sparse(&self) -> bool {
+        !self.connection.missing.is_empty()
+    }
+
+    /// While ranges are missing one batch is sent at a time: the next begins with what the answer to this
+    /// one says is the lowest, and no other pings go round and round meanwhile.
+    fn must_wait_for_answer(&self) -> bool {
+        self.is_sparse() && 0 < self.in_flight()
     }
 
     /// How many pings the lane may send now.

@@ -5,7 +5,6 @@ mod crash;
 mod disk;
 mod freshness;
 mod hostile;
-mod hostile_crowd;
 mod identity;
 mod ingest;
 mod network;

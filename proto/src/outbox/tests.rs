@@ -495,6 +495,39 @@ fn too_sparse_sends_what_is_missing_first() {
     assert_eq!(sent(&mut outbox, Lane::Live, 0), [4, 5]);
 }
 
+/// Found by the simulation: LIVE sent what could not be taken again and again, and BACKFILL, which had the
+/// one ping that makes room, did not get its turn.
+#[test]
+fn while_ranges_are_missing_the_lowest_goes_first_and_alone_whatever_its_lane() {
+    let mut outbox = welcomed(3_000);
+    outbox.disconnected();
+    push(&mut outbox, 2_500);
+    outbox.connected();
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [2_500]);
+    told_welcome(
+        &mut outbox,
+        v1::Welcome {
+            flow: flow(10_000),
+            ..welcome(1)
+        },
+    );
+    let too_sparse = v1::Ack {
+        rejects: vec![reject(2_500, RejectCode::TooSparse)],
+        rejected: 1,
+        missing: vec![v1::SeqRange {
+            first: 1,
+            last: 2_500,
+        }],
+        flow: flow(10_000),
+        ..ack(1, 0)
+    };
+    told_ack(&mut outbox, too_sparse);
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), [], "it leaves the turn");
+    assert_eq!(sent(&mut outbox, Lane::Backfill, 0).first(), Some(&1));
+    assert_eq!(sent(&mut outbox, Lane::Backfill, 0), [], "one at a time");
+    assert_eq!(sent(&mut outbox, Lane::Live, 0), []);
+}
+
 #[test]
 fn holes_that_nothing_here_can_fill_are_closed_by_the_next_hello() {
     let mut outbox = welcomed(10);

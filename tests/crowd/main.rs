@@ -1,5 +1,10 @@
-//! A hostile crowd beside a thousand good devices: the good ones lose nothing, and hardly wait.
-#![allow(clippy::print_stdout, reason = "measurements are printed")]
+//! A hostile crowd beside a thousand good devices: the good ones lose nothing, and hardly wait. A binary of
+//! its own, so that no other test takes the processor meanwhile.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test, whose measurements are printed"
+)]
 
 use std::{collections::BTreeMap, time::Duration};
 
