@@ -22,7 +22,7 @@ test: setup ## everything that proves the promises; what CI runs
 	@.ci/python
 	@.ci/prometheus
 	$(CARGO) build --locked --workspace --bins
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --no-fail-fast
 
 .PHONY: soak
 soak: setup ## an hour of the same with random seeds: crashes, power cuts, bad disks, networks and peers

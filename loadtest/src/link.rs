@@ -295,7 +295,9 @@ impl From<ReadError> for LinkError {
 }
 
 fn open_endpoint(gateway: SocketAddr) -> anyhow::Result<Endpoint> {
+    // To a gateway on this machine nothing leaves the machine, and nothing else comes in.
     let any_port: SocketAddr = match gateway {
+        _ if gateway.ip().is_loopback() => (gateway.ip(), 0).into(),
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };

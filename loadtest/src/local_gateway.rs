@@ -160,13 +160,14 @@ fn log_tail(folder: &Path) -> String {
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
 }
 
-/// Free ports on loopback; old pings welcome, for a replay with its original times is years old; and no limit
-/// for one address, which all of the fleet share.
-const SETTINGS: [(&str, &str); 5] = [
+/// Free ports on loopback; old pings welcome, for a replay with its original times is years old; no limit for
+/// one address, which all of the fleet share; and all the room that a temporary folder has.
+const SETTINGS: [(&str, &str); 6] = [
     ("WAYPOST_DEVICES_LISTEN", "127.0.0.1:0"),
     ("WAYPOST_FRESHNESS_LISTEN", "127.0.0.1:0"),
     ("WAYPOST_ADMIN_LISTEN", "127.0.0.1:0"),
     ("WAYPOST_STORE_RETENTION", "36500d"),
+    ("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0"),
     ("WAYPOST_DEVICES_ADMISSION_ADDRESS_HANDSHAKES_PER_S", "0"),
 ];
 const ADDRESSES_FILE: &str = "addresses.json";

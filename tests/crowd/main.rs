@@ -26,13 +26,12 @@ use waypost_tests::{
 const GOOD_DEVICES: u32 = 1_000;
 /// As a fleet of a thousand does that sends every other second, and enough for a p99 in ten seconds.
 const PINGS_PER_S: f64 = 500.0;
-/// What the crowd may do to the good devices' p99: they share two cores with it, with the test and with other
-/// tests. Measured in a debug build on a machine with other work: 12 to 19 times on two cores half free, from
-/// 8..10 ms to 90..175 ms, and 1 to 5 times where there was nothing free to begin with.
-const MOST_TIMES_SLOWER: f64 = 25.0;
-/// The p99 of a calm gateway can be next to nothing. Below this, three times the most that was measured of
-/// such a one, nobody who waits for an ack is starved.
-const ALWAYS_FAST_MS: f64 = 500.0;
+/// What the crowd may do to the good devices' p99, with which it shares two cores, and the test as well.
+/// Measured in a debug build: 7 to 19 times where two cores were half free, from 4..10 ms to 26..175 ms, and
+/// 1 to 5 times where nothing was free to begin with. A slower machine has less to spare.
+const MOST_TIMES_SLOWER: f64 = 100.0;
+/// The p99 of a calm gateway can be next to nothing. Below this nobody who waits for an ack is starved.
+const ALWAYS_FAST_MS: f64 = 2_000.0;
 /// What the gateway's memory may grow by. By its limits: 256 unproved handshakes of 40 KB, some 80
 /// connections with at most 256 KB of unread data each, 16 MiB of packets that wait for a handshake, 2 x
 /// 16 MiB of memtables for what the crowd stores, and as much again for what an allocator keeps.
@@ -277,7 +276,7 @@ async fn beside_a_crowd(plan: Plan) -> Outcome {
     }
 
     let crowd = Crowd::gather(target.devices, &gateway.authority(), recorded, seed);
-    let most = send_until(&fleet, &mut due, u64::MAX, &gateway).await;
+    let mut most = send_until(&fleet, &mut due, u64::MAX, &gateway).await;
     let crowded = settled(&fleet).await;
     let is_unmoved =
         |page: &MetricsPage, counter: &str| page.value(counter) <= before.value(counter);
@@ -287,6 +286,11 @@ async fn beside_a_crowd(plan: Plan) -> Outcome {
             !plan.is_limited || !ANSWERS.iter().any(|(_, counter)| is_unmoved(page, counter))
         })
         .await;
+    if !plan.is_limited {
+        let is_flooded =
+            |page: &MetricsPage| MOST_HANDSHAKES < page.value("waypost_handshakes_in_progress");
+        most.look(&gateway.metrics_until(is_flooded).await);
+    }
     let rounds = crowd.disperse().await;
     println!(
         "p99 of acks {:.1} ms without the crowd, {:.1} ms with it; memory {:.0} MB, {:.0} MB; at most {} handshakes \
@@ -305,6 +309,9 @@ async fn beside_a_crowd(plan: Plan) -> Outcome {
         .filter(|(_, counter)| is_unmoved(&after, counter))
     {
         faults.push(format!("{abuse}: {counter} has not moved"));
+    }
+    for (abuse, rounds) in rounds.iter().filter(|(_, rounds)| **rounds == 0) {
+        faults.push(format!("{abuse}: {rounds} rounds"));
     }
     if !fleet.breaks().is_empty() {
         faults.push(format!(
@@ -428,5 +435,5 @@ async fn soak_hostile() {
 }
 
 /// As many as need not prove their address, the good ones' own among them, and some that have.
-const MOST_HANDSHAKES: f64 = 320.0;
+const MOST_HANDSHAKES: f64 = 400.0;
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);

@@ -174,8 +174,7 @@ async fn an_audit_notices_a_lost_a_doubled_an_altered_and_a_made_up_ping() {
     let mut gateway = Process::prepared(&[]);
     gateway.restart().await;
     let mut fleet = Fleet::new(&gateway, 7);
-    let work = Duration::from_millis(300);
-    fleet.work_for(&gateway, work).await;
+    fleet.work_until_acked(&gateway, 100).await;
     fleet.hand_over(&gateway).await;
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));

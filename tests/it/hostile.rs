@@ -255,44 +255,44 @@ fn put_off(ack: &v1::Ack) -> (Vec<u64>, u32) {
 #[tokio::test(flavor = "multi_thread")]
 async fn more_pings_than_allowed_are_put_off_and_stored_when_they_come_back() {
     let world = World::start_with(|config| {
-        config.devices.allowance.pings_per_s = 10;
-        config.devices.allowance.pings_burst = 10;
+        config.devices.allowance.pings_per_s = 1;
+        config.devices.allowance.pings_burst = 5;
     })
     .await;
     let device = world.device(1);
     let link = world.connect(&device).await;
     let mut live = link.open(hello(Lane::Live, 0)).await;
     let epoch = live.welcome().await.epoch;
-    let pings: Vec<_> = (1..=20).map(ping).collect();
-    live.send_pings(epoch, &pings[..10]).await;
-    assert_eq!(live.ack().await.durable_upto, 10);
+    let pings: Vec<_> = (1..=10).map(ping).collect();
+    live.send_pings(epoch, &pings[..5]).await;
+    assert_eq!(live.ack().await.durable_upto, 5);
     live.send_pings(epoch, &pings).await;
     let ack = live.ack().await;
     let (seqs, retry_after_ms) = put_off(&ack);
-    assert_eq!(seqs, (11..=20).collect::<Vec<_>>());
+    assert_eq!(seqs, (6..=10).collect::<Vec<_>>());
     assert!(0 < retry_after_ms);
     assert_eq!(
         (ack.durable_upto, ack.duplicate),
-        (10, 10),
+        (5, 5),
         "what is stored stays a duplicate"
     );
     let received = world.metrics().await.value("waypost_pings_received_total");
-    assert_eq!(received, 30.0, "what is put off is counted");
+    assert_eq!(received, 15.0, "what is put off is counted");
     assert!(1.0 <= world.metrics().await.value(&limit_reached("device_pings")));
 
     loop {
-        live.send_pings(epoch, &pings[10..]).await;
+        live.send_pings(epoch, &pings[5..]).await;
         let ack = live.ack().await;
-        if ack.durable_upto == 20 {
-            assert_eq!(ack.accepted, 20);
+        if ack.durable_upto == 10 {
+            assert_eq!(ack.accepted, 10);
             break;
         }
         let (seqs, retry_after_ms) = put_off(&ack);
-        assert_eq!(seqs, (11..=20).collect::<Vec<_>>());
+        assert_eq!(seqs, (6..=10).collect::<Vec<_>>());
         tokio::time::sleep(Duration::from_millis(retry_after_ms.into())).await;
     }
     let store = world.stop().await;
-    let expected: Vec<_> = (1..=20).map(|seq| (epoch, seq)).collect();
+    let expected: Vec<_> = (1..=10).map(|seq| (epoch, seq)).collect();
     assert_eq!(waypost_tests::stored_seqs(&store, &device), expected);
 }
 
@@ -365,13 +365,8 @@ async fn a_device_that_connects_again_and_again_is_turned_away_for_a_while() {
     }
     let link = world.connect(&device).await;
     assert_eq!(link.closed().await, Some(CloseCode::Overloaded));
-    assert_eq!(
-        world
-            .metrics()
-            .await
-            .value(&limit_reached("device_connections")),
-        1.0
-    );
+    let metrics = world.metrics().await;
+    assert!(1.0 <= metrics.value(&limit_reached("device_connections")));
     let other = world.attempt(Some(&world.device(2).credentials)).await;
     assert!(other.is_served().await, "another device is not meant");
 }
@@ -392,13 +387,14 @@ async fn an_address_that_connects_too_often_is_refused_and_no_other_is() {
         .is_connected()
     {
         served += 1;
+        assert!(served < 1_000, "it is never refused");
     }
     assert!(
         120 <= served,
         "60 before it must prove its address, and 60 then: {served}"
     );
     let metrics = world.metrics().await;
-    assert_eq!(metrics.value(&limit_reached("address_handshakes")), 1.0);
+    assert!(1.0 <= metrics.value(&limit_reached("address_handshakes")));
     assert!(61.0 <= metrics.value("waypost_address_proofs_total"));
     let neighbour = world
         .attempt_from("127.0.0.2".parse().unwrap(), &world.device(2))
@@ -439,7 +435,7 @@ async fn while_handshakes_stall_newcomers_prove_their_address_and_get_in() {
     let newcomer = world.attempt(Some(&world.device(1).credentials)).await;
     assert!(newcomer.is_served().await);
     let metrics = world.metrics().await;
-    assert_eq!(metrics.value("waypost_address_proofs_total"), proofs + 1.0);
+    assert!(proofs + 1.0 <= metrics.value("waypost_address_proofs_total"));
 }
 
 /// The control: without the proof, whoever writes any address on his packets holds every place there is.
@@ -457,10 +453,8 @@ async fn without_the_proof_stalled_handshakes_hold_as_many_places_as_they_like()
         !newcomer.is_connected(),
         "there is no place left for a good one"
     );
-    assert_eq!(
-        world.metrics().await.value(&limit_reached("handshakes")),
-        1.0
-    );
+    let metrics = world.metrics().await;
+    assert!(1.0 <= metrics.value(&limit_reached("handshakes")));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! The promises of Waypost, end to end. One binary, so that RocksDB is linked once.
+//! The promises of Waypost, end to end. One binary for nearly all, so that RocksDB is linked once.
 #![allow(clippy::unwrap_used)]
 
 mod crash;

@@ -126,9 +126,7 @@ async fn live_and_die(gateway: &mut Process, fleet: &mut Fleet, dice: &mut StdRn
         return;
     }
     if by_change {
-        while !gateway.has_ended() {
-            fleet.work_for(gateway, Duration::from_millis(200)).await;
-        }
+        fleet.work_until(gateway, || gateway.has_ended()).await;
     } else {
         let faults = fleet.audit_freshness(gateway).await;
         Fleet::assert_sound(&faults, gateway);
@@ -154,7 +152,7 @@ async fn without_its_syncs_a_power_cut_loses_acknowledged_pings() {
         };
         gateway.restart().await;
         let mut fleet = Fleet::new(&gateway, 1);
-        fleet.work_for(&gateway, Duration::from_millis(500)).await;
+        fleet.work_until_acked(&gateway, 100).await;
         fleet.hand_over(&gateway).await;
         gateway.kill();
         power.cut(Unsynced::Lost, &mut StdRng::seed_from_u64(1));
@@ -255,7 +253,7 @@ async fn a_recovery_may_end_at_any_change_of_the_disk() {
     };
     gateway.restart().await;
     let mut fleet = Fleet::new(&gateway, 2);
-    fleet.work_for(&gateway, Duration::from_millis(300)).await;
+    fleet.work_until_acked(&gateway, 100).await;
     gateway.kill();
     let mut last = 1;
     loop {
@@ -285,7 +283,7 @@ async fn the_journal_of_the_disk_is_complete() {
     gateway.restart().await;
     let mut fleet = Fleet::new(&gateway, 3);
     for _ in 0..2 {
-        fleet.work_for(&gateway, Duration::from_millis(200)).await;
+        fleet.work_until_acked(&gateway, 50).await;
         gateway.kill();
         gateway.restart().await;
     }

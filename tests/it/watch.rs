@@ -24,7 +24,7 @@ use waypost_proto::{
 use waypost_tests::{
     Process, ping,
     silence::{Claims, Contact, Said},
-    soak, until,
+    soak, until, within_minutes,
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -58,14 +58,17 @@ async fn through_crashes(seed: u64, goes_on: &mut dyn FnMut(u32) -> bool) -> Cla
     let (mut seq, mut round) = (0, 0);
     loop {
         let wanted = contacts.lock().len() + dice.random_range(1..60);
-        while contacts.lock().len() < wanted {
-            ticks.tick().await;
-            // Not all of them, so that there are silences.
-            for device in devices.iter().filter(|_| dice.random_bool(0.4)) {
-                seq += 1;
-                device.push(ping(seq));
+        let working = async {
+            while contacts.lock().len() < wanted {
+                ticks.tick().await;
+                // Not all of them, so that there are silences.
+                for device in devices.iter().filter(|_| dice.random_bool(0.4)) {
+                    seq += 1;
+                    device.push(ping(seq));
+                }
             }
-        }
+        };
+        within_minutes(working).await;
         round += 1;
         if !goes_on(round) {
             break;
@@ -75,7 +78,7 @@ async fn through_crashes(seed: u64, goes_on: &mut dyn FnMut(u32) -> bool) -> Cla
         gateway.restart().await;
     }
     for device in devices {
-        device.stop_when_settled().await;
+        within_minutes(device.stop_when_settled()).await;
     }
     let contacts = contacts.lock().clone();
     let last_ms = contacts.iter().map(|contact| contact.receive_ms).max();

@@ -4,11 +4,12 @@
 
 use std::{
     fs::{self, File},
-    path::{Path, PathBuf},
-    process::Command,
+    path::PathBuf,
 };
 
 use tempfile::TempDir;
+
+use crate::preload;
 
 /// What to do to which calls. In words: `fail the 3rd sync of a file whose path holds ".log"`.
 #[derive(Clone, Copy, Debug)]
@@ -104,29 +105,9 @@ pub struct FailingDisk {
 
 impl FailingDisk {
     /// `None`, with a message, where there is no C compiler.
-    #[expect(clippy::print_stderr, reason = "a skipped test says so")]
     pub fn build() -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("preload/failing_disk.c");
-        let compiled = Command::new("cc")
-            .args([
-                "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o",
-            ])
-            .arg(library(&dir))
-            .arg(source)
-            .arg("-ldl") // for a libc that has it apart
-            .output();
-        match compiled {
-            Ok(output) => {
-                let said = String::from_utf8_lossy(&output.stderr);
-                assert!(output.status.success(), "{said}");
-                Some(Self { dir })
-            }
-            Err(error) => {
-                eprintln!("skipped: there is no C compiler to make a failing disk with: {error}");
-                None
-            }
-        }
+        preload::compile("failing_disk.c", &library(&dir)).then_some(Self { dir })
     }
 
     /// What a process needs to be under its orders.

@@ -14,7 +14,7 @@ use crate::{
     Process, Survivor,
     audit::{self, Fault, Snapshot},
     ledger::{self, Acked, Ledger},
-    process::until,
+    process::{until, within_minutes},
     survivor::Visit,
 };
 
@@ -115,6 +115,14 @@ impl Fleet {
         }
     }
 
+    /// Works until so many more pings are in the ledger.
+    pub async fn work_until_acked(&mut self, gateway: &Process, pings: usize) {
+        let file = self.ledger_file.clone();
+        let enough = ledger::read(&file).len() + pings;
+        self.work_until(gateway, || enough <= ledger::read(&file).len())
+            .await;
+    }
+
     /// Works for a time.
     pub async fn work_for(&mut self, gateway: &Process, time: Duration) {
         drop(tokio::time::timeout(time, self.work(gateway)).await);
@@ -124,7 +132,7 @@ impl Fleet {
     pub async fn hand_over(&mut self, gateway: &Process) {
         let (survivors, visit) = self.visit(gateway);
         let [a, b, c, d, e, f] = survivors.each_mut();
-        Box::pin(async {
+        let all = Box::pin(async {
             tokio::join!(
                 a.hand_over(&visit),
                 b.hand_over(&visit),
@@ -133,8 +141,8 @@ impl Fleet {
                 e.hand_over(&visit),
                 f.hand_over(&visit),
             )
-        })
-        .await;
+        });
+        within_minutes(all).await;
     }
 
     fn visit<'a>(&'a mut self, gateway: &Process) -> (&'a mut [Survivor; DEVICES], Visit<'a>) {

@@ -4,6 +4,11 @@
 //! and killed. Both have their own data folder and ports. [`Relay`] is a bad network on the way to either.
 //! [`link`] is a device without manners: it is written against the wire alone, so that it does not share
 //! a mistake with the load test's device.
+//!
+//! For crashes, a [`fleet`] of [`Survivor`]s keeps a [`ledger`], which an [`audit`] compares with the store;
+//! [`power_cut`] and [`FailingDisk`] stand between a process and its disk, and [`Mount`] is a small disk that
+//! can be filled and frozen. For abuse, a [`crowd`] sends [`packets`] and worse. [`silence`] judges what a
+//! checker was told. [`soak`] says how long all of that goes on, and from which seed.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
 pub mod audit;
@@ -16,6 +21,7 @@ mod metrics_page;
 mod mounts;
 pub mod packets;
 pub mod power_cut;
+mod preload;
 mod process;
 mod prometheus;
 mod relay;
@@ -38,7 +44,7 @@ pub use failing_disk::{Call, DiskError, Done, FailingDisk, Form, Order};
 pub use link::{Attempt, Link, Stream};
 pub use metrics_page::MetricsPage;
 pub use mounts::{Frozen, Mount};
-pub use process::{Addresses, Process, until};
+pub use process::{Addresses, Process, until, within_minutes};
 pub use prometheus::Prometheus;
 pub use relay::{Counts, Relay, Weather};
 pub use survivor::Survivor;

@@ -18,12 +18,11 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    process::Command,
 };
 
 use rand::{RngExt, rngs::StdRng};
 
-use crate::Process;
+use crate::{Process, preload};
 
 /// The interposed library and its journal, for one [`Process`].
 #[derive(Debug)]
@@ -87,22 +86,10 @@ struct Journal {
 impl PowerCut {
     /// Compiles the library and has the process load it from its next start on. `None` with a message
     /// where there is no C compiler.
-    #[expect(clippy::print_stderr, reason = "a skipped test says so")]
     pub fn install(process: &mut Process) -> Option<Self> {
         let library = process.scratch("power_loss.so");
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("preload/power_loss.c");
-        let compiled = Command::new("cc")
-            .args(["-shared", "-fPIC", "-O1", "-o"])
-            .arg(&library)
-            .arg(source)
-            .arg("-ldl")
-            .status();
-        match compiled {
-            Ok(status) => assert!(status.success(), "{status}"),
-            Err(error) => {
-                eprintln!("skipped: there is no C compiler `cc`: {error}");
-                return None;
-            }
+        if !preload::compile("power_loss.c", &library) {
+            return None;
         }
         let cut = Self {
             disk: process.disk().to_owned(),

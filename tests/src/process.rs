@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -34,7 +35,8 @@ pub struct Addresses {
 /// A `waypost serve --dev` and its folder. Killed when it is dropped.
 #[derive(Debug)]
 pub struct Process {
-    running: Option<(Child, Addresses)>,
+    child: Option<Child>,
+    addresses: Option<Addresses>,
     environment: Vec<(String, String)>,
     data_dir: PathBuf,
     dir: TempDir,
@@ -64,7 +66,8 @@ impl Process {
         let data_dir = dir.path().join("disk/data");
         std::fs::create_dir(dir.path().join("disk")).unwrap();
         let mut process = Self {
-            running: None,
+            child: None,
+            addresses: None,
             environment: Vec::new(),
             data_dir,
             dir,
@@ -72,6 +75,8 @@ impl Process {
         for name in LISTEN {
             process.set(name, "127.0.0.1:0");
         }
+        // How much room the temporary folder has is not what most tests are about.
+        process.set("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0");
         for (name, value) in environment {
             process.set(name, value);
         }
@@ -99,14 +104,24 @@ impl Process {
 
     /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
-        let started = self.try_restart().await;
-        started.unwrap_or_else(|status| panic!("it ended with {status}: {}", self.log()));
+        loop {
+            let said_before = self.log_so_far().len();
+            let Err(status) = self.try_restart().await else {
+                return;
+            };
+            let said = self.log().split_off(said_before);
+            // While it was down, somebody else was given a port that it had.
+            assert!(said.contains("in use"), "it ended with {status}: {said}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
     }
 
     /// As [`Self::restart`], but it may end before it is ready.
     pub async fn try_restart(&mut self) -> Result<(), ExitStatus> {
-        let mut child = self.spawn();
         let addresses_file = self.data_dir.join("addresses.json");
+        // Kept from the start on, so that it ends with the test whatever happens.
+        self.child = Some(self.spawn());
+        let child = self.child.as_mut().expect("it was started");
         let addresses = until(async || {
             if let Some(status) = child.try_wait().unwrap() {
                 return Some(Err(status));
@@ -119,7 +134,7 @@ impl Process {
             ready.then_some(Ok(addresses))
         })
         .await;
-        self.running = Some((child, addresses?));
+        self.addresses = Some(addresses?);
         Ok(())
     }
 
@@ -142,17 +157,18 @@ impl Process {
 
     /// SIGTERM: drain.
     pub fn terminate(&self) {
-        let (child, _) = self.running.as_ref().expect("it was started");
-        let sent = Command::new("kill")
-            .args(["-TERM", &child.id().to_string()])
-            .status()
-            .unwrap();
-        assert!(sent.success());
+        kill_process(self.pid(), Signal::TERM).unwrap();
     }
 
     /// Whether it has ended, by itself or not.
-    pub fn has_ended(&mut self) -> bool {
-        self.child().try_wait().unwrap().is_some()
+    pub fn has_ended(&self) -> bool {
+        // Leaves the end to be seen again.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        !matches!(waitid(WaitId::Pid(self.pid()), look), Ok(None))
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(self.child.as_ref().expect("it was started"))
     }
 
     pub async fn exit_code(&mut self) -> Option<i32> {
@@ -161,7 +177,7 @@ impl Process {
     }
 
     fn child(&mut self) -> &mut Child {
-        &mut self.running.as_mut().expect("it was started").0
+        self.child.as_mut().expect("it was started")
     }
 
     fn spawn(&mut self) -> Child {
@@ -203,12 +219,17 @@ impl Process {
     }
 
     pub fn addresses(&self) -> Addresses {
-        self.running.as_ref().expect("it was started").1
+        self.addresses.expect("it was started")
     }
 
     /// Everything it has logged, over all its starts.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.log_file()).unwrap()
+    }
+
+    /// The same, also before its first start.
+    fn log_so_far(&self) -> String {
+        std::fs::read_to_string(self.log_file()).unwrap_or_default()
     }
 
     fn log_file(&self) -> PathBuf {
@@ -296,7 +317,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if let Some((child, _)) = &mut self.running {
+        if let Some(child) = &mut self.child {
             drop(child.kill());
             drop(child.wait());
         }
@@ -346,7 +367,12 @@ pub async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(300), looking)
+    within_minutes(looking).await
+}
+
+/// Waits, and panics after minutes, which only a hang takes.
+pub async fn within_minutes<T>(happening: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(300), happening)
         .await
         .expect("it happens within five minutes")
 }

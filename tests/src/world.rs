@@ -69,6 +69,8 @@ impl World {
         config.freshness.listen = any_port;
         config.freshness.checkers = vec!["dev".to_owned()];
         config.admin.listen = any_port;
+        // How much room the temporary folder has is not what most tests are about.
+        config.store.free_space_floor_mib = 0;
         config.tls.certificate = pki.join("server.pem");
         config.tls.private_key = pki.join("server.key");
         config.tls.client_ca = pki.join("ca.pem");
