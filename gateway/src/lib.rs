@@ -4,7 +4,8 @@
 //! one [`session`] task, which ends the device's older one ([`takeover`]), holds it to its [`allowance`] over
 //! time ([`rate`]), and hands batches over ([`handoff`]) to the one [`commit`]ter. The committer judges,
 //! writes through [`store`], publishes to [`freshness`], and only then answers; [`feed`] tells checkers.
-//! [`disk`] watches whether the disk answers and has room. [`gateway`] builds the parts and owns their tasks.
+//! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
+//! power. [`gateway`] builds the parts and owns their tasks.
 //!
 //! # Invariants
 //!

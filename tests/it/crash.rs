@@ -14,7 +14,7 @@ use waypost_tests::{
     hello, soak,
 };
 
-/// Done-when 3 of the main job. The load test keeps its own ledger of what was acknowledged and checks
+/// The load test keeps its own ledger of what was acknowledged and checks
 /// the store against it at the end.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_gateway_has_everything_it_acknowledged() {

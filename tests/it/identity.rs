@@ -4,7 +4,7 @@ use waypost_gateway::pki::{Purpose, Validity};
 use waypost_proto::{id::Identity, session::Lane};
 use waypost_tests::{Attempt, Process, World, hello, ping, stored_seqs};
 
-/// Done-when 4 of the main job: refused, with a reason in the metrics and the same in the log.
+/// Refused, with a reason in the metrics and the same in the log.
 async fn refused(reason: &str, attempt: impl AsyncFnOnce(&World) -> Attempt) {
     let world = World::start().await;
     let attempt = attempt(&world).await;

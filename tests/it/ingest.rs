@@ -7,7 +7,6 @@ use waypost_proto::{
 };
 use waypost_tests::{World, hello, ping, ping_at, stored_seqs};
 
-/// Done-when 2 of the main job.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_after_the_newest_ping_is_stored_once_and_said_at_each_step() {
     let world = World::start().await;

@@ -132,7 +132,7 @@ async fn no_coordinate_leaves_through_logs_metrics_pages_or_commands() {
     }
 }
 
-/// Done-when 7 of the main job, and that a watcher lives through a restart of the gateway.
+/// And a watcher lives through a restart of the gateway.
 #[tokio::test(flavor = "multi_thread")]
 async fn watch_shows_a_ping_as_it_is_stored_also_after_a_restart() {
     let mut gateway = Process::start(&[]).await;

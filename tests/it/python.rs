@@ -43,7 +43,7 @@ fn ledger_line(epoch: u32, ping: &Ping) -> Value {
     })
 }
 
-/// Done-when 6 of the main job. What the client was told is stored is on disk once, and every column
+/// What the client was told is stored is on disk once, and every column
 /// means to the gateway what the schema made the client's author believe.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_python_client_that_knows_only_the_schema_sends_pings_reads_acks_and_watches() {

@@ -4,7 +4,6 @@ use std::process::Command;
 
 use waypost_tests::{ais_file, binary};
 
-/// Done-when 1 of the main job.
 #[test]
 fn a_day_of_vessels_arrives_exactly_and_a_second_time_as_duplicates() {
     let Some(ais) = ais_file() else { return };

@@ -1,7 +1,6 @@
 //! How RocksDB is set up, and why. Where nothing is said, RocksDB's default stands.
 //!
-//! Knows RocksDB's options. Must not know what is stored. Findings with their sources:
-//! `notes/storage.md` of the project, sections A1 to A3.
+//! Knows RocksDB's options. Must not know what is stored.
 
 use std::{num::NonZeroU32, time::Duration};
 

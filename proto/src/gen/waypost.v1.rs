@@ -301,8 +301,8 @@ pub struct Flow {
     /// Send no more often than this, in milliseconds; 0 for no limit.
     #[prost(uint32, tag = "2")]
     pub min_interval_ms: u32,
-    /// Send no sooner than this, in milliseconds, after a close, an OVERLOADED or a RATE_LIMITED; 0 for no
-    /// limit.
+    /// Send no sooner than this, in milliseconds, after an OVERLOADED or a RATE_LIMITED, and connect no
+    /// sooner after a close; 0 for no limit.
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
     /// Finish what is in flight, then reconnect: this gateway is about to stop.
@@ -398,7 +398,10 @@ pub mod reject {
         /// the holder has erased this user's data
         Erased = 6,
         /// Retryable.
+        ///
+        /// more than this device may send; send it again after Flow.retry_after_ms
         RateLimited = 16,
+        /// the gateway can store no more now; send it again after Flow.retry_after_ms
         Overloaded = 17,
         /// more separate ranges than Limits.ranges; send the missing ones first
         TooSparse = 18,
