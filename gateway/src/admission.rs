@@ -12,7 +12,7 @@
 //!    begun, or many come from one address, a newcomer that has not shown that it gets what is sent to its
 //!    address is sent a Retry, which costs it one round trip and the gateway no memory. Not always:
 //!    the round trip is dear for a device that wakes up for one ping.
-//! 3. An address that has shown it and still begins too many, or holds a quarter of all places for handshakes,
+//! 3. An address that has shown it and still begins too many, or holds a sixteenth of all places for handshakes,
 //!    is refused: it is itself what is too much.
 //!
 //! # Bounds
@@ -41,12 +41,13 @@ use crate::{
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdmissionConfig {
-    /// How many handshakes may be in progress, and a quarter of it from one address that it has proved to be
-    /// its own; more are refused. Each takes about 40 KB, and two cores
-    /// complete some 5,000 in a second, so this is less than a second of work.
+    /// How many handshakes may be in progress, and a sixteenth of it from one address that has proved to be
+    /// its peer's own; more are refused. Each takes about 40 KB, and two cores complete some 5,000 in a
+    /// second, so this is less than a second of work.
     pub handshakes: NonZeroUsize,
     /// From how many handshakes in progress on a newcomer must prove its address (QUIC's Retry). A handshake
-    /// that nobody finishes holds its place until its timeout, so a few hundred are a sign of one.
+    /// that nobody finishes holds its place until its timeout, so a few hundred are a sign of one; those
+    /// that begin from then on have no more than 3 s.
     pub prove_address_from_handshakes: usize,
     /// How many handshakes a second may be begun with addresses that are not proved, and as many at once
     /// after a pause; 0 is no limit. A third of what one core can do.
@@ -204,7 +205,7 @@ impl State {
         } else if is_crowded {
             Verdict::Refuse(Limit::AddressConnections)
         } else if is_proved
-            && (config.handshakes.get() <= address.proved_handshakes.saturating_mul(4)
+            && (config.handshakes.get() <= address.proved_handshakes.saturating_mul(ADDRESS_SHARE)
                 || address.proved.take(&per_address, 1, now).is_err())
         {
             Verdict::Refuse(Limit::AddressHandshakes)
@@ -293,11 +294,13 @@ impl Admission {
             .limits
             .addresses
             .set(state.addresses.len() as f64);
+        let is_crowded = state.config.prove_address_from_handshakes < state.handshakes;
         drop(state);
         Ok(Place {
             admission: self.clone(),
             network,
             is_proved,
+            is_crowded,
             is_shaking_hands: true,
         })
     }
@@ -309,10 +312,21 @@ pub struct Place {
     admission: Admission,
     network: Network,
     is_proved: bool,
+    is_crowded: bool,
     is_shaking_hands: bool,
 }
 
 impl Place {
+    /// How long the handshake may take, of what it may usually take: less when many others want a place.
+    #[must_use]
+    pub fn patience(&self, usual: Duration) -> Duration {
+        if self.is_crowded {
+            usual.min(CROWDED_PATIENCE)
+        } else {
+            usual
+        }
+    }
+
     /// The handshake is over, well or not.
     pub fn shaken_hands(&mut self) {
         if std::mem::take(&mut self.is_shaking_hands) {
@@ -333,6 +347,11 @@ impl Drop for Place {
 }
 
 const SECOND: Duration = Duration::from_secs(1);
+/// What share of all handshakes one address may have: so that it takes many to keep others out, and a
+/// carrier's address still gets a thousand done in a second.
+const ADDRESS_SHARE: usize = 16;
+/// Several round trips by satellite. Whoever stalls is gone three times as fast.
+const CROWDED_PATIENCE: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {
@@ -461,8 +480,8 @@ mod tests {
     }
 
     #[test]
-    fn one_address_holds_a_quarter_of_the_places_for_handshakes_and_no_more() {
-        let mut state = state(|config| config.handshakes = NonZeroUsize::new(40).unwrap());
+    fn one_address_holds_a_sixteenth_of_the_places_for_handshakes_and_no_more() {
+        let mut state = state(|config| config.handshakes = NonZeroUsize::new(160).unwrap());
         let now = Instant::now();
         let (_, network) = state.judge(HOME, true, now);
         for _ in 1..10 {
@@ -473,6 +492,21 @@ mod tests {
         assert_eq!(judge(&mut state, nth(1), true, now), Verdict::Accept);
         state.shaken_hands(network, true);
         assert_eq!(judge(&mut state, HOME, true, now), Verdict::Accept);
+    }
+
+    #[test]
+    fn whoever_comes_when_many_shake_hands_has_less_time_for_it() {
+        let config = AdmissionConfig {
+            prove_address_from_handshakes: 2,
+            ..AdmissionConfig::default()
+        };
+        let admission = Admission::new(&config, 100, Metrics::new());
+        let places: Vec<_> = (0..4)
+            .map(|number| admission.admit(nth(number), true).unwrap())
+            .collect();
+        let usual = Duration::from_secs(10);
+        let patience: Vec<_> = places.iter().map(|place| place.patience(usual)).collect();
+        assert_eq!(patience, [usual, usual, CROWDED_PATIENCE, CROWDED_PATIENCE]);
     }
 
     #[test]

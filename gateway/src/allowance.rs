@@ -120,7 +120,28 @@ pub enum TooMany {
 pub struct Allowances {
     rates: Rates,
     most: usize,
-    left: Mutex<FxHashMap<DeviceId, Arc<Mutex<Left>>>>,
+    left: Mutex<All>,
+}
+
+#[derive(Debug, Default)]
+struct All {
+    left: FxHashMap<DeviceId, Arc<Mutex<Left>>>,
+    swept_at: Option<Instant>,
+}
+
+impl All {
+    /// Forgets those that have all of their allowance again and are not here; at most once a second, for
+    /// it looks at every one.
+    fn sweep(&mut self, now: Instant) {
+        let is_swept = self
+            .swept_at
+            .is_some_and(|at| now.saturating_duration_since(at) < SECOND);
+        if !is_swept {
+            self.swept_at = Some(now);
+            self.left
+                .retain(|_, left| is_in_use(left) || !left.lock().is_full(now));
+        }
+    }
 }
 
 impl Allowances {
@@ -149,13 +170,13 @@ impl Allowances {
     /// When the device may not begin one.
     pub fn enter(&self, device: DeviceId, now: Instant) -> Result<Allowance, TooMany> {
         let mut all = self.left.lock();
-        if self.most <= all.len() && !all.contains_key(&device) {
-            all.retain(|_, left| is_in_use(left) || !left.lock().is_full(now));
-            if self.most <= all.len() {
+        if self.most <= all.left.len() && !all.left.contains_key(&device) {
+            all.sweep(now);
+            if self.most <= all.left.len() {
                 return Err(TooMany::Devices);
             }
         }
-        let left = Arc::clone(all.entry(device).or_default());
+        let left = Arc::clone(all.left.entry(device).or_default());
         drop(all);
         let taken = left
             .lock()
@@ -173,18 +194,18 @@ impl Allowances {
         // Under the lock, so that of two connections that end at once the second finds itself the last.
         let mut all = self.left.lock();
         drop(allowance);
-        if let Some(left) = all.get(&device)
+        if let Some(left) = all.left.get(&device)
             && !is_in_use(left)
             && left.lock().is_full(now)
         {
-            all.remove(&device);
+            all.left.remove(&device);
         }
     }
 
     /// How many devices are remembered.
     #[must_use]
     pub fn devices(&self) -> usize {
-        self.left.lock().len()
+        self.left.lock().left.len()
     }
 }
 

@@ -10,7 +10,13 @@
 //! The map of device records holds one record per device that the certificate authority has admitted.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
-use std::{collections::hash_map::Entry, num::NonZeroUsize, sync::Arc, thread, time::Duration};
+use std::{
+    collections::hash_map::Entry,
+    num::NonZeroUsize,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use prost::Message;
 use rustc_hash::FxHashMap;
@@ -30,6 +36,7 @@ use crate::{
     freshness::Freshness,
     handoff::{self, Reply, Requests, Submission},
     metrics::{Fates, Metrics},
+    rate::{Bucket, Rate},
     store::{Batch, CommitError, Day, PingKey, Store, record},
 };
 
@@ -98,6 +105,8 @@ pub struct Committer {
     position: u64,
     day: Option<Day>,
     pulse: Pulse,
+    /// What may still be logged of losses.
+    losses_said: Bucket,
 }
 
 /// What the committer starts from.
@@ -140,6 +149,7 @@ impl Committer {
             position: parts.position,
             day: None,
             pulse: Pulse::default(),
+            losses_said: Bucket::default(),
         };
         (handle, committer)
     }
@@ -211,7 +221,7 @@ impl Committer {
         }
 
         let bytes = judged.batch.size_bytes();
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         self.store.commit(judged.batch)?;
         self.metrics.commits.duration.record(started.elapsed());
         self.position = position;
@@ -261,7 +271,13 @@ impl Committer {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
                 judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
-                if admission == Admission::LostAcknowledged {
+                // Counted for each; said of so many that one device cannot fill the log.
+                if admission == Admission::LostAcknowledged
+                    && self
+                        .losses_said
+                        .take(&logged_losses(), 1, Instant::now())
+                        .is_ok()
+                {
                     error!(
                         %device,
                         epoch = record.epoch,
@@ -395,6 +411,11 @@ impl Judged {
             gaps: 0,
         }
     }
+}
+
+/// How many losses may be logged: each is an alarm, and a device can make them up.
+fn logged_losses() -> Rate {
+    Rate::new(1, Duration::from_secs(1), 20)
 }
 
 /// New pings while the disk is nearly full. 30 s: whoever makes room is a person or a nightly job, and a

@@ -65,7 +65,8 @@ pub enum Obstacle {
     Silent(Duration),
     /// New pings are put off, so that the disk does not fill up: a full disk would be final.
     #[error(
-        "the disk is nearly full: {} MiB are free, and new pings are put off until {} MiB are",
+        "the disk is nearly full: {} MiB are free, and new pings are put off until {} MiB are; make room, or \
+         lower store.free_space_floor_mib",
         .0.free_bytes >> 20, .0.enough_bytes().div_ceil(1 << 20)
     )]
     NearlyFull(Space),

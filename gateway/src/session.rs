@@ -158,6 +158,12 @@ impl End {
     }
 }
 
+impl End {
+    fn taken_over() -> Self {
+        Self::ours(CloseCode::TakenOver, "a newer connection took over")
+    }
+}
+
 impl From<Violation> for End {
     fn from(violation: Violation) -> Self {
         Self::ours(violation.close_code(), violation)
@@ -236,19 +242,19 @@ impl<'a> Shell<'a> {
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
             let result = match self.wake(silent_until).await {
-                Wake::TakenOver => Err(End::ours(
-                    CloseCode::TakenOver,
-                    "a newer connection took over",
-                )),
+                Wake::TakenOver => Err(End::taken_over()),
                 Wake::Draining => {
                     self.is_draining = true;
                     self.session.go_away();
                     Ok(())
                 }
-                Wake::Answers(answers) => match self.deliver(answers).await {
-                    Ok(()) if !self.is_draining => self.resume().await,
-                    result => result,
-                },
+                Wake::Answers(answers) => {
+                    let was_full = self.is_full();
+                    match self.deliver(answers).await {
+                        Ok(()) if !self.is_draining => self.resume(was_full).await,
+                        result => result,
+                    }
+                }
                 Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
                 Wake::Read(at, Ok(None)) => self.finished(at),
                 Wake::Read(at, Err(error)) => self.broken(at, &error),
@@ -259,7 +265,7 @@ impl<'a> Shell<'a> {
                 Wake::Deadline => Err(self.deadline_passed()),
                 Wake::Released => {
                     self.held_until = None;
-                    self.resume().await
+                    self.resume(true).await
                 }
                 Wake::Gone(error) => return End::Peer(error),
             };
@@ -373,24 +379,26 @@ impl<'a> Shell<'a> {
     /// Takes bytes of a stream and works through the frames that they complete.
     async fn receive(&mut self, at: usize, bytes: &[u8]) -> Result<(), End> {
         self.streams[at].reader.extend(bytes);
-        self.work_through(at).await
+        self.work_through(at, true).await
     }
 
     /// Goes on with frames that had arrived when there was no room for more requests.
-    async fn resume(&mut self) -> Result<(), End> {
+    /// `was_off` says that nothing was read meanwhile, so that nobody is late.
+    async fn resume(&mut self, was_off: bool) -> Result<(), End> {
         let mut begun: Vec<usize> = (0..self.streams.len())
             .filter(|&at| self.streams[at].reader.is_inside_frame())
             .collect();
         begun.sort_by_key(|&at| (self.streams[at].lane.is_none(), self.streams[at].lane));
         for at in begun {
-            self.work_through(at).await?;
+            self.work_through(at, was_off).await?;
         }
         Ok(())
     }
 
     /// Works through the complete frames of a stream, as long as there is room for more requests: a few
-    /// bytes can hold many frames, and a short frame many pings.
-    async fn work_through(&mut self, at: usize) -> Result<(), End> {
+    /// bytes can hold many frames, and a short frame many pings. `is_moving` says that there is news of the
+    /// stream, from which its next deadline counts.
+    async fn work_through(&mut self, at: usize, mut is_moving: bool) -> Result<(), End> {
         while !self.is_full()
             && self.held_until.is_none()
             && let Some(frame) = self.streams[at]
@@ -398,6 +406,7 @@ impl<'a> Shell<'a> {
                 .next::<v1::DeviceFrame>()
                 .map_err(Violation::from)?
         {
+            is_moving = true;
             self.handle_frame(at, frame).await?;
         }
         let stream = &mut self.streams[at];
@@ -405,7 +414,7 @@ impl<'a> Shell<'a> {
             if stream.lane.is_some() {
                 stream.deadline = None;
             }
-        } else if stream.deadline.is_none() || stream.lane.is_some() {
+        } else if stream.deadline.is_none() || (is_moving && stream.lane.is_some()) {
             // From the newest bytes on, so that a full frame gets through a line of any speed.
             stream.deadline = Some(Instant::now() + self.parts.config.frame_timeout);
         }
@@ -465,11 +474,18 @@ impl<'a> Shell<'a> {
         deferral: Option<Deferral>,
     ) -> Result<(), End> {
         self.requests_in_flight[lane as usize] += 1;
-        self.parts
-            .commit
-            .submit(self.device, lane, request, deferral, &self.mailbox)
-            .await
-            .map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
+        let taken_over = self.taken_over.as_ref();
+        // While a full queue or a disk that hangs keeps us here, the device may go or come anew.
+        tokio::select! {
+            biased;
+            submitted = self.parts.commit.submit(self.device, lane, request, deferral, &self.mailbox) => {
+                submitted.map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
+            }
+            error = self.connection.closed() => Err(End::Peer(error)),
+            () = async { taken_over.expect("guarded").cancelled().await }, if taken_over.is_some() => {
+                Err(End::taken_over())
+            }
+        }
     }
 
     /// Writes what a commit has settled: one ack per lane, however many requests it answered.

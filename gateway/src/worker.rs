@@ -193,8 +193,8 @@ impl Worker {
             };
             let newcomer = Newcomer {
                 incoming,
+                handshake_timeout: place.patience(self.config.handshake_timeout),
                 place,
-                handshake_timeout: self.config.handshake_timeout,
                 trust_domain: Arc::clone(&self.trust_domain),
                 refusals: Arc::clone(&refusals),
             };

@@ -242,7 +242,15 @@ async fn run(
             Err(error) => Some(error),
         };
         observer.disconnected(error.as_ref());
-        let retry_after_ms = shared.state.lock().outbox.retry_after_ms();
+        // What the gateway said of pings is no reason to stay away after a connection that just broke.
+        let is_sent_away = matches!(
+            error.as_ref().and_then(LinkError::close_code),
+            Some(CloseCode::Overloaded | CloseCode::ShuttingDown)
+        );
+        let retry_after_ms = match is_sent_away {
+            true => shared.state.lock().outbox.retry_after_ms(),
+            false => 0,
+        };
         tokio::select! {
             () = sleep(backoff.next_wait(Duration::from_millis(retry_after_ms))) => {}
             () = shared.until_unwanted() => {}

@@ -672,8 +672,8 @@ impl Outbox {
             self.leave(LeaveReason::HolesToClose, events);
         }
         self.settle_repeats(totals.sum(), events);
-        if self.connection.sent <= totals.sum() {
-            self.put_back_all();
+        if self.connection.sent <= totals.sum() && self.put_back_all() && !self.is_sparse() {
+            is_refused = true;
         }
         if let Some(flow) = ack.flow {
             self.obey(flow, now_ms, events);
@@ -767,10 +767,10 @@ impl Outbox {
     }
 
     /// Everything that was sent has been answered: what is in flight all the same was refused, and the
-    /// ack that said so got lost.
-    fn put_back_all(&mut self) {
+    /// ack that said so got lost or is yet to come. Whether there was any.
+    fn put_back_all(&mut self) -> bool {
         if self.connection.held_in_flight == 0 {
-            return;
+            return false;
         }
         for held in &mut self.held {
             held.was_sent |= std::mem::take(&mut held.is_in_flight);
@@ -778,6 +778,7 @@ impl Outbox {
         self.connection.held_in_flight = 0;
         self.connection.live_next = 0;
         self.connection.backfill_next = 0;
+        true
     }
 
     /// Repeats go out on LIVE alone and in order, so the running total tells which are answered.

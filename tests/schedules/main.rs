@@ -25,8 +25,8 @@ mod plan;
 mod store;
 mod sync;
 
-// The watch over the disk only looks on; the committer's half of it is used as it is.
-use waypost_gateway::disk;
+// The watch over the disk only looks on, and the rate is one of log lines: they are used as they are.
+use waypost_gateway::{disk, rate};
 
 use std::{panic, sync::Arc, time::Instant};
 

@@ -6,7 +6,7 @@
 //!
 //! Whoever has not shown a certificate takes none of the places of those who have: handshakes have places
 //! of their own, [`MAX_HANDSHAKES`] in all and [`MAX_HANDSHAKES_PER_NETWORK`] for one address (for IPv6, one
-//! /64), for [`HANDSHAKE_TIMEOUT`] at most. Whatever is beyond a bound is closed at once and counted: a
+//! /64), for [`HANDSHAKE_TIMEOUT`] at most, and for [`CROWDED_TIMEOUT`] when a quarter of them is taken. Whatever is beyond a bound is closed at once and counted: a
 //! checker then tries again later, where one left waiting would know nothing.
 
 use std::{
@@ -86,7 +86,8 @@ impl Door {
             tokio::select! {
                 accepted = self.listener.accept() => match accepted {
                     Ok((stream, address)) if places.take(address.ip()) => {
-                        handshakes.spawn(shake_hands(acceptor.clone(), stream, address));
+                        let patience = places.patience();
+                        handshakes.spawn(shake_hands(acceptor.clone(), stream, address, patience));
                     }
                     Ok(_) => self.refused("overloaded"),
                     Err(error) => {
@@ -145,9 +146,10 @@ async fn shake_hands(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     address: SocketAddr,
+    patience: Duration,
 ) -> (SocketAddr, Shaken) {
     let shaken = match prepare(&stream) {
-        Ok(()) => match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+        Ok(()) => match timeout(patience, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(reason(&error)),
             Err(_) => Err("timed_out"),
@@ -190,6 +192,15 @@ impl Places {
             self.taken_by.insert(network, taken_here + 1);
         }
         is_free
+    }
+
+    /// How long the next handshake may take: less when many are in progress.
+    fn patience(&self) -> Duration {
+        if self.taken <= MAX_HANDSHAKES / 4 {
+            HANDSHAKE_TIMEOUT
+        } else {
+            CROWDED_TIMEOUT
+        }
     }
 
     fn give_back(&mut self, address: IpAddr) {
@@ -267,6 +278,8 @@ const MAX_HANDSHAKES: usize = 256;
 const MAX_HANDSHAKES_PER_NETWORK: usize = 16;
 /// Who has not proven itself by then is let go: its place is wanted.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Several round trips by satellite. Whoever stalls is gone five times as fast.
+const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection is idle before the kernel asks whether the peer's machine still exists.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -317,9 +330,11 @@ mod tests {
             .filter(|&host| places.take(host))
             .collect();
         assert_eq!(taken.len(), MAX_HANDSHAKES);
+        assert_eq!(places.patience(), CROWDED_TIMEOUT);
         for host in taken {
             places.give_back(host);
         }
         assert_eq!((places.taken, places.taken_by.len()), (0, 0));
+        assert_eq!(places.patience(), HANDSHAKE_TIMEOUT);
     }
 }

@@ -33,8 +33,8 @@ pub struct StoreConfig {
     pub wal_mib: NonZeroU32,
     /// How much of the disk must stay free, in MiB. Below it new pings are put off with OVERLOADED and a
     /// time to come back, because a full disk is a failure that ends the process. 2,048: the log
-    /// and its two copies from before a recovery, the memtables, and a quarter of a GiB for compactions;
-    /// more with a larger log. 0 is off.
+    /// and its two copies from before a recovery, and the memtables; more with a larger log. Compactions
+    /// come on top: one may need as much again as the pings of its day take. 0 is off.
     pub free_space_floor_mib: u32,
     /// Threads for flushes and compactions. 2: one of each, which leaves the other cores to devices.
     pub background_threads: NonZeroU32,

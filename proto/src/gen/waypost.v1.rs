@@ -301,8 +301,8 @@ pub struct Flow {
     /// Send no more often than this, in milliseconds; 0 for no limit.
     #[prost(uint32, tag = "2")]
     pub min_interval_ms: u32,
-    /// Send no sooner than this, in milliseconds, after an OVERLOADED or a RATE_LIMITED, and connect no
-    /// sooner after a close; 0 for no limit.
+    /// Send no pings sooner than this, in milliseconds, after an OVERLOADED or a RATE_LIMITED; heartbeats as
+    /// ever. 0 for no limit.
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
     /// Finish what is in flight, then reconnect: this gateway is about to stop.
