@@ -17,7 +17,7 @@
 use std::{
     future::{Future, poll_fn},
     num::NonZeroU32,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
@@ -40,7 +40,7 @@ use waypost_proto::{
 
 use crate::{
     allowance::{Allowance, Allowances},
-    commit::{Answer, CommitHandle, Mailbox},
+    commit::{Answer, CommitHandle, Mailbox, Stopped},
     metrics::Metrics,
     takeover::Takeovers,
 };
@@ -195,7 +195,12 @@ struct Shell<'a> {
     is_draining: bool,
     /// Until when nothing is read, because the device has sent more than it may.
     held_until: Option<Instant>,
+    /// A request of BACKFILL that waits for a place at the committer. Nothing more of that lane is read
+    /// meanwhile, and LIVE goes on: its pings are the news.
+    waiting_backfill: Option<Submitting>,
 }
+
+type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
 
 /// What woke the session.
 enum Wake {
@@ -206,6 +211,7 @@ enum Wake {
     Opened(SendStream, RecvStream),
     Deadline,
     Released,
+    Submitted(Result<(), Stopped>),
     Gone(quinn::ConnectionError),
 }
 
@@ -233,6 +239,7 @@ impl<'a> Shell<'a> {
             taken_over: None,
             is_draining: false,
             held_until: None,
+            waiting_backfill: None,
         }
     }
 
@@ -267,6 +274,14 @@ impl<'a> Shell<'a> {
                     self.held_until = None;
                     self.resume(true).await
                 }
+                Wake::Submitted(submitted) => {
+                    self.waiting_backfill = None;
+                    match submitted {
+                        Ok(()) if !self.is_draining => self.resume(true).await,
+                        Ok(()) => Ok(()),
+                        Err(stopped) => Err(End::ours(CloseCode::StorageFailed, stopped)),
+                    }
+                }
                 Wake::Gone(error) => return End::Peer(error),
             };
             if let Err(end) = result {
@@ -283,15 +298,17 @@ impl<'a> Shell<'a> {
     async fn wake(&mut self, silent_until: Instant) -> Wake {
         let held_until = self.held_until.filter(|_| !self.is_draining);
         let may_read = !self.is_draining && !self.is_full() && held_until.is_none();
+        let reads_backfill = self.waiting_backfill.is_none();
         // Nobody is late while it is we who do not read.
         let deadline = self
             .streams
             .iter()
+            .filter(|stream| reads_backfill || stream.lane != Some(Lane::Backfill))
             .filter_map(|stream| stream.deadline)
             .chain(self.taken_over.is_none().then_some(silent_until))
             .min()
             .filter(|_| may_read);
-        let streams = &mut self.streams;
+        let (streams, waiting) = (&mut self.streams, &mut self.waiting_backfill);
         let taken_over = self.taken_over.as_ref();
         tokio::select! {
             biased;
@@ -299,7 +316,8 @@ impl<'a> Shell<'a> {
             // Before all that a busy device could keep ready for ever.
             () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
             answers = self.mailbox.take() => Wake::Answers(answers),
-            (at, read) = read_any(streams), if may_read => Wake::Read(at, read),
+            submitted = async { waiting.as_mut().expect("guarded").await }, if waiting.is_some() => Wake::Submitted(submitted),
+            (at, read) = read_any(streams, reads_backfill), if may_read => Wake::Read(at, read),
             () = async { sleep_until(held_until.expect("guarded")).await }, if held_until.is_some() => Wake::Released,
             opened = self.connection.accept_bi(), if !self.is_draining && held_until.is_none() => match opened {
                 Ok((send, recv)) => Wake::Opened(send, recv),
@@ -401,6 +419,7 @@ impl<'a> Shell<'a> {
     async fn work_through(&mut self, at: usize, mut is_moving: bool) -> Result<(), End> {
         while !self.is_full()
             && self.held_until.is_none()
+            && (self.waiting_backfill.is_none() || self.streams[at].lane != Some(Lane::Backfill))
             && let Some(frame) = self.streams[at]
                 .reader
                 .next::<v1::DeviceFrame>()
@@ -474,6 +493,18 @@ impl<'a> Shell<'a> {
         deferral: Option<Deferral>,
     ) -> Result<(), End> {
         self.requests_in_flight[lane as usize] += 1;
+        if lane == Lane::Backfill && !matches!(request, Request::Hello(_)) {
+            let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(&self.mailbox));
+            let device = self.device;
+            let submitting = async move {
+                commit
+                    .submit(device, lane, request, deferral, &mailbox)
+                    .await
+            };
+            // It is polled with everything else that may wake the session.
+            self.waiting_backfill = Some(Box::pin(submitting));
+            return Ok(());
+        }
         let taken_over = self.taken_over.as_ref();
         // While a full queue or a disk that hangs keeps us here, the device may go or come anew.
         tokio::select! {
@@ -638,11 +669,15 @@ impl<'a> Shell<'a> {
 }
 
 /// Reads from whichever stream has something, LIVE before BACKFILL before those that have not said.
-async fn read_any(streams: &mut [Stream]) -> (usize, Result<Option<Bytes>, ReadError>) {
+async fn read_any(
+    streams: &mut [Stream],
+    reads_backfill: bool,
+) -> (usize, Result<Option<Bytes>, ReadError>) {
     poll_fn(|context| {
         for lane in [Some(Lane::Live), Some(Lane::Backfill), None] {
             for (at, stream) in streams.iter_mut().enumerate() {
                 if stream.lane == lane
+                    && (reads_backfill || lane != Some(Lane::Backfill))
                     && !stream.is_finished
                     && let Poll::Ready(read) = poll_read(&mut stream.recv, context)
                 {

@@ -1,5 +1,6 @@
 //! Disks that hang: it is told, and nothing is acknowledged or announced until they go on.
 
+use waypost_gateway::clock::system_now_ms;
 use waypost_proto::{
     session::Lane,
     v1::{self, watch_event::Kind},
@@ -113,6 +114,43 @@ async fn a_sync_that_hangs_is_told_and_nothing_is_acknowledged_or_resolved_until
         Healing(&disk)
     })
     .await;
+}
+
+/// A backlog that cannot get on does not keep the news waiting: LIVE is received while BACKFILL waits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backlog_that_waits_for_the_disk_does_not_keep_live_from_being_received() {
+    let Some(disk) = FailingDisk::build() else {
+        return;
+    };
+    let gateway = start_on_failing(&disk, &[("WAYPOST_COMMIT_QUEUE_REQUESTS", "1")]).await;
+    let link = gateway.connect(&gateway.device(1)).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    let mut backfill = link.open(hello(Lane::Backfill, epoch)).await;
+    backfill.welcome().await;
+    disk.order(Order {
+        times: 0,
+        form: Form::Hang,
+        ..Order::next(Call::Sync, "/store/", DiskError::Io)
+    });
+    let healing = Healing(&disk);
+    // More than the commit that hangs, the queue, and the one that waits for a place in it.
+    for seq in 1..=8 {
+        backfill.send_pings(epoch, &[ping(seq)]).await;
+    }
+    let counted = |kind| format!("waypost_frames_received_total{{kind=\"{kind}\"}}");
+    gateway
+        .metrics_until(|metrics| 3.0 <= metrics.value(&counted("batch")))
+        .await;
+    live.send(v1::device_frame::Kind::Heartbeat(v1::Heartbeat {}))
+        .await;
+    gateway
+        .metrics_until(|metrics| 1.0 <= metrics.value(&counted("heartbeat")))
+        .await;
+    let healed_ms = system_now_ms();
+    drop(healing);
+    assert!(live.ack().await.receive_ms <= healed_ms);
+    while backfill.ack().await.durable_upto < 8 {}
 }
 
 /// Withdraws the order when it is dropped.
