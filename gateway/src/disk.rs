@@ -267,7 +267,8 @@ mod tests {
         let told = obstacle(Duration::ZERO, space(12 * MIB, true)).unwrap();
         assert_eq!(
             told.to_string(),
-            "the disk is nearly full: 12 MiB are free, and new pings are put off until 90 MiB are"
+            "the disk is nearly full: 12 MiB are free, and new pings are put off until 90 MiB are; make room, \
+             or lower store.free_space_floor_mib"
         );
     }
 
