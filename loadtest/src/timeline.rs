@@ -29,7 +29,7 @@ pub struct Moment {
     pub gateway_cpus: Option<f64>,
 }
 
-/// The moments of a run, at most [`MOST_MOMENTS`]: when there are more, two become one.
+/// The moments of a run, at most 2,048: when there are more, two become one.
 #[derive(Clone, Debug)]
 pub struct Timeline {
     moments: Vec<Moment>,

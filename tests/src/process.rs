@@ -104,16 +104,19 @@ impl Process {
 
     /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
-        loop {
-            let said_before = self.log_so_far().len();
-            let Err(status) = self.try_restart().await else {
-                return;
-            };
-            let said = self.log().split_off(said_before);
-            // While it was down, somebody else was given a port that it had.
-            assert!(said.contains("in use"), "it ended with {status}: {said}");
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        let starting = async {
+            loop {
+                let said_before = self.log_so_far().len();
+                let Err(status) = self.try_restart().await else {
+                    return;
+                };
+                let said = self.log().split_off(said_before);
+                // While it was down, somebody else was given a port that it had.
+                assert!(said.contains("in use"), "it ended with {status}: {said}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        within_minutes(starting).await;
     }
 
     /// As [`Self::restart`], but it may end before it is ready.
