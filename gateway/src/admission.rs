@@ -23,7 +23,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv6Addr},
     num::NonZeroUsize,
     sync::Arc,
     time::{Duration, Instant},
@@ -112,25 +112,24 @@ impl Limit {
     }
 }
 
-/// What counts as one address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Network {
-    V4(Ipv4Addr),
-    V6([u16; 4]),
-    /// All that there was no room for.
-    Others,
+/// What counts as one address: an IPv4 address, or the IPv6 network of 64 bits, which is the least that
+/// anybody is given.
+pub(crate) fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let bits = u128::from(address) & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from(bits))
+        }
+        address @ IpAddr::V4(_) => address,
+    }
 }
 
-impl Network {
-    fn of(address: IpAddr) -> Self {
-        match address.to_canonical() {
-            IpAddr::V4(address) => Self::V4(address),
-            IpAddr::V6(address) => {
-                let [a, b, c, d, ..] = address.segments();
-                Self::V6([a, b, c, d])
-            }
-        }
-    }
+/// Whose entry it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Network {
+    One(IpAddr),
+    /// All that there was no room for.
+    Others,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -180,7 +179,7 @@ impl State {
     /// Decides about a newcomer. If it is accepted, [`Self::shaken_hands`] and [`Self::left`] follow, in
     /// this order, with the network that is returned, and what it had proved.
     fn judge(&mut self, address: IpAddr, is_proved: bool, now: Instant) -> (Verdict, Network) {
-        let network = self.place_for(Network::of(address), now);
+        let network = self.place_for(Network::One(network(address)), now);
         let config = &self.config;
         let per_address = Rate::new(
             config.address_handshakes_per_s,
@@ -355,7 +354,7 @@ const CROWDED_PATIENCE: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv6Addr;
+    use std::net::Ipv4Addr;
 
     use super::*;
     use crate::metrics::LIMITS;
@@ -566,12 +565,12 @@ mod tests {
 
     #[test]
     fn a_network_of_64_bits_is_one_address_and_an_embedded_address_is_itself() {
-        let of = |text: &str| Network::of(text.parse().unwrap());
+        let of = |text: &str| network(text.parse().unwrap());
         assert_eq!(of("2001:db8:1:2::1"), of("2001:db8:1:2:ffff::9"));
         assert_ne!(of("2001:db8:1:2::1"), of("2001:db8:1:3::1"));
         assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
         assert_ne!(of("::ffff:192.0.2.1"), of("::ffff:192.0.2.2"));
-        assert_ne!(Network::of(Ipv6Addr::LOCALHOST.into()), of("127.0.0.1"));
+        assert_ne!(network(Ipv6Addr::LOCALHOST.into()), of("127.0.0.1"));
     }
 
     #[test]

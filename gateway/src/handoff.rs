@@ -8,8 +8,8 @@
 //! # Bounds
 //!
 //! Each lane has a queue of `queue_requests`. When one is full its sessions wait for a place and read
-//! nothing more, so that QUIC flow control holds the devices back. A mailbox holds what its session has
-//! in flight.
+//! nothing more of that lane, so that QUIC flow control holds the devices back. A mailbox holds what its
+//! session has in flight.
 
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 

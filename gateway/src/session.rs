@@ -8,7 +8,8 @@
 //! A connection has at most [`SessionConfig::streams`] streams (QUIC refuses more), one partly read
 //! frame on each, and [`SessionConfig::credit_pings`] pings or `REQUESTS_IN_FLIGHT` requests waiting
 //! for their commit. At that point its streams are not read, and QUIC flow control holds the device
-//! back. A device that does not read its acks is closed with NOT_READING.
+//! back. One request of BACKFILL may wait for a place at the committer: until it has one, only LIVE is
+//! read. A device that does not read its acks is closed with NOT_READING.
 //!
 //! What it may send over time is in its [`crate::allowance`], which outlives the connection. Over it, a
 //! batch is put off with RATE_LIMITED and the time to come back. Until then nothing more is read, so a device

@@ -6,8 +6,8 @@
 //!
 //! At most [`DevicesConfig::connections`] are open or shaking hands, and [`crate::admission`] says who may
 //! begin; all others are refused before any cryptography is spent on them. Refusals that anybody can
-//! cause are logged up to `LOGGED_REFUSALS` a second, and counted always. quinn's own buffers are bounded by the settings below; what a
-//! connection may hold is in [`crate::session`].
+//! cause are logged up to `LOGGED_REFUSALS` a second, and counted always. quinn's own buffers are bounded by
+//! the settings below; what a connection may hold is in [`crate::session`].
 
 use std::{
     net::{SocketAddr, UdpSocket},

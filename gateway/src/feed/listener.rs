@@ -12,7 +12,7 @@
 use std::{
     collections::HashMap,
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-use crate::{metrics::Metrics, tls::Refusal};
+use crate::{admission::network, metrics::Metrics, tls::Refusal};
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
@@ -213,17 +213,6 @@ impl Places {
     }
 }
 
-/// What one peer can be expected to have: an IPv4 address, or the IPv6 /64 of a host.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let bits = u128::from(address) & !u128::from(u64::MAX);
-            IpAddr::V6(Ipv6Addr::from(bits))
-        }
-        address @ IpAddr::V4(_) => address,
-    }
-}
-
 impl Connected for Connection {
     type ConnectInfo = Peer;
 
@@ -313,10 +302,6 @@ mod tests {
             MAX_HANDSHAKES_PER_NETWORK
         );
         assert!(places.take(address("2001:db8:0:1::1")));
-        assert_eq!(
-            network(address("::ffff:192.0.2.1")),
-            network(address("192.0.2.1"))
-        );
     }
 
     #[test]

@@ -42,8 +42,9 @@ pub mod gateway_frame {
 pub struct Hello {
     /// The epoch that the device's queue belongs to, as issued by an earlier Welcome. 0 asks for a new
     /// one: a fresh install, a queue that was wiped, or one that was put back from an older copy: it does
-    /// not know which numbers were given since, and would take acks of those pings for its own. On the second lane of a connection say the epoch
-    /// that Welcome named on the first; a Hello that could not wait for it joins the same epoch.
+    /// not know which numbers were given since, and would take acks of those pings for its own. On the
+    /// second lane of a connection say the epoch that Welcome named on the first; a Hello that could not
+    /// wait for it joins the same epoch.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
     /// The lowest sequence number the device may still send. Lower ones that never arrived are given up
