@@ -1,12 +1,11 @@
 //! The QUIC endpoint: who may connect, and one session task for each who does.
 //!
-//! Knows quinn's settings and the handshake. Must not know pings.
+//! Knows quinn's settings. Must not know certificates or pings.
 //!
 //! # Bounds
 //!
 //! At most [`DevicesConfig::connections`] are open or shaking hands, and [`crate::admission`] says who may
-//! begin; all others are refused before any cryptography is spent on them. Refusals that anybody can
-//! cause are logged up to `LOGGED_REFUSALS` a second, and counted always. quinn's own buffers are bounded by
+//! begin; all others are refused before any cryptography is spent on them. quinn's own buffers are bounded by
 //! the settings below; what a connection may hold is in [`crate::session`].
 
 use std::{
@@ -17,24 +16,23 @@ use std::{
 
 use parking_lot::Mutex;
 use quinn::{
-    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, Incoming, TokioRuntime,
-    TransportConfig, VarInt, crypto::rustls::QuicServerConfig,
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, TokioRuntime, TransportConfig,
+    VarInt, crypto::rustls::QuicServerConfig,
 };
 use ring::hmac;
-use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::{debug, info, warn};
-use waypost_proto::{id::DeviceId, session::CloseCode};
+use tracing::warn;
+use waypost_proto::session::CloseCode;
 
 use crate::{
-    admission::{Admission, AdmissionConfig, Place, Verdict},
-    allowance::{AllowanceConfig, TooMany},
+    admission::{Admission, AdmissionConfig, Verdict},
+    allowance::AllowanceConfig,
+    handshake::{self, Newcomer},
     metrics::Metrics,
-    rate::{Bucket, Rate},
-    session::{self, SessionConfig, SessionParts},
-    tls::{self, Refusal},
+    rate::Bucket,
+    session::{SessionConfig, SessionParts},
 };
 
 /// Where devices connect, and what one of them may do.
@@ -198,7 +196,7 @@ impl Worker {
                 trust_domain: Arc::clone(&self.trust_domain),
                 refusals: Arc::clone(&refusals),
             };
-            sessions.spawn(accept(newcomer, Arc::clone(&parts)));
+            sessions.spawn(handshake::accept(newcomer, Arc::clone(&parts)));
         }
         self.endpoint.set_server_config(None);
         sessions.close();
@@ -218,125 +216,6 @@ impl Worker {
         // Let the last CONNECTION_CLOSE frames leave, within reason.
         drop(timeout(CLOSE_TIMEOUT, self.endpoint.wait_idle()).await);
     }
-}
-
-/// A connection that may begin.
-struct Newcomer {
-    incoming: Incoming,
-    place: Place,
-    handshake_timeout: Duration,
-    trust_domain: Arc<str>,
-    /// What may still be logged of refusals.
-    refusals: Arc<Mutex<Bucket>>,
-}
-
-/// From the first packet to the end of the session.
-async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
-    let Newcomer {
-        incoming,
-        mut place,
-        handshake_timeout,
-        trust_domain,
-        refusals,
-    } = newcomer;
-    let metrics = &parts.metrics;
-    let remote = incoming.remote_address();
-    let started = Instant::now();
-    metrics.connections.handshakes_in_progress.increment(1.0);
-    let connection = match incoming.accept() {
-        Ok(connecting) => tokio::select! {
-            connection = timeout(handshake_timeout, connecting) => Some(connection),
-            // Not at once: a device that has been let in is told why it is closed.
-            () = async { parts.draining.cancelled().await; sleep(LAST_HANDSHAKES).await } => None,
-        },
-        Err(error) => Some(Ok(Err(error))),
-    };
-    place.shaken_hands();
-    metrics.connections.handshakes_in_progress.decrement(1.0);
-    let connection = match connection {
-        Some(Ok(Ok(connection))) => connection,
-        Some(Ok(Err(error))) => {
-            match Refusal::from_connection_error(&error) {
-                Some(refusal) => refused(metrics, remote, &refusal, &refusals),
-                None => {
-                    debug!(%remote, %error, "a handshake broke off");
-                    metrics
-                        .connections
-                        .refused
-                        .of("handshake_broken")
-                        .increment(1);
-                }
-            }
-            return;
-        }
-        Some(Err(_)) => {
-            debug!(%remote, "a handshake took too long");
-            metrics.connections.refused.of("timed_out").increment(1);
-            return;
-        }
-        None => {
-            metrics.connections.refused.of("shutting_down").increment(1);
-            return;
-        }
-    };
-    let device = match device_of(&connection, &trust_domain) {
-        Ok(device) => device,
-        Err(refusal) => {
-            refused(metrics, remote, &refusal, &refusals);
-            let code = u32::from(CloseCode::BadIdentity as u8);
-            connection.close(code.into(), refusal.to_string().as_bytes());
-            return;
-        }
-    };
-    let limits = &metrics.limits;
-    let entered = parts.allowances.enter(device, std::time::Instant::now());
-    limits.devices.set(parts.allowances.devices() as f64);
-    match entered {
-        Ok(allowance) => {
-            debug!(%device, %remote, "connected");
-            let metrics = metrics.clone();
-            metrics
-                .connections
-                .handshake_duration
-                .record(started.elapsed());
-            metrics.connections.accepted.increment(1);
-            metrics.connections.open.increment(1.0);
-            session::serve(connection, device, allowance, parts).await;
-            metrics.connections.open.decrement(1.0);
-        }
-        Err(too_many) => {
-            debug!(%device, %remote, "turned away: {too_many}");
-            let limit = match too_many {
-                TooMany::Connections(_) => "device_connections",
-                TooMany::Devices => "devices",
-            };
-            limits.reached.of(limit).increment(1);
-            metrics.connections.refused.of("overloaded").increment(1);
-            let code = u32::from(CloseCode::Overloaded as u8);
-            connection.close(code.into(), too_many.to_string().as_bytes());
-        }
-    }
-}
-
-fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mutex<Bucket>) {
-    let rate = Rate::new(LOGGED_REFUSALS, Duration::from_secs(1), LOGGED_REFUSALS);
-    let may_log = logged.lock().take(&rate, 1, std::time::Instant::now());
-    if may_log.is_ok() {
-        info!(%remote, reason = refusal.as_label(), "connection refused: {refusal}");
-    }
-    metrics
-        .connections
-        .refused
-        .of(refusal.as_label())
-        .increment(1);
-}
-
-fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {
-    let chain = connection
-        .peer_identity()
-        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
-        .ok_or(Refusal::NoCertificate)?;
-    tls::device_of(&chain, trust_domain)
 }
 
 /// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream
@@ -422,56 +301,11 @@ fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
     }
 }
 
-/// How many refusals are logged in a second, so that nobody can fill a disk with them.
-const LOGGED_REFUSALS: u32 = 20;
 const CONNECTION_ID_BYTES: usize = 8;
 /// Between two stateless resets: a quarter of the handshakes that a core can do, which is what follows.
 const RESET_INTERVAL: Duration = Duration::from_millis(1);
-/// How long a stopping endpoint goes on with handshakes that were begun before.
-const LAST_HANDSHAKES: Duration = Duration::from_secs(1);
 /// How long a stopping endpoint lets its sessions finish before it closes on them; well within the time
 /// that a stop may take.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a stopping endpoint waits for its peers to acknowledge that it closes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-
-#[cfg(test)]
-mod tests {
-    use std::io;
-
-    use super::*;
-
-    #[derive(Clone, Default)]
-    struct Log(Arc<Mutex<Vec<u8>>>);
-
-    impl io::Write for Log {
-        fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-            self.0.lock().write(text)
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    #[test]
-    fn nobody_can_fill_the_log_with_refusals_and_all_are_counted() {
-        let (log, metrics) = (Log::default(), Metrics::new());
-        let writer = log.clone();
-        let subscriber = tracing_subscriber::fmt()
-            .with_writer(move || writer.clone())
-            .finish();
-        let logged = Mutex::default();
-        let remote = SocketAddr::from(([192, 0, 2, 1], 7));
-        tracing::subscriber::with_default(subscriber, || {
-            for _ in 0..100_000 {
-                refused(&metrics, remote, &Refusal::UnknownAuthority, &logged);
-            }
-        });
-        let lines = String::from_utf8_lossy(&log.0.lock()).lines().count();
-        // Twenty at once; the loop would have to take an hour for all of them.
-        assert!((20..50_000).contains(&lines), "{lines} lines");
-        let counted = r#"waypost_connections_refused_total{reason="unknown_issuer"} 100000"#;
-        assert!(metrics.render().contains(counted));
-    }
-}
