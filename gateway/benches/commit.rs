@@ -24,7 +24,7 @@ use rustc_hash::FxHashMap;
 use tokio::task::JoinSet;
 use waypost_gateway::{
     clock::{Clock, system_now_ms},
-    commit::{Answer, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
+    commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
     freshness::Freshness,
     metrics::Metrics,
     session::SessionConfig,
@@ -109,9 +109,14 @@ async fn commit(load: &Load, data_dir: &Path) -> Result<(Duration, u64)> {
         },
     );
     let ended = committer.spawn()?;
+    let bell = Arc::<Bell>::default();
+    let hearing = tokio::spawn({
+        let bell = Arc::clone(&bell);
+        async move { bell.serve().await }
+    });
     let mut devices = Vec::new();
     for number in 0..DEVICES {
-        devices.push(Device::prepare(number, load, &handle).await?);
+        devices.push(Device::prepare(number, load, &bell, &handle).await?);
     }
 
     let commits_before = freshness.head().position;
@@ -122,6 +127,7 @@ async fn commit(load: &Load, data_dir: &Path) -> Result<(Duration, u64)> {
     }
     let accepted: u64 = running.join_all().await.into_iter().sum::<Result<u64>>()?;
     let took = started.elapsed();
+    hearing.abort();
     let commits = freshness.head().position - commits_before;
 
     anyhow::ensure!(accepted == load.pings(), "{accepted} pings were accepted");
@@ -138,7 +144,12 @@ struct Device {
 
 impl Device {
     /// Says Hello, and takes all of the round's frames through a session.
-    async fn prepare(number: u32, load: &Load, handle: &CommitHandle) -> Result<Self> {
+    async fn prepare(
+        number: u32,
+        load: &Load,
+        bell: &Arc<Bell>,
+        handle: &CommitHandle,
+    ) -> Result<Self> {
         let config = SessionConfig::default();
         let limits = Limits {
             frame_bytes: config.frame_bytes.get(),
@@ -148,7 +159,7 @@ impl Device {
         let mut session = Session::new(limits, Bytes::new());
         let mut device = Self {
             id: fleet::device_id(number),
-            mailbox: Arc::default(),
+            mailbox: Mailbox::new(bell),
             requests: Vec::new(),
         };
         let Step::Ask(_, hello) = session.handle_frame(None, fleet::hello())? else {

@@ -32,7 +32,7 @@ use waypost_gateway::{
     config::Config,
     gateway::Gateway,
     pki::{Authority, KeyPair},
-    tls, worker,
+    tls, transport,
 };
 use waypost_proto::{
     ALPN,
@@ -142,7 +142,7 @@ fn configuration(dir: &Path, authority: &Authority) -> Result<Config> {
 fn echo_endpoint(config: &Config) -> Result<(SocketAddr, Endpoint)> {
     let tls = tls::device_server_config(&config.tls)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
-    server.transport_config(Arc::new(worker::transport(&config.devices)?));
+    server.transport_config(Arc::new(transport::connection_settings(&config.devices)?));
     let endpoint = endpoint(config, Some(server))?;
     Ok((endpoint.local_addr()?, endpoint))
 }

@@ -34,13 +34,13 @@ use crate::{
     clock::Clock,
     disk::Pulse,
     freshness::Freshness,
-    handoff::{self, Reply, Requests, Submission},
+    handoff::{self, Reply, Requests, Rings, Submission},
     metrics::{Fates, Metrics},
     rate::{Bucket, Rate},
     store::{Batch, CommitError, Day, PingKey, Store, record},
 };
 
-pub use crate::handoff::{Answer, CommitHandle, Mailbox, Stopped};
+pub use crate::handoff::{Answer, Bell, CommitHandle, Mailbox, Stopped};
 
 /// Settings of the committer and of what it admits.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -238,8 +238,9 @@ impl Committer {
         commits.known_devices.set(self.devices.len() as f64);
         commits.position.set(position as f64);
         commits.commits.increment(1);
+        let mut rings = Rings::default();
         for (reply, answer) in judged.answers {
-            reply.answer(answer);
+            reply.answer(answer, &mut rings);
         }
         Ok(())
     }

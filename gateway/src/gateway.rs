@@ -8,17 +8,15 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
-use tokio::{
-    sync::oneshot,
-    task::{JoinHandle, JoinSet},
-    time::timeout,
-};
+use tokio::{sync::oneshot, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use waypost_proto::session::Lane;
 
 use crate::{
+    accept::{self, AcceptParts},
     admin::{Admin, AdminError, Readiness, Stage},
+    admission::Admission,
     allowance::Allowances,
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
@@ -31,7 +29,7 @@ use crate::{
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
     tls::{self, TlsError},
-    worker::{Worker, WorkerError},
+    worker::{WorkerError, Workers},
 };
 
 /// Why the gateway could not start.
@@ -104,8 +102,8 @@ pub struct Gateway {
     readiness: Readiness,
     commit: CommitHandle,
     committer: Committer,
-    worker: Worker,
-    sessions: SessionParts,
+    workers: Workers,
+    accept: AcceptParts,
     feed: Feed,
     admin: Admin,
 }
@@ -156,13 +154,7 @@ impl Gateway {
                 retention: config.store.retention,
             },
         );
-        let worker = Worker::bind(
-            &config.devices,
-            device_tls,
-            &config.tls.trust_domain,
-            &store.secret(),
-            metrics.clone(),
-        )?;
+        let workers = Workers::bind(&config.devices, device_tls, &store.secret())?;
         let feed = Feed::bind(
             &config.freshness,
             freshness_tls,
@@ -178,6 +170,11 @@ impl Gateway {
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
+            admission: Admission::new(
+                &config.devices.admission,
+                config.devices.connections,
+                metrics.clone(),
+            ),
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,
@@ -188,12 +185,18 @@ impl Gateway {
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
             draining: CancellationToken::new(),
         };
+        let accept = AcceptParts {
+            config: config.devices.clone(),
+            trust_domain: config.tls.trust_domain.as_str().into(),
+            sessions: Arc::new(sessions),
+            refusals: Arc::default(),
+        };
         metrics
             .commits
             .queue_capacity
             .set(config.commit.queue_requests.get() as f64);
         let addresses = Addresses {
-            devices: worker.local_addr()?,
+            devices: workers.local_addr()?,
             freshness: feed.local_addr(),
             admin: admin.local_addr(),
         };
@@ -206,8 +209,8 @@ impl Gateway {
             readiness,
             commit,
             committer,
-            worker,
-            sessions,
+            workers,
+            accept,
             feed,
             admin,
         })
@@ -232,13 +235,13 @@ impl Gateway {
             readiness,
             commit,
             committer,
-            worker,
-            sessions,
+            workers,
+            accept,
             feed,
             admin,
         } = self;
         let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
-        let draining = sessions.draining.clone();
+        let draining = accept.sessions.draining.clone();
         let closing = CancellationToken::new();
         let mut committed = committer.spawn().map_err(|error| {
             error!(%error, "no thread for the committer");
@@ -258,7 +261,12 @@ impl Gateway {
                 closing.clone(),
             ),
         ));
-        let mut listener = tokio::spawn(worker.run(Arc::new(sessions), draining.clone()));
+        let accept = Arc::new(accept);
+        let serve = move |endpoint| accept::serve(endpoint, Arc::clone(&accept));
+        let mut workers = workers.spawn(serve).map_err(|error| {
+            error!(%error, "no thread for a worker");
+            GatewayError::PartEnded("worker")
+        })?;
 
         readiness.advance(match disk.obstacle() {
             None => Stage::Ready,
@@ -278,7 +286,7 @@ impl Gateway {
             () = stop.cancelled() => Ok(()),
             result = &mut committed => Err(commit_failed(result)),
             Some(part) = parts.join_next() => Err(GatewayError::PartEnded(part.unwrap_or("panicked part"))),
-            _ = &mut listener => Err(GatewayError::PartEnded("device listener")),
+            Some(_) = workers.join_next() => Err(GatewayError::PartEnded("worker")),
         };
         let result = match ended {
             Ok(()) => {
@@ -286,7 +294,7 @@ impl Gateway {
                 readiness.advance(Stage::Draining);
                 draining.cancel();
                 timeout(DRAIN_TIMEOUT, async {
-                    drop((&mut listener).await);
+                    while workers.join_next().await.is_some() {}
                     // The last handles went with the sessions and the sampler: the committer finishes.
                     committed
                         .await
@@ -300,7 +308,8 @@ impl Gateway {
                 readiness.advance(Stage::Failed(failure.to_string()));
                 error!(%failure, "the gateway stops");
                 draining.cancel();
-                drop(timeout(FAILED_CLOSE_TIMEOUT, ended_once(&mut listener)).await);
+                let all_closed = async { while workers.join_next().await.is_some() {} };
+                drop(timeout(FAILED_CLOSE_TIMEOUT, all_closed).await);
                 Err(failure)
             }
         };
@@ -319,13 +328,6 @@ impl Gateway {
 async fn named(name: &'static str, part: impl Future<Output = ()>) -> &'static str {
     part.await;
     name
-}
-
-/// Waits for a task that may have been waited for already, and then must not be asked again.
-async fn ended_once(task: &mut JoinHandle<()>) {
-    if !task.is_finished() {
-        drop(task.await);
-    }
 }
 
 fn commit_failed(
@@ -386,24 +388,3 @@ const FAILED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often the metrics that are looked at are looked at.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(1);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_listener_that_ended_is_not_asked_again() {
-        let mut listener = tokio::spawn(async {});
-        (&mut listener).await.unwrap();
-        ended_once(&mut listener).await;
-    }
-
-    /// The control for the test above.
-    #[tokio::test]
-    async fn asking_again_would_panic() {
-        let mut listener = tokio::spawn(async {});
-        (&mut listener).await.unwrap();
-        let again = tokio::spawn(async move { drop(listener.await) });
-        assert!(again.await.unwrap_err().is_panic());
-    }
-}

@@ -1,15 +1,15 @@
 //! The hand-off: from many sessions to the one committer, and back.
 //!
-//! Requests wait in a queue per lane, answers in a mailbox per session. Knows order, receipt and who is
-//! to be woken; must not know what a request means, what a record is, or where anything is stored. All
-//! that waits or wakes here comes from `crate::sync`, so that `tests/schedules` can try out the orders
-//! in which sessions and committer meet.
+//! Requests wait in a queue per lane, answers in a mailbox per session, and a bell per worker tells that
+//! there are some. Knows order, receipt and who is to be woken; must not know what a request means, what
+//! a record is, or where anything is stored. All that waits or wakes here comes from `crate::sync`, so that
+//! `tests/schedules` can try out the orders in which sessions and committer meet.
 //!
 //! # Bounds
 //!
 //! Each lane has a queue of `queue_requests`. When one is full its sessions wait for a place and read
 //! nothing more of that lane, so that QUIC flow control holds the devices back. A mailbox holds what its
-//! session has in flight.
+//! session has in flight, and a bell the mailboxes that got something since it was heard last.
 
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
@@ -63,12 +63,59 @@ pub enum Answer {
     Lost,
 }
 
-/// Where the answers for one session collect. Bounded by what the session may have in flight.
+/// Wakes the sessions of one worker.
+///
+/// To wake a task of another thread takes a lock and a system call. So the committer only puts a mailbox that has
+/// got its first answer on the bell's list, and rings once for all answers of a group; [`Self::serve`], on
+/// the worker's own thread, wakes each session once, which costs next to nothing there.
 #[derive(Debug, Default)]
+pub struct Bell {
+    filled: Mutex<Vec<Arc<Mailbox>>>,
+    rung: Notify,
+}
+
+impl Bell {
+    /// Wakes sessions whenever the bell has rung, for ever. To be run where they run, once.
+    pub async fn serve(&self) {
+        loop {
+            let filled = std::mem::take(&mut *self.filled.lock());
+            if filled.is_empty() {
+                self.rung.notified().await;
+            }
+            for mailbox in filled {
+                mailbox.arrived.notify_one();
+            }
+        }
+    }
+
+    /// Puts a mailbox on the list. True if it is the first there: then the bell must be rung.
+    fn list(&self, mailbox: &Arc<Mailbox>) -> bool {
+        let mut filled = self.filled.lock();
+        filled.push(Arc::clone(mailbox));
+        filled.len() == 1
+    }
+}
+
+/// The bells to be rung when a group is answered. That happens when it is dropped, so whatever becomes of
+/// the committer, none is forgotten.
+#[derive(Debug, Default)]
+pub(crate) struct Rings(Vec<Arc<Bell>>);
+
+impl Drop for Rings {
+    fn drop(&mut self) {
+        for bell in &self.0 {
+            bell.rung.notify_one();
+        }
+    }
+}
+
+/// Where the answers for one session collect. Bounded by what the session may have in flight.
+#[derive(Debug)]
 pub struct Mailbox {
     inbox: Mutex<Inbox>,
     arrived: Notify,
     hello_answered: Notify,
+    bell: Arc<Bell>,
 }
 
 #[derive(Debug, Default)]
@@ -79,6 +126,17 @@ struct Inbox {
 }
 
 impl Mailbox {
+    /// An empty one, of a session of the worker that hears `bell`.
+    #[must_use]
+    pub fn new(bell: &Arc<Bell>) -> Arc<Self> {
+        Arc::new(Self {
+            inbox: Mutex::default(),
+            arrived: Notify::default(),
+            hello_answered: Notify::default(),
+            bell: Arc::clone(bell),
+        })
+    }
+
     /// Waits until there is something, and takes all of it, in the order it was asked.
     pub async fn take(&self) -> Vec<(Lane, Answer)> {
         loop {
@@ -121,18 +179,21 @@ impl Reply {
         }
     }
 
-    /// Answers, once and for all.
-    pub(crate) fn answer(mut self, answer: Answer) {
-        self.post(answer);
+    /// Answers, once and for all. The session hears of it when `rings` is dropped.
+    pub(crate) fn answer(mut self, answer: Answer, rings: &mut Rings) {
+        self.post(answer, rings);
     }
 
-    fn post(&mut self, answer: Answer) {
+    fn post(&mut self, answer: Answer, rings: &mut Rings) {
         self.is_answered = true;
         let mut inbox = self.mailbox.inbox.lock();
         inbox.waiting_hellos -= usize::from(self.is_hello);
+        let is_first = inbox.answers.is_empty();
         inbox.answers.push((self.lane, answer));
         drop(inbox);
-        self.mailbox.arrived.notify_one();
+        if is_first && self.mailbox.bell.list(&self.mailbox) {
+            rings.0.push(Arc::clone(&self.mailbox.bell));
+        }
         if self.is_hello {
             self.mailbox.hello_answered.notify_one();
         }
@@ -142,7 +203,7 @@ impl Reply {
 impl Drop for Reply {
     fn drop(&mut self) {
         if !self.is_answered {
-            self.post(Answer::Lost);
+            self.post(Answer::Lost, &mut Rings::default());
         }
     }
 }
@@ -330,7 +391,7 @@ mod tests {
         let (handle, mut requests) = standing_still(100);
         for _ in 0..2 {
             // All of it happens in one millisecond: none of it may be announced, and none be moved.
-            ask(&handle, Lane::Live, Request::Heartbeat, &Arc::default()).await;
+            ask(&handle, Lane::Live, Request::Heartbeat, &mailbox()).await;
             let (group, gathered) = gather(&mut requests).await;
             assert_eq!(group[0].receive_ms, STANDING_MS);
             assert_eq!(gathered.resolved_ms, STANDING_MS - 1);
@@ -341,7 +402,7 @@ mod tests {
     async fn what_is_left_in_a_queue_is_not_announced() {
         let (handle, mut requests) = standing_still(1);
         for _ in 0..3 {
-            ask(&handle, Lane::Backfill, Request::Heartbeat, &Arc::default()).await;
+            ask(&handle, Lane::Backfill, Request::Heartbeat, &mailbox()).await;
         }
         for left in [2, 1, 0] {
             let (group, gathered) = gather(&mut requests).await;
@@ -355,9 +416,9 @@ mod tests {
     async fn backfill_is_not_judged_before_a_hello_that_more_than_a_group_of_live_is_ahead_of() {
         let (handle, mut requests) = standing_still(8);
         for _ in 0..20 {
-            ask(&handle, Lane::Live, Request::Heartbeat, &Arc::default()).await;
+            ask(&handle, Lane::Live, Request::Heartbeat, &mailbox()).await;
         }
-        let mailbox = Arc::default();
+        let mailbox = mailbox();
         ask(
             &handle,
             Lane::Live,
@@ -375,7 +436,9 @@ mod tests {
         while order.len() < 22 {
             for submission in gather(&mut requests).await.0 {
                 order.push((submission.reply.lane, submission.reply.is_hello));
-                submission.reply.answer(Answer::Fenced);
+                submission
+                    .reply
+                    .answer(Answer::Fenced, &mut Rings::default());
             }
         }
         assert_eq!(order[20..], [(Lane::Live, true), (Lane::Backfill, false)]);
@@ -385,7 +448,7 @@ mod tests {
     #[tokio::test]
     async fn a_committer_that_goes_answers_what_waits_and_refuses_what_comes() {
         let (handle, requests) = standing_still(8);
-        let mailbox = Arc::default();
+        let mailbox = mailbox();
         ask(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
         ask(&handle, Lane::Backfill, Request::Heartbeat, &mailbox).await;
         drop(requests);
@@ -399,6 +462,14 @@ mod tests {
         );
         let result = submit(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
         assert_eq!(result, Err(Stopped));
+    }
+
+    /// A mailbox of a worker that hears its bell.
+    fn mailbox() -> Arc<Mailbox> {
+        let bell = Arc::new(Bell::default());
+        let mailbox = Mailbox::new(&bell);
+        tokio::spawn(async move { bell.serve().await });
+        mailbox
     }
 
     /// Queues whose clock stands still, because the store remembers a time to come.

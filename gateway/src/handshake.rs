@@ -17,6 +17,7 @@ use waypost_proto::{id::DeviceId, session::CloseCode};
 use crate::{
     admission::Place,
     allowance::TooMany,
+    commit::Bell,
     metrics::Metrics,
     rate::{Bucket, Rate},
     session::{self, SessionParts},
@@ -31,6 +32,8 @@ pub(crate) struct Newcomer {
     pub(crate) trust_domain: Arc<str>,
     /// What may still be logged of refusals.
     pub(crate) refusals: Arc<Mutex<Bucket>>,
+    /// Rung when the committer has answers for this worker's sessions.
+    pub(crate) bell: Arc<Bell>,
 }
 
 /// From the first packet to the end of the session.
@@ -41,6 +44,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
         handshake_timeout,
         trust_domain,
         refusals,
+        bell,
     } = newcomer;
     let metrics = &parts.metrics;
     let remote = incoming.remote_address();
@@ -104,7 +108,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
                 .record(started.elapsed());
             metrics.connections.accepted.increment(1);
             metrics.connections.open.increment(1.0);
-            session::serve(connection, device, allowance, parts).await;
+            session::serve(connection, device, allowance, bell, parts).await;
             metrics.connections.open.decrement(1.0);
         }
         Err(too_many) => {

@@ -1,7 +1,8 @@
 //! The Waypost gateway, in the order the data meets it.
 //!
-//! A connection is accepted by [`worker`] as far as [`admission`] lets it, proven in the `handshake` by
-//! [`tls`], and served by one [`session`] task, which ends the device's older one ([`takeover`]), holds it
+//! Packets arrive at the `port` that all [`worker`]s share; `steer` says whose they are, and a busy worker
+//! lets them `gather`. With the settings of [`transport`] a worker `accept`s newcomers as far as [`admission`]
+//! lets them; each is proven in its `handshake` by [`tls`], and served by one [`session`] task, which ends the device's older one ([`takeover`]), holds it
 //! to its [`allowance`] over time ([`rate`]), and hands batches over ([`handoff`]) to the one [`commit`]ter.
 //! The committer judges, writes through [`store`], publishes to [`freshness`], and only then answers;
 //! [`feed`] tells checkers.
@@ -15,11 +16,13 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB. Only [`worker`], `handshake` and [`session`] speak QUIC, and only
+//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, `accept`, `handshake` and [`session`]
+//!    speak QUIC, and only
 //!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows
 //!    none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
+mod accept;
 pub mod admin;
 pub mod admission;
 pub mod allowance;
@@ -32,17 +35,21 @@ mod durable;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;
+mod gather;
 pub mod handoff;
 mod handshake;
 pub mod inspect;
 pub mod logging;
 pub mod metrics;
 pub mod pki;
+mod port;
 pub mod rate;
 pub mod session;
+mod steer;
 pub mod store;
 mod sync;
 pub mod takeover;
 pub mod tls;
+pub mod transport;
 pub mod watch;
 pub mod worker;

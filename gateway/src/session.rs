@@ -40,8 +40,9 @@ use waypost_proto::{
 };
 
 use crate::{
+    admission::Admission,
     allowance::{Allowance, Allowances},
-    commit::{Answer, CommitHandle, Mailbox, Stopped},
+    commit::{Answer, Bell, CommitHandle, Mailbox, Stopped},
     metrics::Metrics,
     takeover::Takeovers,
 };
@@ -92,6 +93,8 @@ pub struct SessionParts {
     pub config: SessionConfig,
     /// The way to the disk.
     pub commit: CommitHandle,
+    /// Who may begin a connection, and how many have one.
+    pub admission: Admission,
     /// Who is connected, so that a newer connection ends an older one.
     pub takeovers: Takeovers,
     /// What each device may do over time.
@@ -106,14 +109,16 @@ pub struct SessionParts {
     pub draining: CancellationToken,
 }
 
-/// Serves a connection until it ends, and closes it with the reason.
+/// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's.
 pub async fn serve(
     connection: Connection,
     device: DeviceId,
     allowance: Allowance,
+    bell: Arc<Bell>,
     parts: Arc<SessionParts>,
 ) {
-    let mut shell = Shell::new(&connection, device, &allowance, &parts);
+    let mailbox = Mailbox::new(&bell);
+    let mut shell = Shell::new(&connection, device, &allowance, mailbox, &parts);
     let end = shell.run().await;
     drop(shell);
     parts.takeovers.release(device, connection.stable_id());
@@ -221,6 +226,7 @@ impl<'a> Shell<'a> {
         connection: &'a Connection,
         device: DeviceId,
         allowance: &'a Allowance,
+        mailbox: Arc<Mailbox>,
         parts: &'a Arc<SessionParts>,
     ) -> Self {
         let limits = Limits {
@@ -236,7 +242,7 @@ impl<'a> Shell<'a> {
             session: Session::new(limits, parts.incarnation.clone()),
             streams: Vec::new(),
             requests_in_flight: [0; 2],
-            mailbox: Arc::default(),
+            mailbox,
             taken_over: None,
             is_draining: false,
             held_until: None,

@@ -1,38 +1,31 @@
-//! The QUIC endpoint: who may connect, and one session task for each who does.
+//! The workers: one pinned thread a core, each with a runtime and a QUIC endpoint of its own on the shared port.
 //!
-//! Knows quinn's settings. Must not know certificates or pings.
+//! Knows threads and processors. Must not know what is served on an endpoint. A connection lives and dies on the
+//! worker that accepted it ([`crate::steer`]), so whatever serves it needs no lock that another worker holds,
+//! and wakes nobody else.
 //!
 //! # Bounds
 //!
-//! At most [`DevicesConfig::connections`] are open or shaking hands, and [`crate::admission`] says who may
-//! begin; all others are refused before any cryptography is spent on them. quinn's own buffers are bounded by
-//! the settings below; what a connection may hold is in [`crate::session`].
+//! As many threads as [`DevicesConfig::workers`] says. What an endpoint may hold is in [`crate::transport`].
 
 use std::{
     net::{SocketAddr, UdpSocket},
+    num::NonZeroU8,
     sync::Arc,
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use quinn::{
-    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, TokioRuntime, TransportConfig,
-    VarInt, crypto::rustls::QuicServerConfig,
-};
-use ring::hmac;
+use quinn::{Endpoint, TokioRuntime};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::warn;
-use waypost_proto::session::CloseCode;
+use tokio::{runtime::Runtime, sync::oneshot, task::JoinSet};
+use tracing::{debug, error};
 
 use crate::{
-    admission::{Admission, AdmissionConfig, Verdict},
-    allowance::AllowanceConfig,
-    handshake::{self, Newcomer},
-    metrics::Metrics,
-    rate::Bucket,
-    session::{SessionConfig, SessionParts},
+    admission::AdmissionConfig, allowance::AllowanceConfig, gather::Gather, port,
+    session::SessionConfig, transport,
 };
 
 /// Where devices connect, and what one of them may do.
@@ -41,6 +34,8 @@ use crate::{
 pub struct DevicesConfig {
     /// The UDP address that devices connect to. Loopback until somebody decides otherwise.
     pub listen: SocketAddr,
+    /// How many threads serve devices, each on a core of its own; 0 for one per core that the process may use.
+    pub workers: u8,
     /// How many connections may be open or shaking hands. Each takes about 45 KB of memory.
     pub connections: usize,
     /// How long a handshake may take.
@@ -49,8 +44,8 @@ pub struct DevicesConfig {
     /// How long a connection may be silent before it is given up. Devices keep theirs alive every 20 s.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
-    /// Size that is asked of the kernel for the socket's buffers. A burst from many devices is lost
-    /// where it does not fit; the kernel caps it at net.core.rmem_max.
+    /// Size that is asked of the kernel for the buffers of each worker's socket. A burst from many devices is
+    /// lost where it does not fit; the kernel caps it at net.core.rmem_max.
     pub socket_buffer_bytes: usize,
     /// Who may begin a connection.
     pub admission: AdmissionConfig,
@@ -64,6 +59,7 @@ impl Default for DevicesConfig {
     fn default() -> Self {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 4433)),
+            workers: 0,
             connections: 100_000,
             handshake_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(90),
@@ -75,7 +71,7 @@ impl Default for DevicesConfig {
     }
 }
 
-/// Why the endpoint could not be opened.
+/// Why devices cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The address is taken, not ours, or not allowed.
@@ -96,53 +92,36 @@ pub enum WorkerError {
     Tls(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
 }
 
-/// The endpoint and the sessions on it.
+/// The workers before they run: they hold their sockets, and nothing is received.
 #[derive(Debug)]
-pub struct Worker {
-    endpoint: Endpoint,
-    config: DevicesConfig,
-    trust_domain: Arc<str>,
-    metrics: Metrics,
+pub struct Workers {
+    sockets: Vec<UdpSocket>,
+    server: quinn::ServerConfig,
+    secret: [u8; 32],
 }
 
-impl Worker {
-    /// Opens the socket. Nothing is accepted before [`Self::run`]. `secret` is the store's: with the same
-    /// one, a gateway that was killed and started again can tell devices that their connections are gone.
+impl Workers {
+    /// Opens the port. `secret` is the store's: with the same one, a gateway that was killed and started again
+    /// can tell devices that their connections are gone.
     ///
     /// # Errors
     /// When the address cannot be bound, or the settings do not fit QUIC.
     pub fn bind(
         config: &DevicesConfig,
         tls: Arc<rustls::ServerConfig>,
-        trust_domain: &str,
         secret: &[u8; 32],
-        metrics: Metrics,
     ) -> Result<Self, WorkerError> {
-        let bind_error = |source| WorkerError::Bind {
+        let server = transport::server_config(config, tls, secret)?;
+        let workers = NonZeroU8::new(config.workers).map_or_else(one_per_core, NonZeroU8::get);
+        let sockets = port::open(config.listen, workers, config.socket_buffer_bytes);
+        let sockets = sockets.map_err(|source| WorkerError::Bind {
             listen: config.listen,
             source,
-        };
-        let socket = UdpSocket::bind(config.listen).map_err(bind_error)?;
-        grow_buffers(&socket, config.socket_buffer_bytes);
-        let mut server =
-            quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
-        server
-            .transport_config(Arc::new(transport(config)?))
-            .max_incoming(4_096)
-            .incoming_buffer_size(32 << 10)
-            .incoming_buffer_size_total(16 << 20);
-        let endpoint = Endpoint::new(
-            endpoint_config(secret),
-            Some(server),
-            socket,
-            Arc::new(TokioRuntime),
-        )
-        .map_err(bind_error)?;
+        })?;
         Ok(Self {
-            endpoint,
-            config: config.clone(),
-            trust_domain: trust_domain.into(),
-            metrics,
+            sockets,
+            server,
+            secret: *secret,
         })
     }
 
@@ -151,161 +130,94 @@ impl Worker {
     /// # Errors
     /// When the socket is broken.
     pub fn local_addr(&self) -> std::io::Result<SocketAddr> {
-        self.endpoint.local_addr()
+        self.sockets[0].local_addr()
     }
 
-    /// Accepts connections until `draining`, then waits for the sessions to end.
-    pub async fn run(self, parts: Arc<SessionParts>, draining: CancellationToken) {
-        let sessions = TaskTracker::new();
-        let admission = Admission::new(
-            &self.config.admission,
-            self.config.connections,
-            self.metrics.clone(),
-        );
-        let refusals = Arc::new(Mutex::new(Bucket::default()));
-        loop {
-            let incoming = tokio::select! {
-                biased;
-                () = draining.cancelled() => break,
-                incoming = self.endpoint.accept() => incoming,
-            };
-            let Some(incoming) = incoming else { break };
-            let address = incoming.remote_address().ip();
-            let verdict = admission.admit(address, incoming.remote_address_validated());
-            let limits = &self.metrics.limits;
-            let place = match verdict {
-                Ok(place) => place,
-                Err(Verdict::Refuse(limit)) => {
-                    limits.reached.of(limit.as_label()).increment(1);
-                    let refused = &self.metrics.connections.refused;
-                    refused.of("overloaded").increment(1);
-                    incoming.refuse();
-                    continue;
-                }
-                Err(Verdict::Prove | Verdict::Accept) => {
-                    limits.address_proofs.increment(1);
-                    // It fails only for those that have proved theirs, of whom it is not asked.
-                    drop(incoming.retry());
-                    continue;
-                }
-            };
-            let newcomer = Newcomer {
-                incoming,
-                handshake_timeout: place.patience(self.config.handshake_timeout),
-                place,
-                trust_domain: Arc::clone(&self.trust_domain),
-                refusals: Arc::clone(&refusals),
-            };
-            sessions.spawn(handshake::accept(newcomer, Arc::clone(&parts)));
+    /// Starts the threads. Each runs what `serve` makes of its endpoint, and ends with it. A task for each worker
+    /// ends when its worker does, whatever the reason.
+    ///
+    /// # Errors
+    /// When the operating system gives no thread or no runtime. Threads that run by then go on until their
+    /// endpoint fails; the caller gives up.
+    pub fn spawn<F, Served>(self, serve: F) -> std::io::Result<JoinSet<()>>
+    where
+        F: Fn(Endpoint) -> Served + Clone + Send + 'static,
+        Served: Future<Output = ()>,
+    {
+        let cores = cores();
+        let workers = u8::try_from(self.sockets.len()).unwrap_or(u8::MAX);
+        let mut running = JoinSet::new();
+        for (worker, socket) in (0..workers).zip(self.sockets) {
+            let (alive, ended) = oneshot::channel::<()>();
+            let core = cores.get(usize::from(worker) % cores.len().max(1)).copied();
+            let runtime = runtime()?;
+            let endpoint = transport::endpoint_config(&self.secret, worker, workers);
+            let (server, serve) = (self.server.clone(), serve.clone());
+            thread::Builder::new()
+                .name(format!("worker-{worker}"))
+                .spawn(move || {
+                    let _alive = alive;
+                    pin_to(core);
+                    // Within the runtime, which then watches the socket.
+                    runtime.block_on(async {
+                        match Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime))
+                        {
+                            Ok(endpoint) => serve(endpoint).await,
+                            Err(error) => error!(%error, "a socket for devices cannot be used"),
+                        }
+                    });
+                })?;
+            running.spawn(async {
+                // The thread sends nothing: it has ended when it has let go of its end.
+                drop(ended.await);
+            });
         }
-        self.endpoint.set_server_config(None);
-        sessions.close();
-        // A device that takes its answers drop by drop must not hold up the stop.
-        let is_prompt = timeout(SESSIONS_TIMEOUT, sessions.wait()).await.is_ok();
-        self.endpoint.close(
-            u32::from(CloseCode::ShuttingDown as u8).into(),
-            b"the gateway is stopping",
-        );
-        if !is_prompt {
-            warn!(
-                sessions = sessions.len(),
-                "closing on devices that do not take their last acks"
-            );
-            sessions.wait().await;
-        }
-        // Let the last CONNECTION_CLOSE frames leave, within reason.
-        drop(timeout(CLOSE_TIMEOUT, self.endpoint.wait_idle()).await);
+        Ok(running)
     }
 }
 
-/// Reasons and measurements: a fleet of small senders wants small windows, since each permitted stream
-/// and byte of window is memory that every one of them may claim. Public, so that a server without a
-/// gateway behind it can be measured with the same.
-///
-/// # Errors
-/// When the idle timeout does not fit QUIC.
-pub fn transport(config: &DevicesConfig) -> Result<TransportConfig, WorkerError> {
-    let window = |bytes: u32| VarInt::from_u32(bytes);
-    let mut transport = TransportConfig::default();
-    transport
-        .max_concurrent_bidi_streams(VarInt::from_u32(config.session.streams.get()))
-        .max_concurrent_uni_streams(VarInt::from_u32(0))
-        .stream_receive_window(window(128 << 10))
-        .receive_window(window(256 << 10))
-        .send_window(64 << 10)
-        .datagram_receive_buffer_size(None)
-        .crypto_buffer_size(8 << 10)
-        .max_idle_timeout(Some(config.idle_timeout.try_into()?))
-        // Keeping alive is the device's business: it knows what its battery can bear.
-        .keep_alive_interval(None)
-        .mtu_discovery_config(None)
-        .allow_spin(false);
-    Ok(transport)
+/// A runtime for one thread that lets packets gather while it is busy.
+fn runtime() -> std::io::Result<Runtime> {
+    // Both hooks run on the worker's own thread, so the lock is never waited for.
+    let gather = Arc::new(Mutex::new(Gather::new(Instant::now())));
+    let gather_woken = Arc::clone(&gather);
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .on_thread_park(move || {
+            let wait = gather.lock().before_sleep(Instant::now());
+            if !wait.is_zero() {
+                // Nothing is ready to run here, so all that this delays is what comes meanwhile: packets, answers
+                // of the committer, newcomers and timers, by a millisecond at most.
+                thread::sleep(wait);
+            }
+        })
+        .on_thread_unpark(move || gather_woken.lock().woken(Instant::now()))
+        .build()
 }
 
-/// A packet of a connection that this process does not know is answered with a stateless reset (RFC 9000,
-/// section 10.3). The device believes it only if it is made with the key that the connection began with:
-/// with a key of each process's own, a device would wait for its own timeout after every crash.
-fn endpoint_config(secret: &[u8; 32]) -> EndpointConfig {
-    let secret = hmac::Key::new(hmac::HMAC_SHA256, secret);
-    let key = hmac::sign(&secret, b"waypost quic stateless reset");
-    let mut config = EndpointConfig::new(Arc::new(hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())));
-    config
-        .cid_generator(|| Box::new(RandomConnectionIds))
-        // quinn's 20 ms would take half an hour to tell a large fleet.
-        .min_reset_interval(RESET_INTERVAL);
-    config
+/// The processors that this process may use.
+fn cores() -> Vec<usize> {
+    sched_getaffinity(None).map_or_else(
+        |_| Vec::new(),
+        |allowed| {
+            (0..CpuSet::MAX_CPU)
+                .filter(|&core| allowed.is_set(core))
+                .collect()
+        },
+    )
 }
 
-/// Connection ids that never come twice. quinn's own have 24 random bits, which a large fleet uses up
-/// within days, and whoever had an id before knows the token that resets it.
-struct RandomConnectionIds;
-
-impl ConnectionIdGenerator for RandomConnectionIds {
-    fn generate_cid(&mut self) -> ConnectionId {
-        ConnectionId::new(&rand::random::<[u8; CONNECTION_ID_BYTES]>())
-    }
-
-    fn cid_len(&self) -> usize {
-        CONNECTION_ID_BYTES
-    }
-
-    fn cid_lifetime(&self) -> Option<Duration> {
-        None
-    }
+fn one_per_core() -> u8 {
+    u8::try_from(cores().len()).unwrap_or(u8::MAX).max(1)
 }
 
-fn grow_buffers(socket: &UdpSocket, wanted_bytes: usize) {
-    let socket = socket2::SockRef::from(socket);
-    for (name, result, granted) in [
-        (
-            "net.core.rmem_max",
-            socket.set_recv_buffer_size(wanted_bytes),
-            socket.recv_buffer_size(),
-        ),
-        (
-            "net.core.wmem_max",
-            socket.set_send_buffer_size(wanted_bytes),
-            socket.send_buffer_size(),
-        ),
-    ] {
-        // Linux reserves as much again for its own bookkeeping, and reports the sum.
-        let granted_bytes = granted.unwrap_or_default() / 2;
-        if result.is_err() || granted_bytes < wanted_bytes {
-            warn!(
-                wanted_bytes,
-                granted_bytes,
-                "the kernel grants a smaller socket buffer, and bursts may lose packets; raise {name}"
-            );
-        }
+/// Keeps this thread on one processor, so that what it knows of its connections stays in that one's cache.
+fn pin_to(core: Option<usize>) {
+    let Some(core) = core else { return };
+    let mut only = CpuSet::new();
+    only.set(core);
+    if let Err(error) = sched_setaffinity(None, &only) {
+        // It works as well, a little slower.
+        debug!(core, %error, "a worker was not pinned");
     }
 }
-
-const CONNECTION_ID_BYTES: usize = 8;
-/// Between two stateless resets: a quarter of the handshakes that a core can do, which is what follows.
-const RESET_INTERVAL: Duration = Duration::from_millis(1);
-/// How long a stopping endpoint lets its sessions finish before it closes on them; well within the time
-/// that a stop may take.
-const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a stopping endpoint waits for its peers to acknowledge that it closes.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);

@@ -24,7 +24,8 @@ use tokio_util::sync::CancellationToken;
 use waypost_gateway::{
     clock::system_now_ms,
     tls::{self, TlsConfig},
-    worker::{self, DevicesConfig},
+    transport,
+    worker::DevicesConfig,
 };
 use waypost_loadtest::{
     checker::{Checker, Watch},
@@ -727,7 +728,7 @@ async fn is_heard_after_rebinding(follows_migration: bool) -> bool {
     let tls = QuicServerConfig::try_from(tls::device_server_config(&tls).unwrap()).unwrap();
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(tls));
     server
-        .transport_config(Arc::new(worker::transport(&config).unwrap()))
+        .transport_config(Arc::new(transport::connection_settings(&config).unwrap()))
         .migration(follows_migration);
     let endpoint = Endpoint::server(server, ([127, 0, 0, 1], 0).into()).unwrap();
     let relay = Relay::start(endpoint.local_addr().unwrap(), 0);

@@ -5,12 +5,18 @@
 use std::{env, fs, path::Path};
 
 /// Name of the control, the file that is changed, the text as it is, and as it is made wrong.
-const CONTROLS: [(&str, &str, &str, &str); 10] = [
+const CONTROLS: [(&str, &str, &str, &str); 11] = [
     (
         "wakes_before_it_posts",
         "handoff.rs",
-        "        inbox.answers.push((self.lane, answer));\n        drop(inbox);\n        self.mailbox.arrived.notify_one();",
-        "        drop(inbox);\n        self.mailbox.arrived.notify_one();\n        self.mailbox.inbox.lock().answers.push((self.lane, answer));",
+        "        inbox.answers.push((self.lane, answer));\n        drop(inbox);\n        if is_first && self.mailbox.bell.list(&self.mailbox) {\n            rings.0.push(Arc::clone(&self.mailbox.bell));\n        }",
+        "        drop(inbox);\n        if is_first && self.mailbox.bell.list(&self.mailbox) {\n            self.mailbox.bell.rung.notify_one();\n        }\n        self.mailbox.inbox.lock().answers.push((self.lane, answer));",
+    ),
+    (
+        "wakes_only_the_first_of_a_group",
+        "handoff.rs",
+        "for mailbox in filled {",
+        "for mailbox in filled.into_iter().take(1) {",
     ),
     (
         "a_dropped_request_is_silent",
@@ -52,7 +58,7 @@ const CONTROLS: [(&str, &str, &str, &str); 10] = [
         "answers_before_the_commit",
         "commit.rs",
         "self.store.commit(judged.batch)?;",
-        "for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer); } self.store.commit(judged.batch)?;",
+        "for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer, &mut Rings::default()); } self.store.commit(judged.batch)?;",
     ),
     (
         "publishes_before_the_commit",
@@ -64,7 +70,7 @@ const CONTROLS: [(&str, &str, &str, &str); 10] = [
         "answers_before_it_publishes",
         "commit.rs",
         "        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
-        "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
+        "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer, &mut Rings::default()); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
     ),
 ];
 

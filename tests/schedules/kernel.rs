@@ -1,7 +1,12 @@
 //! The smallest meetings of a session and the committer, small enough that every order can be tried.
 //! Knows the hand-off alone, without judging and storing.
 
-use std::{num::NonZeroUsize, sync::Arc};
+use std::{
+    future::{Future, poll_fn},
+    num::NonZeroUsize,
+    pin::pin,
+    sync::Arc,
+};
 
 use shuttle::{future, thread};
 use waypost_proto::{
@@ -10,7 +15,7 @@ use waypost_proto::{
 };
 
 use crate::{
-    as_it_is::handoff::{self, Answer, CommitHandle, Mailbox, Stopped},
+    as_it_is::handoff::{self, Answer, Bell, CommitHandle, Mailbox, Rings, Stopped},
     clock::Clock,
     sync::Alarm,
 };
@@ -20,9 +25,10 @@ pub(crate) fn a_request_meets_a_committer_that_stops() {
     let (handle, requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
     let stopping = thread::spawn(move || drop(requests));
     future::block_on(async {
-        let mailbox = Arc::default();
+        let bell = Arc::default();
+        let mailbox = Mailbox::new(&bell);
         if hand_over(&handle, &mailbox).await.is_ok() {
-            let answers = mailbox.take().await;
+            let answers = heard(&bell, mailbox.take()).await;
             assert!(
                 matches!(answers[..], [(Lane::Live, Answer::Lost)]),
                 "{answers:?}"
@@ -36,7 +42,8 @@ pub(crate) fn a_request_meets_a_committer_that_stops() {
 pub(crate) fn two_answers_meet_a_session_that_waits() {
     Alarm::default().set();
     let (handle, mut requests) = handoff::new(TWO, TWO, Clock::starting_at(1));
-    let mailbox = Arc::default();
+    let bell = Arc::default();
+    let mailbox = Mailbox::new(&bell);
     let mut group = Vec::new();
     future::block_on(async {
         hand_over(&handle, &mailbox).await.unwrap();
@@ -44,14 +51,15 @@ pub(crate) fn two_answers_meet_a_session_that_waits() {
         requests.gather(&mut group).await;
     });
     let answering = thread::spawn(move || {
+        let mut rings = Rings::default();
         for submission in group {
-            submission.reply.answer(Answer::Fenced);
+            submission.reply.answer(Answer::Fenced, &mut rings);
         }
     });
     future::block_on(async {
-        let mut answers = mailbox.take().await;
+        let mut answers = heard(&bell, mailbox.take()).await;
         if answers.len() < 2 {
-            answers.extend(mailbox.take().await);
+            answers.extend(heard(&bell, mailbox.take()).await);
         }
         assert_eq!(answers.len(), 2);
     });
@@ -62,7 +70,7 @@ pub(crate) fn two_answers_meet_a_session_that_waits() {
 pub(crate) fn a_full_queue_meets_a_session_that_waits() {
     Alarm::default().set();
     let (handle, mut requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
-    let mailbox = Arc::default();
+    let mailbox = Mailbox::new(&Arc::default());
     future::block_on(async { hand_over(&handle, &mailbox).await.unwrap() });
     let waiting = thread::spawn(move || {
         future::block_on(async { hand_over(&handle, &mailbox).await.unwrap() });
@@ -70,6 +78,17 @@ pub(crate) fn a_full_queue_meets_a_session_that_waits() {
     let mut group = Vec::new();
     future::block_on(async { requests.gather(&mut group).await });
     waiting.join().unwrap();
+}
+
+/// What a session waits for, on a worker that hears its bell meanwhile.
+async fn heard<T>(bell: &Arc<Bell>, waiting: impl Future<Output = T>) -> T {
+    let (mut serving, mut waiting) = (pin!(bell.serve()), pin!(waiting));
+    poll_fn(|context| {
+        // The bell first, as what it wakes is looked at next.
+        let _never = serving.as_mut().poll(context);
+        waiting.as_mut().poll(context)
+    })
+    .await
 }
 
 async fn hand_over(handle: &CommitHandle, mailbox: &Arc<Mailbox>) -> Result<(), Stopped> {

@@ -166,6 +166,7 @@ fn soak_schedules() {
 }
 
 control!(wakes_before_it_posts, Plan::sound, "deadlock");
+control!(wakes_only_the_first_of_a_group, Plan::sound, "deadlock");
 control!(a_dropped_request_is_silent, Plan::failing, "deadlock");
 control!(
     does_not_look_whether_the_committer_is_gone,

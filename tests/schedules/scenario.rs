@@ -32,7 +32,7 @@ use crate::{
     clock::Clock,
     commit::{CommitConfig, CommitParts, Committer},
     freshness::Freshness,
-    handoff::{Answer, CommitHandle, Mailbox},
+    handoff::{Answer, Bell, CommitHandle, Mailbox},
     plan::{Plan, Tally},
     store::Store,
     sync::Alarm,
@@ -96,8 +96,14 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
     });
 
     let committer = future::spawn(committer.run());
+    // Two workers, each of which hears its own bell.
+    let bells: [Arc<Bell>; 2] = Default::default();
+    let workers = bells.clone().map(|bell| future::spawn(async move { bell.serve().await }));
     let sessions: Vec<_> = (0..world.plan.sessions)
-        .map(|at| future::spawn(session(Arc::clone(&world), handle.clone(), at)))
+        .map(|at| {
+            let mailbox = Mailbox::new(&bells[at % bells.len()]);
+            future::spawn(session(Arc::clone(&world), handle.clone(), mailbox, at))
+        })
         .collect();
     let time = thread::spawn({
         let (ticks, clock) = (world.plan.ticks, clock.clone());
@@ -140,6 +146,10 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 assert!(world.plan.is_committer_cut_off, "nobody cut it off");
             }
         }
+        for worker in workers {
+            worker.abort();
+            assert!(worker.await.is_err(), "a worker hears its bell for ever");
+        }
         for (mailbox, may_be_lost) in mailboxes {
             let answers = taken_now(&mailbox);
             assert!(
@@ -176,7 +186,12 @@ struct Session {
 }
 
 /// Plays one session. Returns its mailbox, and how many answers may still come that it did not wait for.
-async fn session(world: Arc<World>, handle: CommitHandle, at: usize) -> (Arc<Mailbox>, usize) {
+async fn session(
+    world: Arc<World>,
+    handle: CommitHandle,
+    mailbox: Arc<Mailbox>,
+    at: usize,
+) -> (Arc<Mailbox>, usize) {
     let (hello_lane, is_foreign, is_second) = {
         let mut random = thread_rng();
         (
@@ -185,7 +200,6 @@ async fn session(world: Arc<World>, handle: CommitHandle, at: usize) -> (Arc<Mai
             at == 1 && random.gen_ratio(1, 2),
         )
     };
-    let mailbox: Arc<Mailbox> = Arc::default();
     let mut session = Session {
         // Two connections of one device at once, at times.
         device: device(if is_second { 2 } else { at }),

@@ -1,0 +1,125 @@
+//! How long a worker lets packets gather before it looks at them.
+//!
+//! Knows how busy a worker was. Must not know time, which is an argument, nor what a worker does.
+//!
+//! A worker that has nothing to do sleeps until a packet wakes it. When packets come every few hundred
+//! microseconds, falling asleep and waking for each costs more than what is done for it: a bare quinn server at
+//! 10,000 lone pings a second takes 47 µs of CPU a ping, and 30 µs when it lets packets gather for a
+//! millisecond. A worker that is hardly busy must not do so, or a single ping would wait for company that does
+//! not come.
+
+use std::time::{Duration, Instant};
+
+/// Decides for one worker, from how busy it was a moment ago.
+#[derive(Debug)]
+pub(crate) struct Gather {
+    window_began: Instant,
+    /// When the worker woke last; it has been awake since.
+    woke: Instant,
+    busy: Duration,
+    /// What was decided at the end of the last window.
+    wait: Duration,
+}
+
+impl Gather {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            window_began: now,
+            woke: now,
+            busy: Duration::ZERO,
+            wait: Duration::ZERO,
+        }
+    }
+
+    /// The worker has nothing more to do. Returns how long it should let things gather, at most [`LONGEST`],
+    /// before it looks again.
+    pub(crate) fn before_sleep(&mut self, now: Instant) -> Duration {
+        self.busy += now.saturating_duration_since(self.woke);
+        self.wait
+    }
+
+    /// The worker has something to do again.
+    pub(crate) fn woken(&mut self, now: Instant) {
+        self.woke = now;
+        let window = now.saturating_duration_since(self.window_began);
+        if window < WINDOW {
+            return;
+        }
+        self.wait = if window < self.busy * LEAST_BUSY_SHARE {
+            LONGEST
+        } else {
+            Duration::ZERO
+        };
+        self.window_began = now;
+        self.busy = Duration::ZERO;
+    }
+}
+
+/// The longest time for which anything may wait for company. The kernel's timers are late by up to 50 µs.
+pub(crate) const LONGEST: Duration = Duration::from_micros(900);
+/// What is decided holds for so long, and a sleep of this length means that there was nothing to gather.
+const WINDOW: Duration = Duration::from_millis(10);
+/// A worker lets packets gather while it is busy for more than one part in so many. A device that
+/// sends its next ping whenever the last one is on disk keeps it busy for less; 1,000 pings a second from
+/// others keep it busy for more.
+const LEAST_BUSY_SHARE: u32 = 12;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    /// Lets a worker be woken every `period` for `work`, over a second. Returns the share of its sleeps in which
+    /// things gathered.
+    fn gathered(period: Duration, work: Duration) -> f64 {
+        let begun = Instant::now();
+        let mut now = begun;
+        let mut gather = Gather::new(now);
+        let (mut sleeps, mut gathered) = (0, 0);
+        while now < begun + Duration::from_secs(1) {
+            now += work;
+            let wait = gather.before_sleep(now);
+            assert!(wait <= LONGEST);
+            sleeps += 1;
+            gathered += i32::from(!wait.is_zero());
+            now += wait.max(period.saturating_sub(work));
+            gather.woken(now);
+        }
+        f64::from(gathered) / f64::from(sleeps)
+    }
+
+    #[test]
+    fn lone_pings_do_not_wait_for_company() {
+        assert_eq!(gathered(Duration::from_millis(10), 100 * US), 0.0);
+        assert_eq!(
+            gathered(1_000 * US, 60 * US),
+            0.0,
+            "one device that waits for each ack"
+        );
+    }
+
+    #[test]
+    fn a_busy_worker_lets_packets_gather() {
+        // 5,000 packets a second.
+        assert!(0.9 < gathered(200 * US, 30 * US));
+        assert!(0.9 < gathered(1_000 * US, 900 * US));
+    }
+
+    #[test]
+    fn the_first_ping_after_a_pause_does_not_wait() {
+        let begun = Instant::now();
+        let mut gather = Gather::new(begun);
+        let mut now = begun;
+        for _ in 0..1_000 {
+            now += 100 * US;
+            gather.before_sleep(now);
+            now += 100 * US;
+            gather.woken(now);
+        }
+        assert_eq!(gather.before_sleep(now), LONGEST, "it was busy");
+        now += Duration::from_millis(500);
+        gather.woken(now);
+        assert_eq!(gather.before_sleep(now + 50 * US), Duration::ZERO);
+    }
+}
