@@ -60,6 +60,9 @@ pub struct AdmissionConfig {
     /// How many connections of one address may be open or shaking hands; 0 is no limit but that of all. Off,
     /// because a carrier may put any number of devices behind one address.
     pub address_connections: usize,
+    /// How many devices a second should come back after a planned stop; 0 lets all come back at once. Each is
+    /// told a time of its own, so that the gateway does not meet a storm when it starts again.
+    pub returns_per_s: u32,
 }
 
 impl Default for AdmissionConfig {
@@ -71,6 +74,7 @@ impl Default for AdmissionConfig {
             address_handshakes_per_s: 500,
             address_handshakes_burst: 5_000,
             address_connections: 0,
+            returns_per_s: 2_000,
         }
     }
 }
@@ -279,6 +283,15 @@ impl Admission {
         }
     }
 
+    /// Over how long the devices that are connected should come back after a planned stop.
+    #[must_use]
+    pub fn return_spread(&self) -> Duration {
+        let state = self.state.lock();
+        let connections = u32::try_from(state.connections).unwrap_or(u32::MAX);
+        let one_each = SECOND.checked_div(state.config.returns_per_s);
+        one_each.unwrap_or_default().saturating_mul(connections)
+    }
+
     /// Decides about a newcomer, and gives it its place if it is accepted.
     ///
     /// # Errors
@@ -374,6 +387,7 @@ mod tests {
             address_handshakes_per_s: 0,
             address_handshakes_burst: 0,
             address_connections: 0,
+            returns_per_s: 0,
         };
         change(&mut config);
         State::new(config, 1_000_000)
@@ -549,6 +563,24 @@ mod tests {
         state.shaken_hands(network, false);
         state.left(network, now);
         assert_eq!(judge(&mut state, nth(2), false, now), Verdict::Accept);
+    }
+
+    #[test]
+    fn after_a_planned_stop_devices_come_back_at_the_rate_that_is_wished() {
+        let spread = |returns_per_s, connections| {
+            let config = AdmissionConfig {
+                returns_per_s,
+                ..AdmissionConfig::default()
+            };
+            let admission = Admission::new(&config, 100, Metrics::new());
+            let _places: Vec<_> = (0..connections)
+                .map(|number| admission.admit(nth(number), true).unwrap())
+                .collect();
+            admission.return_spread()
+        };
+        assert_eq!(spread(20, 40), 2 * SECOND);
+        assert_eq!(spread(20, 0), Duration::ZERO);
+        assert_eq!(spread(0, 40), Duration::ZERO, "all at once");
     }
 
     #[test]

@@ -10,6 +10,10 @@ use waypost_gateway::{
     watch::WatchArgs,
 };
 
+/// A batch is decoded on one thread, and freed by the committer's: glibc's allocator makes both wait for it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Takes location pings over QUIC, acknowledges what is on disk, and tells how fresh each user's last
 /// sign of life is.
 #[derive(Parser)]

@@ -257,11 +257,7 @@ impl<'a> Shell<'a> {
         loop {
             let result = match self.wake(silent_until).await {
                 Wake::TakenOver => Err(End::taken_over()),
-                Wake::Draining => {
-                    self.is_draining = true;
-                    self.session.go_away();
-                    Ok(())
-                }
+                Wake::Draining => self.begin_draining().await,
                 Wake::Answers(answers) => {
                     let was_full = self.is_full();
                     match self.deliver(answers).await {
@@ -298,6 +294,19 @@ impl<'a> Shell<'a> {
                 self.flush().await;
                 return End::ours(CloseCode::ShuttingDown, "the gateway is stopping");
             }
+        }
+    }
+
+    /// Sends the device away, to come back at a time of its own: all of a fleet at once would be a storm.
+    async fn begin_draining(&mut self) -> Result<(), End> {
+        self.is_draining = true;
+        let spread_ms = self.parts.admission.return_spread().as_millis();
+        let spread_ms = u32::try_from(spread_ms).unwrap_or(u32::MAX);
+        self.session.go_away(rand::random_range(0..=spread_ms));
+        let lane = self.streams.iter().find_map(|stream| stream.lane);
+        match lane.zip(self.session.farewell()) {
+            Some((lane, frame)) => self.write(lane, &frame).await,
+            None => Ok(()),
         }
     }
 

@@ -247,9 +247,12 @@ async fn run(
             error.as_ref().and_then(LinkError::close_code),
             Some(CloseCode::Overloaded | CloseCode::ShuttingDown)
         );
-        let retry_after_ms = match is_sent_away {
-            true => shared.state.lock().outbox.retry_after_ms(),
-            false => 0,
+        let retry_after_ms = {
+            let outbox = &shared.state.lock().outbox;
+            match is_sent_away {
+                true => outbox.retry_after_ms(),
+                false => outbox.return_after_ms(),
+            }
         };
         tokio::select! {
             () = sleep(backoff.next_wait(Duration::from_millis(retry_after_ms))) => {}

@@ -22,6 +22,10 @@ use waypost_loadtest::{
     steady::Steady,
 };
 
+/// As the gateway's: what hundreds of thousands of connections allocate is small and long-lived.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Loads a Waypost gateway with simulated devices, then checks that it kept its promises: nothing lost,
 /// nothing twice, freshness right for every user.
 ///

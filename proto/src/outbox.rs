@@ -43,6 +43,8 @@ pub struct Outbox {
     credit: usize,
     min_interval_ms: u64,
     retry_after_ms: u64,
+    /// How long to stay away after this connection, because the gateway is about to stop.
+    return_after_ms: u64,
     /// No batch before this time.
     not_before_ms: u64,
     /// While there is no credit and nothing in flight, one ping may ask for more at this time.
@@ -198,6 +200,7 @@ impl Outbox {
             credit: DEFAULT_BATCH_PINGS,
             min_interval_ms: 0,
             retry_after_ms: 0,
+            return_after_ms: 0,
             not_before_ms: 0,
             probe_ms: 0,
             connection: Connection::default(),
@@ -230,6 +233,7 @@ impl Outbox {
 
     /// Begins a connection.
     pub fn connected(&mut self) {
+        self.return_after_ms = 0;
         self.forget_connection();
         self.split_lanes();
     }
@@ -342,6 +346,7 @@ impl Outbox {
                     outcome: result.outcome(),
                 });
             }
+            Some(v1::gateway_frame::Kind::Flow(flow)) => self.obey(flow, now_ms, &mut events),
             // A kind that this side does not know yet.
             None => {}
         }
@@ -355,10 +360,18 @@ impl Outbox {
         self.connection.is_leaving && (self.in_flight() == 0 || self.epoch == 0)
     }
 
-    /// How long the gateway asked us to stay away after a connection ends.
+    /// How long the gateway asked us to send nothing more, when it said something last: also how long to stay
+    /// away if it closes with OVERLOADED.
     #[must_use]
     pub fn retry_after_ms(&self) -> u64 {
         self.retry_after_ms
+    }
+
+    /// How long to stay away after this connection, because the gateway said that it is about to stop; 0 if it
+    /// did not.
+    #[must_use]
+    pub fn return_after_ms(&self) -> u64 {
+        self.return_after_ms
     }
 
     /// The epoch; 0 before the first Welcome, or when the next Hello asks for a new one.
@@ -830,6 +843,7 @@ impl Outbox {
         self.retry_after_ms = flow.retry_after_ms.into();
         self.probe_ms = now_ms.saturating_add(self.retry_after_ms.max(LEAST_RETRY_MS));
         if flow.go_away {
+            self.return_after_ms = self.retry_after_ms;
             self.leave(LeaveReason::GoAway, events);
         }
     }

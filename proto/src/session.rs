@@ -254,7 +254,8 @@ pub struct Session {
     open: [bool; 2],
     totals: Totals,
     pings_in_flight: u32,
-    is_going_away: bool,
+    /// Set when the gateway is about to stop: when the device may come back.
+    return_after_ms: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -278,7 +279,7 @@ impl Session {
             open: [false; 2],
             totals: Totals::default(),
             pings_in_flight: 0,
-            is_going_away: false,
+            return_after_ms: None,
         }
     }
 
@@ -345,7 +346,7 @@ impl Session {
                 batch_pings: self.limits.batch_pings,
                 ranges: u32::try_from(crate::ranges::MAX_RANGES).unwrap_or(u32::MAX),
             }),
-            flow: Some(self.flow()),
+            flow: Some(self.flow(0)),
             server_ms: welcomed.receive_ms,
             incarnation: self.incarnation.clone(),
             position: welcomed.position,
@@ -407,10 +408,7 @@ impl Session {
             receive_ms: newest.receive_ms,
             commit_ms: newest.commit_ms,
             position: newest.position,
-            flow: Some(v1::Flow {
-                retry_after_ms,
-                ..self.flow()
-            }),
+            flow: Some(self.flow(retry_after_ms)),
             missing,
         };
         Some(v1::GatewayFrame {
@@ -424,9 +422,20 @@ impl Session {
         self.open[lane as usize] = false;
     }
 
-    /// From now on every answer tells the device that the gateway is about to stop.
-    pub fn go_away(&mut self) {
-        self.is_going_away = true;
+    /// From now on every answer tells the device that the gateway is about to stop, and that it should come
+    /// back no sooner than after `return_after_ms`.
+    pub fn go_away(&mut self, return_after_ms: u32) {
+        self.return_after_ms = Some(return_after_ms);
+    }
+
+    /// The same for a device that waits for no answer. `None` if it may come back at once, or does not expect
+    /// anything yet.
+    #[must_use]
+    pub fn farewell(&self) -> Option<v1::GatewayFrame> {
+        let flow = self.flow(0);
+        (self.is_welcomed && flow.go_away && 0 < flow.retry_after_ms).then_some(v1::GatewayFrame {
+            kind: Some(v1::gateway_frame::Kind::Flow(flow)),
+        })
     }
 
     /// Whether the device has used up its credit: read no more until something is settled.
@@ -482,12 +491,12 @@ impl Session {
         }
     }
 
-    fn flow(&self) -> v1::Flow {
+    fn flow(&self, retry_after_ms: u32) -> v1::Flow {
         v1::Flow {
             credit: self.limits.credit_pings,
             min_interval_ms: 0,
-            retry_after_ms: 0,
-            go_away: self.is_going_away,
+            retry_after_ms: retry_after_ms.max(self.return_after_ms.unwrap_or_default()),
+            go_away: self.return_after_ms.is_some(),
         }
     }
 }

@@ -289,7 +289,8 @@ impl Survivor {
                         return Err(Cut);
                     }
                 }
-                other @ v1::gateway_frame::Kind::ControlResult(_) => {
+                other @ (v1::gateway_frame::Kind::ControlResult(_)
+                | v1::gateway_frame::Kind::Flow(_)) => {
                     return self.unexpected(&other);
                 }
             }

@@ -5,8 +5,8 @@
 use std::{num::NonZeroU32, time::Duration};
 
 use rocksdb::{
-    BlockBasedOptions, Cache, DBCompactionStyle, DBCompressionType, DBRecoveryMode, Options,
-    ReadOptions, WriteBufferManager, WriteOptions,
+    BlockBasedOptions, Cache, DBCompactionStyle, DBCompressionType, DBRecoveryMode,
+    MemtableFactory, Options, ReadOptions, WriteBufferManager, WriteOptions,
 };
 use serde::{Deserialize, Serialize};
 
@@ -151,6 +151,7 @@ impl Settings {
         database.set_keep_log_file_num(INFO_LOG_FILES);
         database.set_max_log_file_size(INFO_LOG_BYTES);
         database.set_write_buffer_manager(&memtables);
+        database.set_allow_concurrent_memtable_write(false); // there is one writer; see `append_only`
         // Their default level has the time of each sync of the log, and no timer inside a mutex. (The
         // crate's names for levels are one off from RocksDB's, so none is set.)
         database.enable_statistics();
@@ -172,6 +173,7 @@ impl Settings {
         database.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         // All files are opened at once, because the writer beside may delete any of them later.
         database.set_max_open_files(-1);
+        database.set_allow_concurrent_memtable_write(false); // see `append_only`
         Ok(Self {
             database,
             meta: named()?,
@@ -211,6 +213,7 @@ fn devices(cache: &Cache, memtable_bytes: usize) -> Result<Options, rocksdb::Err
     let mut options = named()?;
     options.set_write_buffer_size(memtable_bytes);
     options.set_max_write_buffer_number(3);
+    append_only(&mut options);
     options.set_compression_type(DBCompressionType::Lz4);
     options.set_block_based_table_factory(&table(cache));
     Ok(options)
@@ -221,6 +224,7 @@ fn day(cache: &Cache, memtable_bytes: usize) -> Result<Options, rocksdb::Error> 
     let mut options = named()?;
     options.set_write_buffer_size(memtable_bytes);
     options.set_max_write_buffer_number(4);
+    append_only(&mut options);
     // Writes each byte 2 to 10 times where levelled compaction writes it 10 to 30 times.
     options.set_compaction_style(DBCompactionStyle::Universal);
     // For universal compaction both mean "rewrite everything that is older", and both default to 30
@@ -230,6 +234,13 @@ fn day(cache: &Cache, memtable_bytes: usize) -> Result<Options, rocksdb::Error> 
     options.set_compression_type(DBCompressionType::Lz4);
     options.set_block_based_table_factory(&table(cache));
     Ok(options)
+}
+
+/// A memtable that appends and is sorted when it is flushed, in the background. No commit reads what was written:
+/// all that it must know is in memory. Finding the place of each row in a skip list, whose nodes are in no
+/// cache by then, would be half of a commit's processor time. It takes one writer at a time.
+fn append_only(options: &mut Options) {
+    options.set_memtable_factory(MemtableFactory::Vector);
 }
 
 fn table(cache: &Cache) -> BlockBasedOptions {

@@ -22,7 +22,7 @@ pub mod device_frame {
 /// Gateway to device: one frame.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GatewayFrame {
-    #[prost(oneof = "gateway_frame::Kind", tags = "1, 2, 3")]
+    #[prost(oneof = "gateway_frame::Kind", tags = "1, 2, 3, 4")]
     pub kind: ::core::option::Option<gateway_frame::Kind>,
 }
 /// Nested message and enum types in `GatewayFrame`.
@@ -35,6 +35,9 @@ pub mod gateway_frame {
         Ack(super::Ack),
         #[prost(message, tag = "3")]
         ControlResult(super::ControlResult),
+        /// Flow as in an Ack, when there is nothing to acknowledge: before a gateway stops.
+        #[prost(message, tag = "4")]
+        Flow(super::Flow),
     }
 }
 /// The first frame on each stream.
@@ -303,10 +306,11 @@ pub struct Flow {
     #[prost(uint32, tag = "2")]
     pub min_interval_ms: u32,
     /// Send no pings sooner than this, in milliseconds, after an OVERLOADED or a RATE_LIMITED; heartbeats as
-    /// ever. 0 for no limit.
+    /// ever. 0 for no limit. With go_away: reconnect no sooner than this. It is another time for each device,
+    /// so that they do not all come back at once.
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
-    /// Finish what is in flight, then reconnect: this gateway is about to stop.
+    /// Finish what is in flight, then reconnect after retry_after_ms: this gateway is about to stop.
     #[prost(bool, tag = "4")]
     pub go_away: bool,
 }

@@ -209,7 +209,7 @@ impl Gateway {
         for link in links {
             let connection = self.sessions.get_mut(&link).unwrap();
             connection.is_draining = true;
-            connection.session.go_away();
+            connection.session.go_away(0);
             self.close_drained(link);
         }
     }
