@@ -119,7 +119,7 @@ impl Gateway {
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
-        let device_tls = tls::device_server_config(&config.tls)?;
+        let device_tls = tls::device_tls(&config.tls, &metrics)?;
         let freshness_tls = tls::freshness_server_config(&config.tls)?;
 
         let store = Arc::new(Store::open(
@@ -158,7 +158,7 @@ impl Gateway {
         );
         let worker = Worker::bind(
             &config.devices,
-            device_tls,
+            device_tls.server,
             &config.tls.trust_domain,
             &store.secret(),
             metrics.clone(),
@@ -178,6 +178,7 @@ impl Gateway {
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
+            restored_check: device_tls.check,
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,
