@@ -150,6 +150,8 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
     })?;
     config.tls = tls::TlsConfig {
         trust_domain: authority.trust_domain().to_owned(),
+        client_crl: config.tls.client_crl.take(),
+        sessions: config.tls.sessions,
         ..tls::TlsConfig::default()
     }
     .under(&config.data_dir);

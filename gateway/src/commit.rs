@@ -23,8 +23,8 @@ use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info};
 use waypost_proto::{
-    batch,
-    device::{Admission, Deferral, DeviceRecord, LastStored, Policy},
+    batch::{self, DecodedBatch},
+    device::{Admission, Claim, Deferral, DeviceRecord, Judgement, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::{Ping, RejectCode},
     session::{Request, Settled, Welcomed, batch_len},
@@ -210,7 +210,20 @@ impl Committer {
             // What was stored before is answered as ever, and the device is heard: its record takes the
             // same few bytes each time.
             submission.deferral = put_off.or(submission.deferral);
-            self.judge(submission, position, commit_ms, &mut judged);
+            match submission.early {
+                Some(claim) => {
+                    self.judge_early(submission, claim, position, commit_ms, &mut judged)
+                }
+                None => self.judge(submission, position, commit_ms, &mut judged),
+            }
+        }
+        // Nothing that a checker sees comes of these, nor do their records say that anything was heard.
+        for device in &judged.touched_early {
+            let Some(record) = self.devices.get(device) else {
+                continue;
+            };
+            judged.batch.put_position(position);
+            judged.batch.put_device(device, record);
         }
         for &device in &judged.touched {
             let Entry::Occupied(record) = self.devices.entry(device) else {
@@ -258,6 +271,7 @@ impl Committer {
             receive_ms,
             request,
             deferral,
+            early: _,
             reply,
         } = submission;
         let record = self.devices.entry(device).or_default();
@@ -302,7 +316,6 @@ impl Committer {
             Request::Batch { batch, .. } if batch.epoch != record.epoch => Answer::Fenced,
             Request::Batch { batch, columns } => {
                 let mut last_stored = self.last_stored.get(&device).copied();
-                let pings = batch_len(&batch);
                 let judgement = match deferral {
                     Some(deferral) => record.defer(&batch.pings, &batch.malformed, deferral.code),
                     None => record.judge(
@@ -316,42 +329,16 @@ impl Committer {
                 if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
-                if let Some(&first) = judgement.stored.first() {
-                    let key = PingKey {
-                        device,
-                        epoch: batch.epoch,
-                        first_seq: batch.pings[first].seq,
-                    };
-                    let is_whole = judgement.stored.len() == pings as usize;
-                    let columns = if is_whole {
-                        columns
-                    } else {
-                        let stored: Vec<Ping> =
-                            judgement.stored.iter().map(|&at| batch.pings[at]).collect();
-                        batch::encode(batch.epoch, &stored).encode_to_vec()
-                    };
-                    let value = record::encode_pings(receive_ms, position, &columns);
-                    judged.batch.put_pings(Day::of_ms(commit_ms), &key, &value);
-                }
-                let accepted = judgement.stored.len() as u64;
-                judged.fates.accepted += accepted;
-                judged.fates.duplicate += judgement.duplicate;
-                judged.fates.filtered += judgement.filtered;
-                for (_, code) in &judgement.rejects {
-                    judged.fates.reject(*code, 1);
-                }
-                Answer::Settled(Settled {
-                    epoch: record.epoch,
-                    pings,
-                    accepted,
-                    duplicate: judgement.duplicate,
-                    filtered: judgement.filtered,
-                    rejects: judgement.rejects,
-                    settled: record.settled.clone(),
+                let retry_after_ms = deferral.map_or(0, |deferral| deferral.retry_after_ms);
+                let moment = Moment {
                     receive_ms,
                     commit_ms,
                     position,
-                    retry_after_ms: deferral.map_or(0, |deferral| deferral.retry_after_ms),
+                };
+                let settled = judged.settle(device, record, &batch, columns, judgement, moment);
+                Answer::Settled(Settled {
+                    retry_after_ms,
+                    ..settled
                 })
             }
             Request::Heartbeat => Answer::Settled(Settled {
@@ -367,6 +354,57 @@ impl Committer {
                 position,
                 retry_after_ms: 0,
             }),
+        };
+        judged.answers.push((reply, answer));
+    }
+
+    /// Stores early data whose Hello would change nothing, so that it can be judged now as well as after it;
+    /// all else waits. Whoever sent it is not heard: no clock moves, nothing is published, and a device that
+    /// is not known stays so.
+    fn judge_early(
+        &mut self,
+        submission: Submission,
+        claim: Claim,
+        position: u64,
+        commit_ms: u64,
+        judged: &mut Judged,
+    ) {
+        let Submission {
+            device,
+            receive_ms,
+            request,
+            deferral,
+            early: _,
+            reply,
+        } = submission;
+        let record = self.devices.get_mut(&device);
+        let answer = match (request, record) {
+            (Request::Batch { batch, columns }, Some(record))
+                if deferral.is_none()
+                    && batch.epoch == record.epoch
+                    && record.goes_on_unchanged(&claim) =>
+            {
+                let mut last_stored = self.last_stored.get(&device).copied();
+                let judgement = record.judge_unproven(
+                    &batch.pings,
+                    &batch.malformed,
+                    receive_ms,
+                    &self.policy,
+                    &mut last_stored,
+                );
+                if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
+                    self.last_stored.insert(device, last_stored);
+                }
+                judged.touched_early.push(device);
+                self.metrics.resumption.early_batches.increment(1);
+                let moment = Moment {
+                    receive_ms,
+                    commit_ms,
+                    position,
+                };
+                Answer::Settled(judged.settle(device, record, &batch, columns, judgement, moment))
+            }
+            _ => Answer::Fenced,
         };
         judged.answers.push((reply, answer));
     }
@@ -395,6 +433,8 @@ struct Judged {
     batch: Batch,
     /// Devices whose record changed, each once.
     touched: Vec<DeviceId>,
+    /// Devices whose record was changed by early data.
+    touched_early: Vec<DeviceId>,
     changes: Vec<(UserId, waypost_proto::device::Clocks)>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
@@ -406,12 +446,76 @@ impl Judged {
         Self {
             batch,
             touched: Vec::new(),
+            touched_early: Vec::new(),
             changes: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
             gaps: 0,
         }
     }
+
+    /// Writes down and counts what became of a batch.
+    fn settle(
+        &mut self,
+        device: DeviceId,
+        record: &DeviceRecord,
+        batch: &DecodedBatch,
+        columns: Vec<u8>,
+        judgement: Judgement,
+        moment: Moment,
+    ) -> Settled {
+        let Moment {
+            receive_ms,
+            commit_ms,
+            position,
+        } = moment;
+        let pings = batch_len(batch);
+        if let Some(&first) = judgement.stored.first() {
+            let key = PingKey {
+                device,
+                epoch: batch.epoch,
+                first_seq: batch.pings[first].seq,
+            };
+            let is_whole = judgement.stored.len() == pings as usize;
+            let columns = if is_whole {
+                columns
+            } else {
+                let stored: Vec<Ping> =
+                    judgement.stored.iter().map(|&at| batch.pings[at]).collect();
+                batch::encode(batch.epoch, &stored).encode_to_vec()
+            };
+            let value = record::encode_pings(receive_ms, position, &columns);
+            self.batch.put_pings(Day::of_ms(commit_ms), &key, &value);
+        }
+        let accepted = judgement.stored.len() as u64;
+        self.fates.accepted += accepted;
+        self.fates.duplicate += judgement.duplicate;
+        self.fates.filtered += judgement.filtered;
+        for (_, code) in &judgement.rejects {
+            self.fates.reject(*code, 1);
+        }
+        Settled {
+            epoch: record.epoch,
+            pings,
+            accepted,
+            duplicate: judgement.duplicate,
+            filtered: judgement.filtered,
+            rejects: judgement.rejects,
+            settled: record.settled.clone(),
+            receive_ms,
+            commit_ms,
+            position,
+            retry_after_ms: 0,
+        }
+    }
+}
+
+/// When something came, and the commit that it went into.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    receive_ms: u64,
+    commit_ms: u64,
+    position: u64,
 }
 
 /// How many losses may be logged: each is an alarm, and a device can make them up.

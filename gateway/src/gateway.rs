@@ -117,7 +117,7 @@ impl Gateway {
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
-        let device_tls = tls::device_server_config(&config.tls)?;
+        let device_tls = tls::device_tls(&config.tls, &metrics)?;
         let freshness_tls = tls::freshness_server_config(&config.tls)?;
 
         let store = Arc::new(Store::open(
@@ -154,7 +154,7 @@ impl Gateway {
                 retention: config.store.retention,
             },
         );
-        let workers = Workers::bind(&config.devices, device_tls, &store.secret())?;
+        let workers = Workers::bind(&config.devices, device_tls.server, &store.secret())?;
         let feed = Feed::bind(
             &config.freshness,
             freshness_tls,
@@ -175,6 +175,7 @@ impl Gateway {
                 config.devices.connections,
                 metrics.clone(),
             ),
+            restored_check: device_tls.check,
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,

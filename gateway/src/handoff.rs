@@ -8,13 +8,14 @@
 //! # Bounds
 //!
 //! Each lane has a queue of `queue_requests`. When one is full its sessions wait for a place and read
-//! nothing more of that lane, so that QUIC flow control holds the devices back. A mailbox holds what its
-//! session has in flight, and a bell the mailboxes that got something since it was heard last.
+//! nothing more of that lane, so that QUIC flow control holds the devices back. Early data never waits for a
+//! place and takes none of the last half of LIVE's: it has time until its handshake is over. A mailbox holds
+//! what its session has in flight, and a bell the mailboxes that got something since it was heard last.
 
 use std::{num::NonZeroUsize, sync::Arc, time::Duration};
 
 use waypost_proto::{
-    device::Deferral,
+    device::{Claim, Deferral},
     id::DeviceId,
     session::{Lane, Request, Settled, Welcomed, batch_len},
 };
@@ -56,7 +57,8 @@ pub enum Answer {
     Welcomed(Welcomed),
     /// To a batch or a heartbeat.
     Settled(Settled),
-    /// The batch was of an epoch that ended while it waited.
+    /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
+    /// it before Hello is judged.
     Fenced,
     /// It is not known whether the request is on disk: the committer stopped. The device keeps what it
     /// has and sends it again.
@@ -219,6 +221,8 @@ pub(crate) struct Submission {
     pub(crate) request: Request,
     /// A batch is to be put off, whatever is in it.
     pub(crate) deferral: Option<Deferral>,
+    /// A batch came as early data, behind a Hello that claims this. It proves nothing of who sent it.
+    pub(crate) early: Option<Claim>,
     /// The right to answer it.
     pub(crate) reply: Reply,
 }
@@ -269,6 +273,7 @@ impl CommitHandle {
             receive_ms,
             request,
             deferral,
+            early: None,
             reply: Reply::new(mailbox, lane, is_hello),
         });
         // What is sent into a queue whose other end is gone is neither refused nor dropped: it lies there
@@ -277,6 +282,34 @@ impl CommitHandle {
             return Err(Stopped);
         }
         Ok(())
+    }
+
+    /// Queues a batch of LIVE that came as early data, if there is room to spare. False if there is not; it
+    /// can still be submitted when the handshake is over.
+    #[must_use]
+    pub fn offer_early(
+        &self,
+        device: DeviceId,
+        claim: Claim,
+        request: Request,
+        mailbox: &Arc<Mailbox>,
+    ) -> bool {
+        if self.live.capacity() <= self.live.max_capacity() / 2 {
+            return false;
+        }
+        let Ok(place) = self.live.try_reserve() else {
+            return false;
+        };
+        // A committer that goes just now leaves it unanswered, and refuses the Hello that follows it.
+        place.send(Submission {
+            device,
+            receive_ms: self.clock.now_ms(),
+            request,
+            deferral: None,
+            early: Some(claim),
+            reply: Reply::new(mailbox, Lane::Live, false),
+        });
+        true
     }
 
     /// How many requests wait, per lane.
@@ -382,8 +415,6 @@ const IDLE_RESOLVE_INTERVAL: Duration = Duration::from_millis(200);
 
 #[cfg(test)]
 mod tests {
-    use waypost_proto::device::Claim;
-
     use super::*;
 
     #[tokio::test]
@@ -446,6 +477,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn early_data_leaves_half_of_the_queue_to_those_who_are_proven() {
+        let (handle, mut requests) = standing_still(1_000);
+        let mailbox = mailbox();
+        let offer = || {
+            let claim = Claim::default();
+            handle.offer_early(DEVICE, claim, Request::Heartbeat, &mailbox)
+        };
+        let taken = (0..100).filter(|_| offer()).count();
+        assert_eq!(taken, 32);
+        ask(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
+        let (group, _) = gather(&mut requests).await;
+        let early = group.iter().filter(|one| one.early.is_some()).count();
+        assert_eq!((group.len(), early), (33, 32));
+        assert!(offer(), "there is room again");
+    }
+
+    #[tokio::test]
     async fn a_committer_that_goes_answers_what_waits_and_refuses_what_comes() {
         let (handle, requests) = standing_still(8);
         let mailbox = mailbox();
@@ -491,11 +539,7 @@ mod tests {
         request: Request,
         mailbox: &Arc<Mailbox>,
     ) -> Result<(), Stopped> {
-        let device = DeviceId {
-            user: waypost_proto::id::UserId([1; 16]),
-            device: 1,
-        };
-        handle.submit(device, lane, request, None, mailbox).await
+        handle.submit(DEVICE, lane, request, None, mailbox).await
     }
 
     async fn gather(requests: &mut Requests) -> (Vec<Submission>, Gathered) {
@@ -504,6 +548,10 @@ mod tests {
         (group, gathered)
     }
 
+    const DEVICE: DeviceId = DeviceId {
+        user: waypost_proto::id::UserId([1; 16]),
+        device: 1,
+    };
     /// The year 2096.
     const STANDING_MS: u64 = 4_000_000_000_000;
 }

@@ -3,12 +3,15 @@
 //! Knows TLS' outcome, who it proves, and how long it may take. Must not know how connections are let in,
 //! nor what a device says.
 //!
+//! A device that resumes its TLS session is known from its first packet, and what it sends with that is taken in
+//! by [`Early`]. But TLS does not look at its certificate again, so that is done here, each time.
+//!
 //! Refusals that anybody can cause are logged up to `LOGGED_REFUSALS` a second, and counted always.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{future::pending, net::SocketAddr, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use quinn::Incoming;
+use quinn::{Incoming, crypto::rustls::HandshakeData};
 use rustls::pki_types::CertificateDer;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
@@ -20,7 +23,7 @@ use crate::{
     commit::Bell,
     metrics::Metrics,
     rate::{Bucket, Rate},
-    session::{self, SessionParts},
+    session::{self, Early, SessionParts},
     tls::{self, Refusal},
 };
 
@@ -50,48 +53,36 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     let remote = incoming.remote_address();
     let started = Instant::now();
     metrics.connections.handshakes_in_progress.increment(1.0);
-    let connection = match incoming.accept() {
-        Ok(connecting) => tokio::select! {
-            connection = timeout(handshake_timeout, connecting) => Some(connection),
-            // Not at once: a device that has been let in is told why it is closed.
-            () = async { parts.draining.cancelled().await; sleep(LAST_HANDSHAKES).await } => None,
-        },
-        Err(error) => Some(Ok(Err(error))),
-    };
+    let shaken = shake_hands(incoming, handshake_timeout, &trust_domain, &bell, &parts).await;
     place.shaken_hands();
     metrics.connections.handshakes_in_progress.decrement(1.0);
-    let connection = match connection {
-        Some(Ok(Ok(connection))) => connection,
-        Some(Ok(Err(error))) => {
-            match Refusal::from_connection_error(&error) {
-                Some(refusal) => refused(metrics, remote, &refusal, &refusals),
-                None => {
-                    debug!(%remote, %error, "a handshake broke off");
-                    metrics
-                        .connections
-                        .refused
-                        .of("handshake_broken")
-                        .increment(1);
-                }
-            }
+    let Shaken {
+        connection,
+        device,
+        kind,
+        early,
+    } = match shaken {
+        Ok(shaken) => shaken,
+        Err(Failure::Refused(refusal)) => {
+            refused(metrics, remote, &refusal, &refusals);
             return;
         }
-        Some(Err(_)) => {
+        Err(Failure::Broken(error)) => {
+            debug!(%remote, %error, "a handshake broke off");
+            metrics
+                .connections
+                .refused
+                .of("handshake_broken")
+                .increment(1);
+            return;
+        }
+        Err(Failure::TooSlow) => {
             debug!(%remote, "a handshake took too long");
             metrics.connections.refused.of("timed_out").increment(1);
             return;
         }
-        None => {
+        Err(Failure::ShuttingDown) => {
             metrics.connections.refused.of("shutting_down").increment(1);
-            return;
-        }
-    };
-    let device = match device_of(&connection, &trust_domain) {
-        Ok(device) => device,
-        Err(refusal) => {
-            refused(metrics, remote, &refusal, &refusals);
-            let code = u32::from(CloseCode::BadIdentity as u8);
-            connection.close(code.into(), refusal.to_string().as_bytes());
             return;
         }
     };
@@ -107,8 +98,9 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
                 .handshake_duration
                 .record(started.elapsed());
             metrics.connections.accepted.increment(1);
+            metrics.resumption.handshakes.of(kind).increment(1);
             metrics.connections.open.increment(1.0);
-            session::serve(connection, device, allowance, bell, parts).await;
+            session::serve(connection, device, allowance, bell, parts, early).await;
             metrics.connections.open.decrement(1.0);
         }
         Err(too_many) => {
@@ -125,6 +117,159 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     }
 }
 
+/// A handshake that went well.
+struct Shaken {
+    connection: quinn::Connection,
+    device: DeviceId,
+    /// How it began, a label of [`crate::metrics::HANDSHAKES`].
+    kind: &'static str,
+    /// What the device said meanwhile.
+    early: Option<Box<Early>>,
+}
+
+/// How a handshake failed.
+enum Failure {
+    Refused(Refusal),
+    Broken(quinn::ConnectionError),
+    TooSlow,
+    ShuttingDown,
+}
+
+/// What is known of a device right after its first packet.
+enum Start {
+    /// It shows a certificate in this handshake, and TLS checks it.
+    Full,
+    /// It resumes a session, and the certificate is the one that was shown when that began: TLS does not
+    /// check it again.
+    Resumed(Vec<CertificateDer<'static>>),
+    /// Its first message came in pieces, or has to be sent again: it may be either.
+    NotYetKnown,
+}
+
+impl Start {
+    fn of(connection: &quinn::Connection) -> Self {
+        // In this order: the protocol is chosen right after it is decided whether a session is resumed.
+        let has_protocol = connection
+            .handshake_data()
+            .and_then(|data| data.downcast::<HandshakeData>().ok())
+            .is_some_and(|data| data.protocol.is_some());
+        match chain_of(connection) {
+            Some(chain) => Self::Resumed(chain),
+            None if has_protocol => Self::Full,
+            None => Self::NotYetKnown,
+        }
+    }
+}
+
+/// Waits for the end of a handshake, and meanwhile listens to a device that resumes its session.
+async fn shake_hands(
+    incoming: Incoming,
+    handshake_timeout: Duration,
+    trust_domain: &str,
+    bell: &Arc<Bell>,
+    parts: &Arc<SessionParts>,
+) -> Result<Shaken, Failure> {
+    let connecting = incoming.accept().map_err(Failure::broken)?;
+    let (connection, over) = match connecting.into_0rtt() {
+        Ok(begun) => begun,
+        // A server's side always may; if not, there is no early data, and that is all.
+        Err(connecting) => {
+            let connection = connecting.await.map_err(Failure::broken)?;
+            let chain = chain_of(&connection).unwrap_or_default();
+            let device = restored(&chain, trust_domain, parts);
+            return Shaken::new(connection, device, "full", None);
+        }
+    };
+    let start = Start::of(&connection);
+    let resumed = match &start {
+        Start::Resumed(chain) => Some(restored(chain, trust_domain, parts)),
+        Start::Full | Start::NotYetKnown => None,
+    };
+    let mut early = match resumed {
+        Some(Ok(device)) => {
+            let (connection, parts) = (connection.clone(), Arc::clone(parts));
+            Some(Box::new(Early::new(connection, device, bell, parts)))
+        }
+        _ => None,
+    };
+    let listening = async {
+        if let Some(early) = &mut early {
+            early.listen().await;
+        }
+        pending().await
+    };
+    tokio::select! {
+        biased;
+        over = timeout(handshake_timeout, over) => drop(over.map_err(|_| Failure::TooSlow)?),
+        // Not at once: a device that has been let in is told why it is closed.
+        () = async { parts.draining.cancelled().await; sleep(LAST_HANDSHAKES).await } => {
+            return Err(Failure::ShuttingDown);
+        }
+        () = listening => {}
+    }
+    match (connection.close_reason(), &start) {
+        (None, _) => {}
+        // It has shaken hands and is gone already.
+        (Some(quinn::ConnectionError::ApplicationClosed(_)), Start::Full) => {}
+        (Some(error), _) => return Err(Failure::broken(error)),
+    }
+    let (device, kind) = match (resumed, start) {
+        (Some(device), _) => match early.as_ref().is_some_and(|early| early.has_begun()) {
+            true => (device, "early_data"),
+            false => (device, "resumed"),
+        },
+        (None, Start::Full) => (device_of(&connection, trust_domain), "full"),
+        (None, _) => {
+            let chain = chain_of(&connection).unwrap_or_default();
+            (restored(&chain, trust_domain, parts), "full")
+        }
+    };
+    Shaken::new(connection, device, kind, early)
+}
+
+impl Shaken {
+    /// Closes the connection with the reason if it is nobody's.
+    fn new(
+        connection: quinn::Connection,
+        device: Result<DeviceId, Refusal>,
+        kind: &'static str,
+        early: Option<Box<Early>>,
+    ) -> Result<Self, Failure> {
+        match device {
+            Ok(device) => Ok(Self {
+                connection,
+                device,
+                kind,
+                early,
+            }),
+            Err(refusal) => {
+                let code = u32::from(refusal.close_code() as u8);
+                connection.close(code.into(), refusal.to_string().as_bytes());
+                Err(Failure::Refused(refusal))
+            }
+        }
+    }
+}
+
+impl Failure {
+    fn broken(error: quinn::ConnectionError) -> Self {
+        match Refusal::from_connection_error(&error) {
+            Some(refusal) => Self::Refused(refusal),
+            None => Self::Broken(error),
+        }
+    }
+}
+
+/// The device of a certificate that TLS may not have checked in this handshake.
+fn restored(
+    chain: &[CertificateDer<'_>],
+    trust_domain: &str,
+    parts: &SessionParts,
+) -> Result<DeviceId, Refusal> {
+    parts.restored_check.check(chain)?;
+    tls::device_of(chain, trust_domain)
+}
+
 fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mutex<Bucket>) {
     let rate = Rate::new(LOGGED_REFUSALS, Duration::from_secs(1), LOGGED_REFUSALS);
     let may_log = logged.lock().take(&rate, 1, std::time::Instant::now());
@@ -139,11 +284,12 @@ fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mu
 }
 
 fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {
-    let chain = connection
-        .peer_identity()
-        .and_then(|identity| identity.downcast::<Vec<CertificateDer<'static>>>().ok())
-        .ok_or(Refusal::NoCertificate)?;
-    tls::device_of(&chain, trust_domain)
+    tls::device_of(&chain_of(connection).unwrap_or_default(), trust_domain)
+}
+
+fn chain_of(connection: &quinn::Connection) -> Option<Vec<CertificateDer<'static>>> {
+    let identity = connection.peer_identity()?;
+    Some(*identity.downcast::<Vec<CertificateDer<'static>>>().ok()?)
 }
 
 /// How many refusals are logged in a second, so that nobody can fill a disk with them.

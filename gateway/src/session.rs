@@ -15,6 +15,8 @@
 //! batch is put off with RATE_LIMITED and the time to come back. Until then nothing more is read, so a device
 //! that does not listen is held to the rate all the same.
 
+mod early;
+
 use std::{
     future::{Future, poll_fn},
     num::NonZeroU32,
@@ -45,7 +47,10 @@ use crate::{
     commit::{Answer, Bell, CommitHandle, Mailbox, Stopped},
     metrics::Metrics,
     takeover::Takeovers,
+    tls::RestoredCheck,
 };
+
+pub(crate) use self::early::Early;
 
 /// What one connection may do, and how long it may take.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -95,6 +100,8 @@ pub struct SessionParts {
     pub commit: CommitHandle,
     /// Who may begin a connection, and how many have one.
     pub admission: Admission,
+    /// Checks who resumes a TLS session.
+    pub restored_check: RestoredCheck,
     /// Who is connected, so that a newer connection ends an older one.
     pub takeovers: Takeovers,
     /// What each device may do over time.
@@ -109,17 +116,22 @@ pub struct SessionParts {
     pub draining: CancellationToken,
 }
 
-/// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's.
-pub async fn serve(
+/// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's, and `early` what
+/// it has said before its handshake was over.
+pub(crate) async fn serve(
     connection: Connection,
     device: DeviceId,
     allowance: Allowance,
     bell: Arc<Bell>,
     parts: Arc<SessionParts>,
+    early: Option<Box<Early>>,
 ) {
     let mailbox = Mailbox::new(&bell);
     let mut shell = Shell::new(&connection, device, &allowance, mailbox, &parts);
-    let end = shell.run().await;
+    let end = match shell.take_over_early(early).await {
+        Ok(()) => shell.run().await,
+        Err(end) => end,
+    };
     drop(shell);
     parts.takeovers.release(device, connection.stable_id());
     let now = std::time::Instant::now();
@@ -204,6 +216,10 @@ struct Shell<'a> {
     /// A request of BACKFILL that waits for a place at the committer. Nothing more of that lane is read
     /// meanwhile, and LIVE goes on: its pings are the news.
     waiting_backfill: Option<Submitting>,
+    /// The batch of early data that the committer has: it may say that it has to see it again.
+    asked_early: Option<Request>,
+    /// What became of that batch. It is not told before Hello is answered.
+    settled_early: Option<Settled>,
 }
 
 type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
@@ -229,17 +245,12 @@ impl<'a> Shell<'a> {
         mailbox: Arc<Mailbox>,
         parts: &'a Arc<SessionParts>,
     ) -> Self {
-        let limits = Limits {
-            frame_bytes: parts.config.frame_bytes.get(),
-            batch_pings: parts.config.batch_pings.get(),
-            credit_pings: parts.config.credit_pings.get(),
-        };
         Self {
             connection,
             device,
             allowance,
             parts,
-            session: Session::new(limits, parts.incarnation.clone()),
+            session: new_session(parts),
             streams: Vec::new(),
             requests_in_flight: [0; 2],
             mailbox,
@@ -247,7 +258,35 @@ impl<'a> Shell<'a> {
             is_draining: false,
             held_until: None,
             waiting_backfill: None,
+            asked_early: None,
+            settled_early: None,
         }
+    }
+
+    /// Goes on where early data has left off. Only now is the device heard, and charged for it.
+    async fn take_over_early(&mut self, early: Option<Box<Early>>) -> Result<(), End> {
+        let Some(mut early) = early else {
+            return Ok(());
+        };
+        let Some(stream) = early.stream.take() else {
+            return Ok(());
+        };
+        self.opened(stream.send, stream.recv);
+        let own = &mut self.streams[0];
+        (own.reader, own.lane) = (stream.reader, stream.lane);
+        self.session = early.session;
+        self.mailbox = early.mailbox;
+        if let Some(request) = early.asked {
+            self.requests_in_flight[Lane::Live as usize] += 1;
+            // It is in the store by now; what is too much is made up for by reading nothing for a while.
+            let _deferral = self.deferral(&request, None);
+            self.asked_early = Some(request);
+        }
+        for step in early.steps {
+            let held_for = self.charge();
+            self.follow(0, step?, held_for).await?;
+        }
+        self.work_through(0, true).await
     }
 
     async fn run(&mut self) -> End {
@@ -457,9 +496,19 @@ impl<'a> Shell<'a> {
     }
 
     async fn handle_frame(&mut self, at: usize, frame: v1::DeviceFrame) -> Result<(), End> {
-        self.count(&frame);
+        count(&self.parts.metrics, &frame);
         let held_for = self.charge();
         let step = self.session.handle_frame(self.streams[at].lane, frame)?;
+        self.follow(at, step, held_for).await
+    }
+
+    /// Does what follows from a frame of a stream.
+    async fn follow(
+        &mut self,
+        at: usize,
+        step: Step,
+        held_for: Option<Duration>,
+    ) -> Result<(), End> {
         match step {
             Step::Ask(lane, request) => {
                 self.bind(at, lane);
@@ -472,22 +521,6 @@ impl<'a> Shell<'a> {
                 Ok(())
             }
         }
-    }
-
-    fn count(&self, frame: &v1::DeviceFrame) {
-        use v1::device_frame::Kind;
-        let metrics = &self.parts.metrics.sessions;
-        let kind = match &frame.kind {
-            Some(Kind::Hello(_)) => "hello",
-            Some(Kind::Batch(batch)) => {
-                metrics.batch_size_pings.record(f64::from(batch.count));
-                "batch"
-            }
-            Some(Kind::Heartbeat(_)) => "heartbeat",
-            Some(Kind::Control(_)) => "control",
-            None => "unknown",
-        };
-        metrics.frames_received.of(kind).increment(1);
     }
 
     /// Hello has named the stream's lane; with the first one the device becomes this connection's.
@@ -544,11 +577,21 @@ impl<'a> Shell<'a> {
                 Answer::Welcomed(welcomed) => {
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
+                    settled[Lane::Live as usize].extend(self.settled_early.take());
                     for (lane, request) in waiting {
                         self.ask(lane, request, None).await?;
                     }
                 }
+                Answer::Settled(one) if !self.session.is_welcomed() => {
+                    self.asked_early = None;
+                    self.settled_early = Some(one);
+                }
                 Answer::Settled(one) => settled[lane as usize].push(one),
+                Answer::Fenced if self.asked_early.is_some() => {
+                    if let Some(request) = self.asked_early.take() {
+                        self.ask(lane, request, None).await?;
+                    }
+                }
                 Answer::Fenced => {
                     return Err(End::ours(
                         CloseCode::FencedEpoch,
@@ -682,6 +725,32 @@ impl<'a> Shell<'a> {
             .iter_mut()
             .find(|stream| stream.lane == Some(lane))
     }
+}
+
+fn new_session(parts: &SessionParts) -> Session {
+    let limits = Limits {
+        frame_bytes: parts.config.frame_bytes.get(),
+        batch_pings: parts.config.batch_pings.get(),
+        credit_pings: parts.config.credit_pings.get(),
+    };
+    Session::new(limits, parts.incarnation.clone())
+}
+
+/// Counts a frame that was read.
+fn count(metrics: &Metrics, frame: &v1::DeviceFrame) {
+    use v1::device_frame::Kind;
+    let metrics = &metrics.sessions;
+    let kind = match &frame.kind {
+        Some(Kind::Hello(_)) => "hello",
+        Some(Kind::Batch(batch)) => {
+            metrics.batch_size_pings.record(f64::from(batch.count));
+            "batch"
+        }
+        Some(Kind::Heartbeat(_)) => "heartbeat",
+        Some(Kind::Control(_)) => "control",
+        None => "unknown",
+    };
+    metrics.frames_received.of(kind).increment(1);
 }
 
 /// Reads from whichever stream has something, LIVE before BACKFILL before those that have not said.

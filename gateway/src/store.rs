@@ -737,8 +737,13 @@ impl Batch {
         });
     }
 
-    /// Replaces a device's record. The newest position of these is the one that the commit makes
-    /// durable.
+    /// Makes a position durable that is in no device's record: that of early data, which may not move it.
+    pub fn put_position(&mut self, position: u64) {
+        self.position = self.position.max(position);
+    }
+
+    /// Replaces a device's record. The newest position of these and of [`Self::put_position`] is the one
+    /// that the commit makes durable.
     pub fn put_device(&mut self, device: &DeviceId, record: &DeviceRecord) {
         self.bytes.extend_from_slice(&keys::device_key(device));
         let key_end = self.bytes.len();

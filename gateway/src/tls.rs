@@ -3,6 +3,8 @@
 //! Knows certificate files, rustls and the alerts of a failed handshake. Must not know connections or
 //! what an identity may do.
 
+pub mod sessions;
+
 use std::{
     fmt, fs, io,
     path::{self, Path, PathBuf},
@@ -14,30 +16,44 @@ use rustls::{
     SignatureScheme,
     client::danger::HandshakeSignatureValid,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
+    pki_types::{
+        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime, pem::PemObject,
+    },
     server::{
-        NoServerSessionStorage, WebPkiClientVerifier,
+        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
     },
+    time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use serde::{Deserialize, Serialize};
 use waypost_proto::{
     ALPN,
     id::{DeviceId, Identity, IdentityError},
+    session::CloseCode,
 };
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+
+use self::sessions::Sessions;
+use crate::metrics::Metrics;
 
 /// The files and the name that the gateway proves itself with and checks its peers against.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
     /// The gateway's certificate chain, PEM, its own certificate first. A relative path, here and in
-    /// the two below, starts at the data folder.
+    /// the three below, starts at the data folder.
     pub certificate: PathBuf,
     /// The private key of that certificate, PEM.
     pub private_key: PathBuf,
     /// The authorities whose devices and checkers are let in, PEM, one or more.
     pub client_ca: PathBuf,
+    /// Revoked certificates: the authorities' revocation lists, PEM, one or more. Read at the start. An
+    /// authority without a list has revoked nothing, and a list that is past its time still holds.
+    pub client_crl: Option<PathBuf>,
+    /// How many devices can take up an earlier TLS session, which is what lets them send a ping with their
+    /// first packet; 0 switches that off. Each takes about 1 KB of memory once its device has connected. When
+    /// there are more devices, the oldest sessions go, and cost one round trip more. A restart forgets all.
+    pub sessions: usize,
     /// The `<trust-domain>` of `spiffe://<trust-domain>/user/<uuid>/device/<u32>`: certificates of any
     /// other are refused, also when their authority is a known one.
     pub trust_domain: String,
@@ -50,6 +66,8 @@ impl Default for TlsConfig {
             certificate: "pki/server.pem".into(),
             private_key: "pki/server.key".into(),
             client_ca: "pki/ca.pem".into(),
+            client_crl: None,
+            sessions: 200_000,
             trust_domain: "waypost.local".to_owned(),
         }
     }
@@ -65,6 +83,8 @@ impl TlsConfig {
             certificate: base.join(self.certificate),
             private_key: base.join(self.private_key),
             client_ca: base.join(self.client_ca),
+            client_crl: self.client_crl.map(|path| base.join(path)),
+            sessions: self.sessions,
             trust_domain: self.trust_domain,
         }
     }
@@ -96,6 +116,16 @@ pub enum TlsError {
         key: &'static str,
         /// What it should hold.
         expected: &'static str,
+    },
+    /// The revocation lists cannot be read. No `waypost pki` makes them.
+    #[error(
+        "cannot read {path}, which [tls] client_crl names: put the lists of your authority there, or leave the key out"
+    )]
+    NoRevocationLists {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
     },
     /// The private key belongs to another certificate, or one of them cannot be used.
     #[error(
@@ -150,30 +180,104 @@ pub fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// The server side of TLS for the QUIC port. Every connection does a full handshake: nothing is kept
-/// to resume from, so every certificate is checked every time.
+/// TLS for the QUIC port.
+#[derive(Clone, Debug)]
+pub struct DeviceTls {
+    /// The server side. All endpoints share it, and with it the sessions that can be resumed.
+    pub server: Arc<rustls::ServerConfig>,
+    /// The check of those who resume.
+    pub check: RestoredCheck,
+}
+
+/// The server side of TLS for the QUIC port, and the check that a resumed connection needs. Sessions are
+/// kept on this side: rustls takes early data from no other. A device gets one ticket with each connection.
+///
+/// # Errors
+/// When a file cannot be used; the error says which and what to do.
+pub fn device_tls(config: &TlsConfig, metrics: &Metrics) -> Result<DeviceTls, TlsError> {
+    let time: Arc<dyn TimeProvider> = Arc::new(DefaultTimeProvider);
+    let sessions = (0 < config.sessions)
+        .then(|| Sessions::new(config.sessions, Arc::clone(&time), metrics.clone()));
+    device_tls_with(config, sessions.map(Arc::new), time)
+}
+
+fn device_tls_with(
+    config: &TlsConfig,
+    sessions: Option<Arc<Sessions>>,
+    time: Arc<dyn TimeProvider>,
+) -> Result<DeviceTls, TlsError> {
+    let files = Files::load(config)?;
+    let verifier = files.client_verifier(config)?;
+    let mut server = server_config(&files, config, Arc::clone(&verifier), ALPN)?;
+    server.time_provider = Arc::clone(&time);
+    if let Some(sessions) = sessions {
+        server.session_storage = sessions;
+        server.send_tls13_tickets = 1;
+        // QUIC has no other number: its own flow control bounds early data.
+        server.max_early_data_size = u32::MAX;
+    }
+    Ok(DeviceTls {
+        server: Arc::new(server),
+        check: RestoredCheck { verifier, time },
+    })
+}
+
+/// The same server side without resumption, for whoever has no gateway behind it: every connection does a
+/// full handshake.
 ///
 /// # Errors
 /// When a file cannot be used; the error says which and what to do.
 pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    server_config(config, ALPN)
+    let tls = device_tls_with(config, None, Arc::new(DefaultTimeProvider))?;
+    Ok(tls.server)
 }
 
-/// The server side of TLS for the gRPC port: the same, for HTTP/2.
+/// The server side of TLS for the gRPC port, for HTTP/2. Nothing is kept to resume from, so every
+/// certificate is checked every time.
 ///
 /// # Errors
 /// When a file cannot be used; the error says which and what to do.
 pub fn freshness_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    server_config(config, b"h2")
+    let files = Files::load(config)?;
+    let verifier = files.client_verifier(config)?;
+    Ok(Arc::new(server_config(&files, config, verifier, b"h2")?))
 }
 
-fn server_config(config: &TlsConfig, alpn: &[u8]) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let mut server = Files::load(config)?.server_config(config)?;
+fn server_config(
+    files: &Files,
+    config: &TlsConfig,
+    verifier: Arc<ClientVerifier>,
+    alpn: &[u8],
+) -> Result<rustls::ServerConfig, TlsError> {
+    let mut server = files.server_config(config, verifier)?;
     server.alpn_protocols = vec![alpn.to_vec()];
     server.session_storage = Arc::new(NoServerSessionStorage {});
     server.send_tls13_tickets = 0;
     server.max_early_data_size = 0;
-    Ok(Arc::new(server))
+    Ok(server)
+}
+
+/// The check of a certificate chain that comes out of a session instead of a handshake: rustls has checked
+/// it when the session began, and does not again.
+#[derive(Clone, Debug)]
+pub struct RestoredCheck {
+    verifier: Arc<ClientVerifier>,
+    time: Arc<dyn TimeProvider>,
+}
+
+impl RestoredCheck {
+    /// Checks signatures, dates and revocation as a full handshake would now.
+    ///
+    /// # Errors
+    /// When a full handshake would fail.
+    pub fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), Refusal> {
+        let (own, intermediates) = chain.split_first().ok_or(Refusal::NoCertificate)?;
+        let now = self.time.current_time().ok_or(Refusal::OtherTls)?;
+        match self.verifier.verify_client_cert(own, intermediates, now) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Refusal::from_tls_error(&error)),
+        }
+    }
 }
 
 /// Why a peer was turned away.
@@ -187,6 +291,8 @@ pub enum Refusal {
     Expired,
     /// Its certificate's time has not come, or the gateway's clock is behind.
     NotYetValid,
+    /// Its authority has revoked its certificate.
+    Revoked,
     /// Its certificate cannot be read, is broken, or is not for clients.
     BadCertificate,
     /// It offered no protocol, version or cipher that the gateway has.
@@ -214,6 +320,7 @@ impl Refusal {
             Self::UnknownAuthority => "unknown_issuer",
             Self::Expired => "expired",
             Self::NotYetValid => "not_yet_valid",
+            Self::Revoked => "revoked",
             Self::BadCertificate => "bad_certificate",
             Self::NoSharedProtocol => "no_shared_protocol",
             Self::OtherTls => "other",
@@ -222,6 +329,15 @@ impl Refusal {
             Self::NotAnIdentity => "bad_identity",
             Self::NotADevice => "not_a_device",
             Self::NotAChecker => "not_a_checker",
+        }
+    }
+
+    /// The code that a connection is closed with for this, when TLS has not ended it.
+    #[must_use]
+    pub fn close_code(self) -> CloseCode {
+        match self {
+            Self::Revoked => CloseCode::Revoked,
+            _ => CloseCode::BadIdentity,
         }
     }
 
@@ -243,10 +359,10 @@ impl Refusal {
                 Self::NotYetValid
             }
             AlertDescription::CertificateExpired => Self::Expired,
+            AlertDescription::CertificateRevoked => Self::Revoked,
             AlertDescription::BadCertificate
             | AlertDescription::UnsupportedCertificate
             | AlertDescription::CertificateUnknown
-            | AlertDescription::CertificateRevoked
             | AlertDescription::DecryptError => Self::BadCertificate,
             AlertDescription::NoApplicationProtocol
             | AlertDescription::ProtocolVersion
@@ -271,6 +387,7 @@ impl Refusal {
                 CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
                     Self::NotYetValid
                 }
+                CertificateError::Revoked => Self::Revoked,
                 _ => Self::BadCertificate,
             },
             Error::PeerIncompatible(_) | Error::NoApplicationProtocol => Self::NoSharedProtocol,
@@ -286,6 +403,7 @@ impl fmt::Display for Refusal {
             Self::UnknownAuthority => "its certificate is of an unknown authority",
             Self::Expired => "its certificate has expired",
             Self::NotYetValid => "its certificate is not valid yet",
+            Self::Revoked => "its certificate has been revoked",
             Self::BadCertificate => "its certificate is broken or not one for clients",
             Self::NoSharedProtocol => {
                 "it offered no protocol, version or cipher that the gateway has"
@@ -355,6 +473,7 @@ struct Files {
     certificate_pem: Vec<u8>,
     private_key_pem: Vec<u8>,
     client_ca_pem: Vec<u8>,
+    client_crl_pem: Option<Vec<u8>>,
 }
 
 impl Files {
@@ -374,10 +493,25 @@ impl Files {
             certificate_pem: read(&config.certificate, "certificate", "server")?,
             private_key_pem: read(&config.private_key, "private_key", "server")?,
             client_ca_pem: read(&config.client_ca, "client_ca", "init")?,
+            client_crl_pem: match &config.client_crl {
+                Some(path) => {
+                    Some(
+                        fs::read(path).map_err(|source| TlsError::NoRevocationLists {
+                            path: path.clone(),
+                            source,
+                        })?,
+                    )
+                }
+                None => None,
+            },
         })
     }
 
-    fn server_config(&self, config: &TlsConfig) -> Result<rustls::ServerConfig, TlsError> {
+    fn server_config(
+        &self,
+        config: &TlsConfig,
+        verifier: Arc<ClientVerifier>,
+    ) -> Result<rustls::ServerConfig, TlsError> {
         let chain = certificates(&self.certificate_pem, &config.certificate, "certificate")?;
         let key = PrivateKeyDer::from_pem_slice(&self.private_key_pem).map_err(|_| {
             TlsError::Malformed {
@@ -394,7 +528,7 @@ impl Files {
         rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(unusable)?
-            .with_client_cert_verifier(self.client_verifier(config)?)
+            .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(unusable)
     }
@@ -408,9 +542,16 @@ impl Files {
         for authority in certificates(&self.client_ca_pem, &config.client_ca, "client_ca")? {
             roots.add(authority).map_err(unusable)?;
         }
-        let webpki = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
-            .build()
-            .map_err(|error| unusable(rustls::Error::General(error.to_string())))?;
+        let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
+        if let (Some(pem), Some(path)) = (&self.client_crl_pem, &config.client_crl) {
+            builder = builder
+                .with_crls(revocation_lists(pem, path)?)
+                .allow_unknown_revocation_status();
+        }
+        let webpki = builder.build().map_err(|error| match error {
+            VerifierBuilderError::InvalidCrl(_) => malformed_lists(config.client_crl.as_deref()),
+            other => unusable(rustls::Error::General(other.to_string())),
+        })?;
         Ok(Arc::new(ClientVerifier { webpki }))
     }
 }
@@ -430,6 +571,26 @@ fn certificates(
             key,
             expected: "certificate",
         })
+}
+
+/// At least one revocation list.
+fn revocation_lists(
+    pem: &[u8],
+    path: &Path,
+) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    CertificateRevocationListDer::pem_slice_iter(pem)
+        .collect::<Result<Vec<_>, _>>()
+        .ok()
+        .filter(|lists| !lists.is_empty())
+        .ok_or_else(|| malformed_lists(Some(path)))
+}
+
+fn malformed_lists(path: Option<&Path>) -> TlsError {
+    TlsError::Malformed {
+        path: path.unwrap_or(Path::new("")).to_owned(),
+        key: "client_crl",
+        expected: "certificate revocation list",
+    }
 }
 
 /// The usual verifier, with one answer made clearer: a certificate that names a known authority and
@@ -541,6 +702,39 @@ mod tests {
                     .issue(names, purpose, validity, &KeyPair::generate().unwrap())
                     .unwrap(),
             )
+        }
+
+        /// The configuration with a list that revokes one certificate.
+        fn revoking(&self, credentials: &Credentials) -> TlsConfig {
+            let certificate = credentials.certificate_der();
+            let (_, certificate) = parse_x509_certificate(&certificate).unwrap();
+            let year = |year| rcgen::date_time_ymd(year, 1, 1);
+            let list = rcgen::CertificateRevocationListParams {
+                this_update: year(2_020),
+                next_update: year(2_100),
+                crl_number: 1.into(),
+                issuing_distribution_point: None,
+                revoked_certs: vec![rcgen::RevokedCertParams {
+                    serial_number: rcgen::SerialNumber::from_slice(certificate.raw_serial()),
+                    revocation_time: year(2_020),
+                    reason_code: None,
+                    invalidity_date: None,
+                }],
+                key_identifier_method: rcgen::KeyIdMethod::Sha256,
+            };
+            let pki = self.dir.path().join("pki");
+            let key = fs::read_to_string(pki.join("ca.key")).unwrap();
+            let issuer = rcgen::Issuer::from_ca_cert_pem(
+                self.authority.certificate_pem(),
+                KeyPair::from_pem(&key).unwrap(),
+            )
+            .unwrap();
+            let path = pki.join("revoked.pem");
+            fs::write(&path, list.signed_by(&issuer).unwrap().pem().unwrap()).unwrap();
+            TlsConfig {
+                client_crl: Some(path),
+                ..self.config.clone()
+            }
         }
 
         /// A device's certificate that names this authority and was signed with another key.
@@ -715,14 +909,140 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_resumed_and_nothing_comes_early() {
-        let server = device_server_config(&Fixture::new().config).unwrap();
+    fn checkers_resume_nothing() {
+        let server = freshness_server_config(&Fixture::new().config).unwrap();
         assert!(!server.session_storage.can_cache());
         assert_eq!(
             (server.send_tls13_tickets, server.max_early_data_size),
             (0, 0)
         );
         assert!(!server.ticketer.enabled());
+    }
+
+    /// Connects with a session of the first server to the second, which shares its sessions. Returns what
+    /// the second restored: the chain, and whether it took early data.
+    async fn resume(
+        fixture: &Fixture,
+        first: &DeviceTls,
+        second: &DeviceTls,
+        client: Shown,
+    ) -> Vec<CertificateDer<'static>> {
+        let mut roots = RootCertStore::empty();
+        let ca_pem = fixture.authority.certificate_pem();
+        roots
+            .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
+            .unwrap();
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_client_auth_cert(vec![client.0], client.1)
+            .unwrap();
+        tls.alpn_protocols = vec![ALPN.to_vec()];
+        tls.enable_early_data = true;
+        let tls = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
+        let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        client.set_default_client_config(tls);
+
+        let endpoint = |tls: &DeviceTls| {
+            let crypto = QuicServerConfig::try_from(tls.server.clone()).unwrap();
+            let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+            quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
+        };
+        let (first, second) = (endpoint(first), endpoint(second));
+        let connect = |server: &quinn::Endpoint| {
+            client
+                .connect(server.local_addr().unwrap(), "localhost")
+                .unwrap()
+        };
+        let (outgoing, incoming) = tokio::join!(connect(&first), async {
+            first.accept().await.unwrap().await
+        });
+        let (outgoing, incoming) = (outgoing.unwrap(), incoming.unwrap());
+        // The ticket comes before what the server says.
+        incoming
+            .open_uni()
+            .await
+            .unwrap()
+            .write_all(b".")
+            .await
+            .unwrap();
+        outgoing.accept_uni().await.unwrap();
+
+        let connecting = connect(&second);
+        let (_early, _) = connecting.into_0rtt().expect("there is a ticket");
+        let (restored, _) = second
+            .accept()
+            .await
+            .unwrap()
+            .accept()
+            .unwrap()
+            .into_0rtt()
+            .unwrap();
+        let chain = restored
+            .peer_identity()
+            .expect("known before the handshake is over");
+        *chain.downcast::<Vec<CertificateDer<'static>>>().unwrap()
+    }
+
+    /// Two servers that share a clock and sessions.
+    fn sharing(
+        first: &TlsConfig,
+        second: &TlsConfig,
+    ) -> (DeviceTls, DeviceTls, Arc<sessions::tests::SetTime>) {
+        let now_s = crate::clock::system_now_ms() / 1_000;
+        let time = Arc::new(sessions::tests::SetTime(now_s.into()));
+        let sessions = Arc::new(Sessions::new(64, time.clone(), Metrics::new()));
+        let tls = |config| device_tls_with(config, Some(sessions.clone()), time.clone()).unwrap();
+        (tls(first), tls(second), time)
+    }
+
+    #[tokio::test]
+    async fn a_resumed_certificate_that_has_expired_is_refused() {
+        let fixture = Fixture::new();
+        let (first, second, time) = sharing(&fixture.config, &fixture.config);
+        let now_s = crate::clock::system_now_ms() / 1_000;
+        let an_hour = Validity {
+            not_before_s: now_s - 60,
+            not_after_s: now_s + 3_600,
+        };
+        let uri = Identity::Device(device()).to_uri(TRUST_DOMAIN);
+        let client = fixture.issue(&[&uri], Purpose::Client, an_hour);
+        let chain = resume(&fixture, &first, &second, client).await;
+        assert_eq!(second.check.check(&chain), Ok(()));
+        assert_eq!(device_of(&chain, TRUST_DOMAIN), Ok(device()));
+        time.advance(2 * 3_600);
+        assert_eq!(second.check.check(&chain), Err(Refusal::Expired));
+        assert_eq!(Refusal::Expired.close_code(), CloseCode::BadIdentity);
+    }
+
+    #[tokio::test]
+    async fn a_resumed_certificate_that_was_revoked_is_refused() {
+        let fixture = Fixture::new();
+        let revoked = fixture.authority.issue_device(device()).unwrap();
+        let other = fixture.authority.issue_device(device()).unwrap();
+        let with_list = fixture.revoking(&revoked);
+        let (first, second, _) = sharing(&fixture.config, &with_list);
+        // The control: TLS itself resumes it, and so does a server that knows no list.
+        let chain = resume(&fixture, &first, &second, shown(&revoked)).await;
+        assert_eq!(first.check.check(&chain), Ok(()));
+        assert_eq!(second.check.check(&chain), Err(Refusal::Revoked));
+        assert_eq!(Refusal::Revoked.close_code(), CloseCode::Revoked);
+        let chain = resume(&fixture, &first, &second, shown(&other)).await;
+        assert_eq!(second.check.check(&chain), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_revoked_certificate_is_refused_in_a_full_handshake_too() {
+        let mut fixture = Fixture::new();
+        let credentials = fixture.authority.issue_device(device()).unwrap();
+        fixture.config = fixture.revoking(&credentials);
+        assert_eq!(
+            fixture.handshake(Some(shown(&credentials)), ALPN).await,
+            Err(Refusal::Revoked)
+        );
+        let error = rustls::Error::InvalidCertificate(CertificateError::Revoked);
+        assert_eq!(Refusal::from_tls_error(&error), Refusal::Revoked);
     }
 
     #[test]
@@ -779,6 +1099,20 @@ mod tests {
                     ..good()
                 },
                 "waypost pki init",
+            ),
+            (
+                TlsConfig {
+                    client_crl: Some(pki.join("none.crl")),
+                    ..good()
+                },
+                "none.crl, which [tls] client_crl",
+            ),
+            (
+                TlsConfig {
+                    client_crl: Some(pki.join("ca.pem")),
+                    ..good()
+                },
+                "holds no certificate revocation list",
             ),
             (
                 TlsConfig {

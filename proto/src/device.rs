@@ -36,6 +36,34 @@ impl Clocks {
     }
 }
 
+/// The newest samples among some pings, in milliseconds since 1970-01-01 UTC by the device's clock; 0 if
+/// there is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Samples {
+    /// The newest sample.
+    pub sample_ms: u64,
+    /// The newest that was a fix and not a repetition.
+    pub fix_ms: u64,
+}
+
+impl Samples {
+    fn take(&mut self, ping: &Ping) {
+        self.sample_ms = self.sample_ms.max(ping.time_ms);
+        if ping.is_fix() {
+            self.fix_ms = self.fix_ms.max(ping.time_ms);
+        }
+    }
+
+    /// Takes the newer of each.
+    #[must_use]
+    pub fn newest(self, other: Self) -> Self {
+        Self {
+            sample_ms: self.sample_ms.max(other.sample_ms),
+            fix_ms: self.fix_ms.max(other.fix_ms),
+        }
+    }
+}
+
 /// The durable memory of one device. Constant in size for a device that sends in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceRecord {
@@ -49,6 +77,11 @@ pub struct DeviceRecord {
     pub position: u64,
     /// How many sequence numbers were given up as gaps, over all epochs.
     pub gaps: u64,
+    /// What was sampled in pings that came as early data and are stored, while nothing has proved since that
+    /// the device is there. They are its own, whoever sent them, so the next contact brings them into
+    /// `clocks`: the device learns from Welcome that they are settled and does not send them again. Boxed,
+    /// for most devices have none.
+    pub unproven: Option<Box<Samples>>,
 }
 
 /// The operator's rules for what is stored.
@@ -144,9 +177,23 @@ pub struct Judgement {
 }
 
 impl DeviceRecord {
-    /// Records that the device was heard at `receive_ms`.
+    /// Records that the device was heard at `receive_ms`, and with that takes its early data for proven.
     pub fn contact(&mut self, receive_ms: u64) {
         self.clocks.last_contact_ms = self.clocks.last_contact_ms.max(receive_ms);
+        if let Some(samples) = self.unproven.take() {
+            self.sampled(*samples);
+        }
+    }
+
+    /// Whether a Hello would change nothing but the contact: the epoch goes on, no data was lost, no hole is
+    /// closed. Only then may pings that follow it be judged before it is.
+    #[must_use]
+    pub fn goes_on_unchanged(&self, claim: &Claim) -> bool {
+        claim.epoch != 0
+            && !claim.is_foreign
+            && claim.epoch == self.epoch
+            && claim.last_acked <= self.settled.floor()
+            && claim.oldest_unsent_seq <= self.settled.floor().saturating_add(1)
     }
 
     /// Answers Hello: resumes the device's epoch or begins the next.
@@ -189,7 +236,38 @@ impl DeviceRecord {
         policy: &Policy,
         last_stored: &mut Option<LastStored>,
     ) -> Judgement {
-        let mut judgement = Judgement::default();
+        let (judgement, samples) = self.settle(pings, malformed, receive_ms, policy, last_stored);
+        self.sampled(samples);
+        judgement
+    }
+
+    /// The same for early data, which may be somebody else's copy of what the device once sent: no clock
+    /// moves before the next [`Self::contact`].
+    pub fn judge_unproven(
+        &mut self,
+        pings: &[Ping],
+        malformed: &[(u64, RejectCode)],
+        receive_ms: u64,
+        policy: &Policy,
+        last_stored: &mut Option<LastStored>,
+    ) -> Judgement {
+        let (judgement, samples) = self.settle(pings, malformed, receive_ms, policy, last_stored);
+        if samples != Samples::default() {
+            let unproven = self.unproven.get_or_insert_default();
+            **unproven = unproven.newest(samples);
+        }
+        judgement
+    }
+
+    fn settle(
+        &mut self,
+        pings: &[Ping],
+        malformed: &[(u64, RejectCode)],
+        receive_ms: u64,
+        policy: &Policy,
+        last_stored: &mut Option<LastStored>,
+    ) -> (Judgement, Samples) {
+        let (mut judgement, mut samples) = (Judgement::default(), Samples::default());
         for (at, ping) in pings.iter().enumerate() {
             match self.settled.insert(ping.seq) {
                 Verdict::Duplicate => judgement.duplicate += 1,
@@ -197,7 +275,7 @@ impl DeviceRecord {
                 Verdict::New => match untimely(ping, receive_ms, policy) {
                     Some(code) => judgement.rejects.push((ping.seq, code)),
                     None => {
-                        self.sampled(ping);
+                        samples.take(ping);
                         if is_too_dense(ping, policy, *last_stored) {
                             judgement.filtered += 1;
                         } else {
@@ -215,7 +293,7 @@ impl DeviceRecord {
                 Verdict::New => judgement.rejects.push((seq, code)),
             }
         }
-        judgement
+        (judgement, samples)
     }
 
     /// Puts a batch of the current epoch off without judging it: what is settled already is a duplicate,
@@ -241,11 +319,9 @@ impl DeviceRecord {
         judgement
     }
 
-    fn sampled(&mut self, ping: &Ping) {
-        self.clocks.last_sample_ms = self.clocks.last_sample_ms.max(ping.time_ms);
-        if ping.is_fix() {
-            self.clocks.last_fix_ms = self.clocks.last_fix_ms.max(ping.time_ms);
-        }
+    fn sampled(&mut self, samples: Samples) {
+        self.clocks.last_sample_ms = self.clocks.last_sample_ms.max(samples.sample_ms);
+        self.clocks.last_fix_ms = self.clocks.last_fix_ms.max(samples.fix_ms);
     }
 }
 
@@ -476,6 +552,105 @@ mod tests {
 
         let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
         assert_eq!((again.stored.len(), again.duplicate), (0, 6));
+    }
+
+    #[test]
+    fn early_data_is_stored_and_moves_no_clock_before_the_next_contact() {
+        let mut device = device_in_epoch(1);
+        device.contact(NOW_MS - 60_000);
+        device.judge(
+            &[ping(1, NOW_MS - 60_000)],
+            &[],
+            NOW_MS,
+            &policy(),
+            &mut None,
+        );
+        let before = device.clocks;
+        let early = [ping(2, NOW_MS - 10), ping(3, NOW_MS - 5)];
+        let judgement = device.judge_unproven(&early, &[], NOW_MS, &policy(), &mut None);
+        assert_eq!((judgement.stored, device.settled.floor()), (vec![0, 1], 3));
+        assert_eq!(device.clocks, before);
+
+        let replayed = device.judge_unproven(&early, &[], NOW_MS, &policy(), &mut None);
+        assert_eq!((replayed.stored.len(), replayed.duplicate), (0, 2));
+        assert_eq!(device.clocks, before);
+
+        device.contact(NOW_MS);
+        assert_eq!(device.unproven, None);
+        let proven = Clocks {
+            last_contact_ms: NOW_MS,
+            last_sample_ms: NOW_MS - 5,
+            last_fix_ms: NOW_MS - 5,
+            ..before
+        };
+        assert_eq!(device.clocks, proven);
+    }
+
+    #[test]
+    fn early_data_of_the_past_moves_nothing_back() {
+        let mut device = device_in_epoch(1);
+        device.contact(NOW_MS);
+        device.judge(&[ping(2, NOW_MS)], &[], NOW_MS, &policy(), &mut None);
+        let before = device.clocks;
+        device.judge_unproven(
+            &[ping(1, NOW_MS - 60_000)],
+            &[],
+            NOW_MS,
+            &policy(),
+            &mut None,
+        );
+        device.contact(NOW_MS);
+        assert_eq!(device.clocks, before);
+    }
+
+    #[test]
+    fn only_a_hello_that_changes_nothing_lets_early_data_in() {
+        let mut device = device_in_epoch(2);
+        for seq in [1, 2, 5] {
+            device.settled.insert(seq);
+        }
+        let plain = Claim {
+            epoch: 2,
+            oldest_unsent_seq: 3,
+            last_acked: 2,
+            is_foreign: false,
+        };
+        assert!(device.goes_on_unchanged(&plain));
+        for (name, claim) in [
+            ("asks for an epoch", Claim { epoch: 0, ..plain }),
+            ("is fenced", Claim { epoch: 1, ..plain }),
+            ("is of the future", Claim { epoch: 3, ..plain }),
+            (
+                "is of another store",
+                Claim {
+                    is_foreign: true,
+                    ..plain
+                },
+            ),
+            (
+                "was told more than is known",
+                Claim {
+                    last_acked: 3,
+                    ..plain
+                },
+            ),
+            (
+                "closes a hole",
+                Claim {
+                    oldest_unsent_seq: 4,
+                    ..plain
+                },
+            ),
+        ] {
+            assert!(!device.goes_on_unchanged(&claim), "{name}");
+            let mut changed = device.clone();
+            changed.admit(claim);
+            let is_fenced = claim.epoch == 1;
+            assert_eq!(changed == device, is_fenced, "{name}");
+        }
+        let before = device.clone();
+        assert_eq!(device.admit(plain), Admission::Resumed);
+        assert_eq!(device, before);
     }
 
     #[test]

@@ -438,6 +438,13 @@ impl Session {
         })
     }
 
+    /// Whether the first Hello has been answered. What was settled before is early data: no ack may leave
+    /// until then.
+    #[must_use]
+    pub fn is_welcomed(&self) -> bool {
+        self.is_welcomed
+    }
+
     /// Whether the device has used up its credit: read no more until something is settled.
     #[must_use]
     pub fn is_out_of_credit(&self) -> bool {

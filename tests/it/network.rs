@@ -719,6 +719,7 @@ async fn is_heard_after_rebinding(follows_migration: bool) -> bool {
         private_key: files.join("server.key"),
         client_ca: files.join("ca.pem"),
         trust_domain: world.authority.trust_domain().to_owned(),
+        ..TlsConfig::default()
     };
     let config = DevicesConfig {
         // Soon known to be gone; nothing else waits for it.

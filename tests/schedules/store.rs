@@ -107,6 +107,10 @@ impl Batch {
             .extend(pings.map(|ping| (key.device, key.epoch, ping.seq)));
     }
 
+    pub(crate) fn put_position(&mut self, position: u64) {
+        self.position = self.position.max(position);
+    }
+
     pub(crate) fn put_device(&mut self, _device: &DeviceId, record: &DeviceRecord) {
         self.position = record.position;
     }

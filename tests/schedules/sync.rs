@@ -223,6 +223,19 @@ pub(crate) mod mpsc {
             })
         }
 
+        pub(crate) fn try_reserve(&self) -> Result<Permit<'_, T>, NoPlace> {
+            let mut state = self.0.state.step();
+            if state.is_closed || state.free_places == 0 {
+                return Err(NoPlace);
+            }
+            state.free_places -= 1;
+            drop(state);
+            Ok(Permit {
+                queue: &self.0,
+                is_used: false,
+            })
+        }
+
         pub(crate) fn is_closed(&self) -> bool {
             self.0.state.step().is_closed
         }
@@ -259,6 +272,9 @@ pub(crate) mod mpsc {
 
     #[derive(Debug)]
     pub(crate) struct Closed;
+
+    #[derive(Debug)]
+    pub(crate) struct NoPlace;
 
     /// A place that is waited for.
     struct Place<'a, T> {

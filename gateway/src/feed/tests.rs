@@ -89,6 +89,7 @@ impl Harness {
             private_key: file("server.key", &key),
             client_ca: file("ca.pem", &pki.ca_pem),
             trust_domain: TRUST_DOMAIN.to_owned(),
+            ..TlsConfig::default()
         })
         .unwrap();
         let freshness = Arc::new(Freshness::restore(std::iter::empty(), 0));

@@ -6,7 +6,7 @@
 use prost::Message;
 use waypost_proto::{
     batch,
-    device::{Clocks, DeviceRecord},
+    device::{Clocks, DeviceRecord, Samples},
     ping::Ping,
     ranges::{RangeSet, SeqRange},
     v1,
@@ -78,6 +78,11 @@ struct DeviceRow {
     position: u64,
     #[prost(uint64, tag = "9")]
     gaps: u64,
+    /// Missing in nearly every row.
+    #[prost(uint64, tag = "10")]
+    unproven_sample_ms: u64,
+    #[prost(uint64, tag = "11")]
+    unproven_fix_ms: u64,
 }
 
 /// Writes a row of pings: when they were received, in which commit, and their columns, which are an
@@ -124,6 +129,7 @@ pub fn encode_device(record: &DeviceRecord, value: &mut Vec<u8>) {
         above.extend([range.first - below, range.last - range.first]);
         below = range.last;
     }
+    let unproven = record.unproven.as_deref().copied().unwrap_or_default();
     let row = DeviceRow {
         epoch: record.epoch,
         floor: record.settled.floor(),
@@ -134,6 +140,8 @@ pub fn encode_device(record: &DeviceRecord, value: &mut Vec<u8>) {
         durable_ms: record.clocks.durable_ms,
         position: record.position,
         gaps: record.gaps,
+        unproven_sample_ms: unproven.sample_ms,
+        unproven_fix_ms: unproven.fix_ms,
     };
     value.push(FORMAT);
     row.encode(value).expect("a Vec grows");
@@ -156,6 +164,10 @@ pub fn decode_device(value: &[u8]) -> Result<DeviceRecord, RecordError> {
         above.push(SeqRange { first, last });
         below = last;
     }
+    let unproven = Samples {
+        sample_ms: row.unproven_sample_ms,
+        fix_ms: row.unproven_fix_ms,
+    };
     Ok(DeviceRecord {
         epoch: row.epoch,
         settled: RangeSet::from_parts(row.floor, above).ok_or(RecordError::BadRanges)?,
@@ -167,6 +179,7 @@ pub fn decode_device(value: &[u8]) -> Result<DeviceRecord, RecordError> {
         },
         position: row.position,
         gaps: row.gaps,
+        unproven: (unproven != Samples::default()).then(|| Box::new(unproven)),
     })
 }
 
@@ -199,8 +212,9 @@ mod tests {
             any::<[u64; 4]>(),
             any::<u64>(),
             any::<u64>(),
+            prop::option::of((1_u64.., any::<u64>())),
         )
-            .prop_map(|(epoch, seqs, clocks, position, gaps)| {
+            .prop_map(|(epoch, seqs, clocks, position, gaps, unproven)| {
                 let mut settled = RangeSet::default();
                 for seq in seqs {
                     settled.insert(seq);
@@ -218,6 +232,8 @@ mod tests {
                     clocks,
                     position,
                     gaps,
+                    unproven: unproven
+                        .map(|(sample_ms, fix_ms)| Box::new(Samples { sample_ms, fix_ms })),
                 }
             })
     }
