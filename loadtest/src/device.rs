@@ -72,6 +72,7 @@ struct State {
 enum Wish {
     BeOffline,
     BeOnline,
+    BeOnlineWhenNeeded,
     StopWhenSettled,
     StopAtOnce,
 }
@@ -95,6 +96,11 @@ impl Device {
     /// Connects, and comes back whenever the connection ends.
     pub fn go_online(&self) {
         self.shared.wish(Wish::BeOnline);
+    }
+
+    /// Connects whenever something is to be sent, and leaves once all of it is settled.
+    pub fn go_online_when_needed(&self) {
+        self.shared.wish(Wish::BeOnlineWhenNeeded);
     }
 
     /// Closes the connection at once, whatever is in flight, and stays away. The observer is told when
@@ -175,7 +181,8 @@ impl Shared {
                 let state = self.state.lock();
                 (state.wants_connection(), state.wish)
             };
-            if wants_connection || wish != Wish::BeOffline {
+            let may_come = matches!(wish, Wish::BeOffline | Wish::BeOnlineWhenNeeded);
+            if wants_connection || !may_come {
                 return wants_connection;
             }
             self.changed.notified().await;
@@ -194,7 +201,7 @@ impl State {
     fn wants_connection(&self) -> bool {
         match self.wish {
             Wish::BeOnline => true,
-            Wish::StopWhenSettled => !self.outbox.is_settled(),
+            Wish::StopWhenSettled | Wish::BeOnlineWhenNeeded => !self.outbox.is_settled(),
             Wish::BeOffline | Wish::StopAtOnce => false,
         }
     }
