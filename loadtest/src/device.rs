@@ -22,7 +22,7 @@ use waypost_proto::{
     v1::{self, device_frame::Kind},
 };
 
-use crate::link::{Credentials, Link, LinkError, LinkStream, Links, Progress};
+use crate::link::{Credentials, Handshake, Link, LinkError, LinkStream, Links, Progress};
 
 /// A device that is running. Dropping it stops it at once.
 #[derive(Debug)]
@@ -47,6 +47,9 @@ pub struct DeviceConfig {
 pub trait Observer: Send + 'static {
     /// A connection begins; running totals count from zero.
     fn connected(&mut self);
+    /// Its handshake is over, and began the connection like this. With early data this comes after the first
+    /// frames were sent, and not at all when the connection fails before.
+    fn established(&mut self, _handshake: Handshake) {}
     /// The outbox learned something, from a frame that was read at this time.
     fn observed(&mut self, event: &Event, read_at: Instant);
     /// A connection ended, or could not be made. `None` if the device wanted it to end.
@@ -223,16 +226,24 @@ async fn run(
         let error = match attempt {
             Ok(link) => {
                 observer.connected();
-                shared.state.lock().outbox.connected();
-                let conversation = Conversation {
-                    shared: &shared,
-                    observer: &mut observer,
-                    link: &link,
-                    begun,
-                    patience: Patience::default(),
-                    is_heartbeat_open: false,
+                let mut is_established = false;
+                let outcome = loop {
+                    shared.state.lock().outbox.connected();
+                    let conversation = Conversation {
+                        shared: &shared,
+                        observer: &mut observer,
+                        link: &link,
+                        begun,
+                        patience: Patience::default(),
+                        is_heartbeat_open: false,
+                        is_established: &mut is_established,
+                    };
+                    let outcome = conversation.hold().await;
+                    // The gateway has seen nothing of it; on the same connection it all begins anew.
+                    if !matches!(outcome, Err(LinkError::EarlyDataRefused)) {
+                        break outcome;
+                    }
                 };
-                let outcome = conversation.hold().await;
                 link.close();
                 // A stream may notice the end of its connection before it knows the reason.
                 let error = outcome.err().map(|error| link.end().unwrap_or(error));
@@ -275,6 +286,8 @@ struct Conversation<'a, O> {
     patience: Patience,
     /// The outbox does not know that a heartbeat is answered too.
     is_heartbeat_open: bool,
+    /// Whether the observer knows how the connection began.
+    is_established: &'a mut bool,
 }
 
 /// How long an answer has been owed.
@@ -329,6 +342,10 @@ impl<O: Observer> Conversation<'_, O> {
             }
             tokio::select! {
                 biased;
+                handshake = self.link.established(), if !*self.is_established => {
+                    *self.is_established = true;
+                    self.observer.established(handshake?);
+                }
                 progress = live.progress() => match progress? {
                     Progress::Read(frame) => self.take(frame),
                     Progress::Written => {}
@@ -357,7 +374,8 @@ impl<O: Observer> Conversation<'_, O> {
         if !state.wants_connection() || state.outbox.must_reconnect() {
             return Ok(Next::End);
         }
-        if std::mem::take(&mut state.owes_heartbeat) {
+        // Early data is for pings: a heartbeat says that somebody is there, and that it cannot.
+        if *self.is_established && std::mem::take(&mut state.owes_heartbeat) {
             live.queue(Kind::Heartbeat(v1::Heartbeat {}));
             self.is_heartbeat_open = true;
         }

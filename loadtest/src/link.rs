@@ -2,6 +2,8 @@
 //!
 //! Knows quinn, TLS and the cutting of frames. Must not know what a frame means, or when to send one.
 
+mod ticket;
+
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     num::NonZeroUsize,
@@ -26,13 +28,15 @@ use rustls::{
     version::TLS13,
 };
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::time::timeout;
+use tokio::{sync::watch, time::timeout};
 use waypost_gateway::tls;
 use waypost_proto::{
     frame::{FrameError, FrameReader, encode_frame},
     session::CloseCode,
     v1,
 };
+
+use self::ticket::{Ticket, Witness};
 
 /// The way to one gateway: a few sockets and all that the connections of many devices can share.
 #[derive(Debug)]
@@ -44,16 +48,36 @@ pub struct Links {
     provider: Arc<CryptoProvider>,
     verifier: Arc<WebPkiServerVerifier>,
     transport: Arc<TransportConfig>,
+    resumes: bool,
 }
 
-/// Who a device is to the gateway. Light to clone.
+/// Who a device is to the gateway. Light to clone; clones share the ticket of the last connection, if one is
+/// kept.
 #[derive(Clone, Debug)]
-pub struct Credentials(quinn::ClientConfig);
+pub struct Credentials {
+    config: quinn::ClientConfig,
+    /// Of those that resume: notices a handshake that is not resumed.
+    witness: Option<Arc<Witness>>,
+}
+
+/// How a connection began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Handshake {
+    /// Both sides showed and checked certificates; the first frame left after one round trip.
+    Full,
+    /// A ticket took their place. The first frame left after one round trip as well: there was no room for
+    /// early data in the ticket, or the gateway took none.
+    Resumed,
+    /// A ticket took their place, and the gateway took what was sent together with the first packet.
+    EarlyData,
+}
 
 /// One connection.
 #[derive(Clone, Debug)]
 pub struct Link {
     connection: quinn::Connection,
+    /// How it began, once that is known.
+    handshake: watch::Receiver<Option<Handshake>>,
 }
 
 /// One stream of a connection: frames both ways.
@@ -88,6 +112,10 @@ pub enum LinkError {
     /// The connection ended; [`LinkError::close_code`] says why, if the gateway said it.
     #[error("the connection ended")]
     Connection(#[from] ConnectionError),
+    /// The gateway did not take what was sent before the handshake was over: all of it is void, its streams
+    /// too, and the connection goes on. Open new streams and send it again.
+    #[error("the gateway did not take early data")]
+    EarlyDataRefused,
     /// A stream ended while it was needed.
     #[error("the gateway ended a stream that was in use")]
     Stream,
@@ -131,7 +159,17 @@ impl Links {
             provider,
             verifier,
             transport: Arc::new(transport()),
+            resumes: false,
         })
+    }
+
+    /// Lets the credentials made from now on keep a ticket and send early data with it: what a device does
+    /// that wakes for one ping. Off otherwise, since it takes some 5 KB for each device that has connected
+    /// once.
+    #[must_use]
+    pub fn resuming(mut self) -> Self {
+        self.resumes = true;
+        self
     }
 
     /// Makes credentials of a certificate chain and its key.
@@ -143,36 +181,94 @@ impl Links {
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
     ) -> anyhow::Result<Credentials> {
-        let mut tls = rustls::ClientConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(&[&TLS13])?
-            .with_webpki_verifier(self.verifier.clone())
+        let builder = rustls::ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&TLS13])?;
+        let witness = self
+            .resumes
+            .then(|| Arc::new(Witness::new(self.verifier.clone())));
+        let builder = match witness.clone() {
+            Some(witness) => builder
+                .dangerous()
+                .with_custom_certificate_verifier(witness),
+            None => builder.with_webpki_verifier(self.verifier.clone()),
+        };
+        let mut tls = builder
             .with_client_auth_cert(chain, key)
             .context("the device's certificate and key cannot be used")?;
         tls.alpn_protocols = vec![waypost_proto::ALPN.to_vec()];
-        // The gateway resumes nothing, and a session cache for each device would take tens of
-        // kilobytes; nor does it ask for address tokens.
-        tls.resumption = Resumption::disabled();
+        // rustls' own cache would take tens of kilobytes for each device.
+        tls.resumption = match self.resumes {
+            true => Resumption::store(Arc::new(Ticket::default())),
+            false => Resumption::disabled(),
+        };
+        tls.enable_early_data = self.resumes;
         let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+        // Nor does the gateway ask for address tokens.
         config.token_store(Arc::new(NoneTokenStore));
         config.transport_config(self.transport.clone());
-        Ok(Credentials(config))
+        Ok(Credentials { config, witness })
     }
 
-    /// Connects over the next of the sockets.
+    /// Connects over the next of the sockets. With a ticket that allows early data it returns at once:
+    /// what is sent before [`Link::established`] may be refused, and is then void with its streams.
+    ///
+    /// How the connection began is told rightly as long as no two connections of the same credentials are
+    /// being made at a time.
     ///
     /// # Errors
     /// When the handshake fails or takes too long.
     pub async fn connect(&self, credentials: &Credentials) -> Result<Link, LinkError> {
         let at = self.next_endpoint.fetch_add(1, Ordering::Relaxed) % self.endpoints.len();
         let connecting = self.endpoints[at].connect_with(
-            credentials.0.clone(),
+            credentials.config.clone(),
             self.gateway,
             &self.gateway_name,
         )?;
-        let connection = timeout(HANDSHAKE_PATIENCE, connecting)
-            .await
-            .map_err(|_| LinkError::NoHandshake)??;
-        Ok(Link { connection })
+        let Some(witness) = credentials.witness.clone() else {
+            let connection = timeout(HANDSHAKE_PATIENCE, connecting)
+                .await
+                .map_err(|_| LinkError::NoHandshake)??;
+            let (_, handshake) = watch::channel(Some(Handshake::Full));
+            return Ok(Link {
+                connection,
+                handshake,
+            });
+        };
+        witness.take();
+        let without_early_data = move || match witness.take() {
+            true => Handshake::Full,
+            false => Handshake::Resumed,
+        };
+        match connecting.into_0rtt() {
+            Ok((connection, accepted)) => {
+                let (tell, handshake) = watch::channel(None);
+                let watched = connection.clone();
+                tokio::spawn(async move {
+                    let is_accepted = accepted.await;
+                    // It is told of a connection that failed as well, and there is nothing to say then.
+                    if watched.close_reason().is_none() {
+                        tell.send_replace(Some(match is_accepted {
+                            true => Handshake::EarlyData,
+                            false => without_early_data(),
+                        }));
+                    }
+                });
+                Ok(Link {
+                    connection,
+                    handshake,
+                })
+            }
+            Err(connecting) => {
+                let connection = timeout(HANDSHAKE_PATIENCE, connecting)
+                    .await
+                    .map_err(|_| LinkError::NoHandshake)??;
+                let (_, handshake) = watch::channel(Some(without_early_data()));
+                Ok(Link {
+                    connection,
+                    handshake,
+                })
+            }
+        }
     }
 
     /// Gives every socket another port; connections go on over it.
@@ -197,6 +293,25 @@ impl Links {
 }
 
 impl Link {
+    /// How the connection began; `None` while that is not settled, and for ever if it failed.
+    #[must_use]
+    pub fn handshake(&self) -> Option<Handshake> {
+        *self.handshake.borrow()
+    }
+
+    /// Waits until the handshake is over, and says how the connection began.
+    ///
+    /// # Errors
+    /// When the handshake failed, or took too long.
+    pub async fn established(&self) -> Result<Handshake, LinkError> {
+        let mut handshake = self.handshake.clone();
+        let known = timeout(HANDSHAKE_PATIENCE, handshake.wait_for(Option::is_some)).await;
+        match known.map_err(|_| LinkError::NoHandshake)? {
+            Ok(known) => known.ok_or(LinkError::NoHandshake),
+            Err(_) => Err(self.end().unwrap_or(LinkError::NoHandshake)),
+        }
+    }
+
     /// Opens a stream.
     ///
     /// # Errors
@@ -293,6 +408,7 @@ impl From<WriteError> for LinkError {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::ConnectionLost(lost) => Self::Connection(lost),
+            WriteError::ZeroRttRejected => Self::EarlyDataRefused,
             _ => Self::Stream,
         }
     }
@@ -302,6 +418,7 @@ impl From<ReadError> for LinkError {
     fn from(error: ReadError) -> Self {
         match error {
             ReadError::ConnectionLost(lost) => Self::Connection(lost),
+            ReadError::ZeroRttRejected => Self::EarlyDataRefused,
             _ => Self::Stream,
         }
     }
