@@ -27,6 +27,7 @@ use crate::{
     },
     fleet::{Fleet, Pace, per_s},
     group::{Group, Presence},
+    link::Handshake,
     local_gateway::LocalGateway,
     progress::Progress,
     recorder::{Recorder, Watched},
@@ -170,7 +171,12 @@ impl Stage<'_> {
                 self.fleet.connected(),
                 joined.as_secs_f64(),
             ))),
-            Course::Wake { .. } => Some(Findings::Wake(WakeFindings::of(&latencies(0)))),
+            Course::Wake { .. } => {
+                let kinds = [Handshake::Full, Handshake::Resumed, Handshake::EarlyData];
+                let by_handshake = kinds.map(|kind| self.fleet.latencies_after(0, kind));
+                let findings = WakeFindings::new(&latencies(0), &by_handshake);
+                Some(Findings::Wake(findings))
+            }
             Course::Backlog { fresh_within } => Some(Findings::Backlog(BacklogFindings::new(
                 groups.first().map_or(0, Group::held),
                 &latencies(0),

@@ -94,6 +94,23 @@ pub struct WakeFindings {
     pub p99_ms: f64,
     /// The slowest.
     pub max_ms: f64,
+    /// Those for which both sides showed certificates.
+    pub full: WakeKind,
+    /// Those for which a ticket took their place.
+    pub resumed: WakeKind,
+    /// Those for which the ping travelled with the first packet as well (0-RTT).
+    pub early_data: WakeKind,
+}
+
+/// The wakes whose connections began alike.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct WakeKind {
+    /// How many.
+    pub wakes: u64,
+    /// From waking up until acknowledged, the half of them, in milliseconds.
+    pub p50_ms: f64,
+    /// All but the slowest hundredth.
+    pub p99_ms: f64,
 }
 
 /// How fast everybody was fresh again, and when the old pings were through.
@@ -193,12 +210,21 @@ impl StormFindings {
 }
 
 impl WakeFindings {
-    pub(crate) fn of(latencies: &Latencies) -> Self {
-        Self {
+    /// `by_handshake` in the order full, resumed, early data.
+    pub(crate) fn new(all: &Latencies, by_handshake: &[Latencies; 3]) -> Self {
+        let [full, resumed, early_data] = by_handshake.each_ref().map(|latencies| WakeKind {
             wakes: latencies.count(),
             p50_ms: latencies.quantile_ms(0.5),
             p99_ms: latencies.quantile_ms(0.99),
-            max_ms: latencies.quantile_ms(1.0),
+        });
+        Self {
+            wakes: all.count(),
+            p50_ms: all.quantile_ms(0.5),
+            p99_ms: all.quantile_ms(0.99),
+            max_ms: all.quantile_ms(1.0),
+            full,
+            resumed,
+            early_data,
         }
     }
 }
@@ -337,11 +363,21 @@ impl Findings {
                     ),
                 ),
             ],
-            Self::Wake(wake) => vec![tile(
-                "wake to ack, p99",
-                Ms(wake.p99_ms).to_string(),
-                format!("{} wakes, p50 {}", Count(wake.wakes), Ms(wake.p50_ms)),
-            )],
+            Self::Wake(wake) => [
+                ("wake to ack, full handshake", wake.full),
+                ("wake to ack, resumed", wake.resumed),
+                ("wake to ack, early data", wake.early_data),
+            ]
+            .into_iter()
+            .filter(|(_, kind)| 0 < kind.wakes)
+            .map(|(name, kind)| {
+                tile(
+                    name,
+                    format!("p50 {}", Ms(kind.p50_ms)),
+                    format!("p99 {}, {} wakes", Ms(kind.p99_ms), Count(kind.wakes)),
+                )
+            })
+            .collect(),
             Self::Backlog(backlog) => vec![
                 tile(
                     "fresh again, p99",

@@ -31,7 +31,7 @@ use waypost_proto::{id::DeviceId, outbox::Event, ping::Ping};
 use crate::{
     device::{Device, DeviceConfig, Observer},
     ledger::DeviceLedger,
-    link::{LinkError, Links},
+    link::{Handshake, LinkError, Links},
     progress::Progress,
     report::{Count, Latencies},
     run::Target,
@@ -53,12 +53,20 @@ pub struct FleetConfig {
     pub keep_each: usize,
     /// How many UDP sockets carry all connections of a group.
     pub sockets: NonZeroUsize,
-    /// How many devices each group has, in the order of the devices; what is left over belongs to the last.
-    /// Empty for one group.
-    pub groups: Vec<usize>,
-    /// Whether the first group has a thread of its own, so that what it measures is not how long it waited
-    /// for the processors behind the others.
-    pub is_first_apart: bool,
+    /// The groups, in the order of the devices; what is left over belongs to the last. Empty for one group.
+    pub crews: Vec<CrewConfig>,
+}
+
+/// A group of devices that are counted apart from others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CrewConfig {
+    /// How many.
+    pub devices: usize,
+    /// Whether they resume their sessions and send early data.
+    pub resumes: bool,
+    /// Whether they have a thread of their own, so that what they measure is not how long they waited for
+    /// the processors behind the others.
+    pub is_apart: bool,
 }
 
 impl Default for FleetConfig {
@@ -66,8 +74,7 @@ impl Default for FleetConfig {
         Self {
             keep_each: usize::MAX,
             sockets: SOCKETS,
-            groups: Vec::new(),
-            is_first_apart: false,
+            crews: Vec::new(),
         }
     }
 }
@@ -154,6 +161,8 @@ struct GroupBook {
 #[derive(Debug, Default)]
 struct AckLatencies {
     phases: Vec<Phase>,
+    /// By how the connection began that brought the acknowledgement.
+    by_handshake: [Latencies; 3],
     recent: Latencies,
 }
 
@@ -168,10 +177,12 @@ struct Phase {
 #[derive(Debug)]
 struct Bookkeeper {
     books: Arc<Books>,
-    at: u32,
-    group: u32,
+    at: usize,
+    group: usize,
     is_connected: bool,
     is_welcomed: bool,
+    /// Of the connection that is, or was last.
+    handshake: Handshake,
 }
 
 impl Fleet {
@@ -192,36 +203,38 @@ impl Fleet {
         // One key pair for all: a simulated fleet is one holder, and making keys is not what is tested.
         let key = Arc::new(KeyPair::generate()?);
         let certificates = issue_all(authority, key.clone(), devices, progress).await?;
-        let ranges = ranges_of(&config.groups, devices.len());
+        let plans = crews_of(&config.crews, devices.len());
         let books = Arc::new(Books {
             begun: Instant::now(),
             ledgers: devices
                 .iter()
                 .map(|device| Mutex::new(DeviceLedger::new(*device, config.keep_each)))
                 .collect(),
-            groups: ranges.iter().map(|_| GroupBook::default()).collect(),
+            groups: plans.iter().map(|_| GroupBook::default()).collect(),
             last_acked_us: AtomicU64::default(),
             breaks: Mutex::default(),
         });
         let mut certificates = certificates.into_iter();
         let mut made = Vec::with_capacity(devices.len());
-        let mut crews = Vec::with_capacity(ranges.len());
-        for (group, range) in (0..).zip(ranges) {
-            let apart = match config.is_first_apart && group == 0 {
+        let mut crews = Vec::with_capacity(plans.len());
+        for (group, (range, plan)) in (0..).zip(plans) {
+            let apart = match plan.is_apart {
                 true => Some(OwnRuntime::start()?),
                 false => None,
             };
-            let _entered = apart.as_ref().and_then(OwnRuntime::enter);
+            let entered = apart.as_ref().and_then(OwnRuntime::enter);
             let links = Links::open(target.devices, GATEWAY_NAME, root.clone(), config.sockets)?;
-            let links = Arc::new(links);
-            for (at, certificate) in
-                (range.start as u32..).zip(certificates.by_ref().take(range.len()))
-            {
+            let links = Arc::new(if plan.resumes {
+                links.resuming()
+            } else {
+                links
+            });
+            for (at, certificate) in range.clone().zip(certificates.by_ref()) {
                 let key = PrivatePkcs8KeyDer::from(key.serialize_der());
                 let config = DeviceConfig {
                     credentials: links.credentials(vec![certificate], key.into())?,
                     capacity: CAPACITY,
-                    seed: at.into(),
+                    seed: at as u64,
                 };
                 let bookkeeper = Bookkeeper {
                     books: books.clone(),
@@ -229,10 +242,16 @@ impl Fleet {
                     group,
                     is_connected: false,
                     is_welcomed: false,
+                    handshake: Handshake::Full,
                 };
                 made.push(Device::spawn(links.clone(), config, bookkeeper));
+                if at.is_multiple_of(SPAWN_STRIDE) {
+                    progress.at(devices.len() as u64, || {
+                        format!("{} devices made", Count(at as u64))
+                    });
+                }
             }
-            drop(_entered);
+            drop(entered);
             crews.push(Crew {
                 devices: range,
                 links,
@@ -498,6 +517,12 @@ impl Fleet {
             .map_or_else(Latencies::default, |phase| phase.latencies.clone())
     }
 
+    /// The same of one group, by how the connection began that brought the acknowledgement.
+    #[must_use]
+    pub fn latencies_after(&self, group: usize, handshake: Handshake) -> Latencies {
+        self.books.groups[group].latencies.lock().by_handshake[handshake as usize].clone()
+    }
+
     /// What was acknowledged since this was asked last, of some groups.
     #[must_use]
     pub fn take_recent_latencies(&self, groups: Range<usize>) -> Latencies {
@@ -548,12 +573,13 @@ impl Books {
 }
 
 impl AckLatencies {
-    fn record(&mut self, due_us: u64, read_us: u64) {
+    fn record(&mut self, due_us: u64, read_us: u64, handshake: Handshake) {
         if due_us == HELD_DUE_US {
             return;
         }
         let latency_us = read_us.saturating_sub(due_us);
         self.recent.record_us(latency_us);
+        self.by_handshake[handshake as usize].record_us(latency_us);
         if self.phases.is_empty() {
             self.phases.push(Phase::default());
         }
@@ -567,27 +593,29 @@ impl AckLatencies {
 impl Observer for Bookkeeper {
     fn connected(&mut self) {
         self.is_connected = true;
-        self.books.ledgers[self.at as usize].lock().connected();
+        self.books.ledgers[self.at].lock().connected();
+    }
+
+    fn established(&mut self, handshake: Handshake) {
+        self.handshake = handshake;
     }
 
     fn observed(&mut self, event: &Event, read_at: Instant) {
         let books = &*self.books;
-        let group = &books.groups[self.group as usize];
+        let group = &books.groups[self.group];
         if matches!(event, Event::Welcomed { .. })
             && !std::mem::replace(&mut self.is_welcomed, true)
         {
             group.connected.fetch_add(1, Ordering::Relaxed);
         }
-        let read_us = books.us_at(read_at);
+        let (read_us, handshake) = (books.us_at(read_at), self.handshake);
         let mut acked = 0;
         let mut latencies = None;
-        books.ledgers[self.at as usize]
-            .lock()
-            .book(event, |due_us| {
-                let latencies = latencies.get_or_insert_with(|| group.latencies.lock());
-                latencies.record(due_us, read_us);
-                acked += 1;
-            });
+        books.ledgers[self.at].lock().book(event, |due_us| {
+            let latencies = latencies.get_or_insert_with(|| group.latencies.lock());
+            latencies.record(due_us, read_us, handshake);
+            acked += 1;
+        });
         drop(latencies);
         if 0 < acked {
             books.last_acked_us.fetch_max(read_us, Ordering::Relaxed);
@@ -598,13 +626,13 @@ impl Observer for Bookkeeper {
     fn disconnected(&mut self, error: Option<&LinkError>) {
         let books = &*self.books;
         if std::mem::take(&mut self.is_welcomed) {
-            let connected = &books.groups[self.group as usize].connected;
+            let connected = &books.groups[self.group].connected;
             connected.fetch_sub(1, Ordering::Relaxed);
         }
         let was_connected = std::mem::take(&mut self.is_connected);
         if let Some(error) = error {
             if was_connected {
-                books.ledgers[self.at as usize].lock().broke();
+                books.ledgers[self.at].lock().broke();
             }
             let reason = format!("{:#}", anyhow::Error::from(error.clone()));
             *books.breaks.lock().entry(reason).or_default() += 1;
@@ -661,21 +689,21 @@ async fn issue_all(
 }
 
 /// Where the devices of each group are.
-fn ranges_of(groups: &[usize], devices: usize) -> Vec<Range<usize>> {
+fn crews_of(crews: &[CrewConfig], devices: usize) -> Vec<(Range<usize>, CrewConfig)> {
     let mut from = 0;
-    let mut ranges: Vec<_> = groups
+    let mut placed: Vec<_> = crews
         .iter()
-        .map(|size| {
-            let range = from..(from + size).min(devices);
+        .map(|crew| {
+            let range = from..(from + crew.devices).min(devices);
             from = range.end;
-            range
+            (range, *crew)
         })
         .collect();
-    match ranges.last_mut() {
-        Some(last) => last.end = devices,
-        None => ranges.push(0..devices),
+    match placed.last_mut() {
+        Some((last, _)) => last.end = devices,
+        None => placed.push((0..devices, CrewConfig::default())),
     }
-    ranges
+    placed
 }
 
 pub(crate) fn per_s(done: u64, since: Instant) -> String {
@@ -692,9 +720,62 @@ const CAPACITY: NonZeroUsize = NonZeroUsize::new(100_000).expect("not zero");
 /// Handshakes in progress at a time. More only wait for the same processors.
 const HANDSHAKES_AT_ONCE: u64 = 128;
 const ENROL_LOOK_INTERVAL: Duration = Duration::from_millis(100);
+const SPAWN_STRIDE: usize = 1_000;
 /// When a ping was due that a device has kept from before the run: the run's clock has no such time.
 const HELD_DUE_US: u64 = 0;
 const CONNECT_LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// Longer than a device waits for a handshake, and then tries again.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(30);
 const FAREWELL_PATIENCE: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sized(devices: usize) -> CrewConfig {
+        CrewConfig {
+            devices,
+            ..CrewConfig::default()
+        }
+    }
+
+    #[test]
+    fn every_device_belongs_to_one_group() {
+        let ranges = |crews: &[usize], devices| -> Vec<Range<usize>> {
+            let crews: Vec<_> = crews.iter().copied().map(sized).collect();
+            let placed = crews_of(&crews, devices).into_iter();
+            placed.map(|(range, _)| range).collect()
+        };
+        assert_eq!(ranges(&[], 7), vec![Range { start: 0, end: 7 }]);
+        assert_eq!(ranges(&[3, 4], 7), [0..3, 3..7]);
+        assert_eq!(ranges(&[3, 2], 7), [0..3, 3..7], "the last has the rest");
+        assert_eq!(ranges(&[9, 2], 7), [0..7, 7..7], "no more than there are");
+    }
+
+    #[test]
+    fn a_latency_is_of_the_phase_in_which_the_ping_was_due() {
+        let mut latencies = AckLatencies::default();
+        for from_us in [10, 100, 1_000] {
+            latencies.phases.push(Phase {
+                from_us,
+                latencies: Latencies::default(),
+            });
+        }
+        latencies.record(HELD_DUE_US, 5_000, Handshake::Full);
+        for (due_us, read_us) in [(10, 2_000), (99, 2_000), (100, 101), (5_000, 5_001)] {
+            latencies.record(due_us, read_us, Handshake::Resumed);
+        }
+        let counts: Vec<_> = latencies
+            .phases
+            .iter()
+            .map(|phase| phase.latencies.count())
+            .collect();
+        assert_eq!(
+            counts,
+            [2, 1, 1],
+            "and what was held from before is of none"
+        );
+        let by_handshake = latencies.by_handshake.each_ref().map(Latencies::count);
+        assert_eq!(by_handshake, [0, 4, 0]);
+    }
+}

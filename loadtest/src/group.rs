@@ -137,12 +137,16 @@ impl Groups {
             .flat_map(|(group, range)| range.map(move |device| (device, group.held())))
             .flat_map(move |(device, held)| {
                 let mut wanderer = Wanderer::new(&mut dice, 0);
-                let begun_ms = start_ms.saturating_sub((HELD_INTERVAL * held).as_millis() as u64);
+                let begun_ms = start_ms.saturating_sub(u64::from(held) * HELD_INTERVAL_MS);
                 let pings: Vec<_> = (0..held)
                     .map(|at| {
                         (
                             device,
-                            wanderer.step(HELD_INTERVAL * at, begun_ms, &mut dice),
+                            wanderer.step(
+                                Duration::from_millis(u64::from(at) * HELD_INTERVAL_MS),
+                                begun_ms,
+                                &mut dice,
+                            ),
                         )
                     })
                     .collect();
@@ -209,7 +213,7 @@ struct Turn {
 /// Its multiples fall evenly into an interval, however many there are.
 const GOLDEN_RATIO: f64 = 0.618_033_988_749_895;
 /// Between two pings that a device has kept.
-pub const HELD_INTERVAL: Duration = Duration::from_secs(60);
+const HELD_INTERVAL_MS: u64 = 60_000;
 /// Other dice for what is held than for what is due, so that either can be made without the other.
 const HELD_SEED: u64 = 0x6865_6c64;
 

@@ -13,7 +13,8 @@ use crate::{
     checker::{Checker, Watch},
     course::{Played, Stage},
     findings::Findings,
-    fleet::{Fleet, FleetConfig, Pace},
+    fleet::{CrewConfig, Fleet, FleetConfig, Pace},
+    group::Presence,
     ledger::DeviceLedger,
     local_gateway::LocalGateway,
     progress::Progress,
@@ -132,15 +133,25 @@ async fn load(
     };
     let is_storm = matches!(scenario.course, Course::Storm(_));
     let group_sizes = scenario.group_sizes();
-    let config = FleetConfig {
+    let mut config = FleetConfig {
         keep_each: match scenario.is_endless() {
             true => 0,
             false => MOST_KEPT_PINGS / devices.len().max(1),
         },
         sockets: settings.sockets,
-        groups: group_sizes.iter().map(|(_, size)| *size).collect(),
-        is_first_apart: is_storm,
+        crews: group_sizes
+            .iter()
+            .zip(scenario.presences())
+            .map(|((_, devices), presence)| CrewConfig {
+                devices: *devices,
+                resumes: presence == Presence::Wakes && scenario.resumes(),
+                is_apart: false,
+            })
+            .collect(),
     };
+    if is_storm && let Some(established) = config.crews.first_mut() {
+        established.is_apart = true;
+    }
     let fleet = Arc::new(Fleet::enrol(&devices, &near, &config, progress).await?);
     let watch = checker.as_ref().map(Checker::watch);
     let mut recorder = Recorder::default();

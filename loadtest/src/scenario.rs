@@ -407,6 +407,15 @@ impl Scenario {
         self.pings_per_pass().is_none() && !matches!(self.course, Course::Storm(_))
     }
 
+    /// Whether devices that wake for a ping resume their sessions.
+    #[must_use]
+    pub fn resumes(&self) -> bool {
+        match self.course {
+            Course::Wake { resumes } => resumes,
+            _ => true,
+        }
+    }
+
     /// Whether many devices are to come at the same time.
     #[must_use]
     pub fn is_a_rush(&self) -> bool {
