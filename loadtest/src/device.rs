@@ -75,6 +75,7 @@ struct State {
 enum Wish {
     BeOffline,
     BeOnline,
+    BeOnlineWhenNeeded,
     StopWhenSettled,
     StopAtOnce,
 }
@@ -98,6 +99,11 @@ impl Device {
     /// Connects, and comes back whenever the connection ends.
     pub fn go_online(&self) {
         self.shared.wish(Wish::BeOnline);
+    }
+
+    /// Connects whenever something is to be sent, and leaves once all of it is settled.
+    pub fn go_online_when_needed(&self) {
+        self.shared.wish(Wish::BeOnlineWhenNeeded);
     }
 
     /// Closes the connection at once, whatever is in flight, and stays away. The observer is told when
@@ -178,7 +184,8 @@ impl Shared {
                 let state = self.state.lock();
                 (state.wants_connection(), state.wish)
             };
-            if wants_connection || wish != Wish::BeOffline {
+            let may_come = matches!(wish, Wish::BeOffline | Wish::BeOnlineWhenNeeded);
+            if wants_connection || !may_come {
                 return wants_connection;
             }
             self.changed.notified().await;
@@ -197,7 +204,7 @@ impl State {
     fn wants_connection(&self) -> bool {
         match self.wish {
             Wish::BeOnline => true,
-            Wish::StopWhenSettled => !self.outbox.is_settled(),
+            Wish::StopWhenSettled | Wish::BeOnlineWhenNeeded => !self.outbox.is_settled(),
             Wish::BeOffline | Wish::StopAtOnce => false,
         }
     }

@@ -34,6 +34,8 @@ pub struct DeviceLedger {
     pub retried: u64,
     /// Connections made.
     pub connections: u64,
+    /// Connections that ended with an error: an acknowledgement may have been lost with each.
+    pub breaks: u64,
     /// How often the gateway began a new epoch though the device had one: the gateway had lost what it
     /// had acknowledged.
     pub epochs_lost: u32,
@@ -111,6 +113,7 @@ impl DeviceLedger {
             fates: Totals::default(),
             retried: 0,
             connections: 0,
+            breaks: 0,
             epochs_lost: 0,
             epochs: vec![EpochLedger::default()],
             repeats_due_us: VecDeque::new(),
@@ -151,6 +154,11 @@ impl DeviceLedger {
     pub fn connected(&mut self) {
         self.connections += 1;
         self.told = Totals::default();
+    }
+
+    /// The connection ended with an error.
+    pub fn broke(&mut self) {
+        self.breaks += 1;
     }
 
     /// Books what the gateway said. `acked` is told the due time of each ping that is thereby

@@ -149,7 +149,7 @@ impl Links {
                 .build()
                 .context("the authority's certificate cannot be used")?;
         let endpoints = (0..sockets.get())
-            .map(|_| open_endpoint(gateway))
+            .map(|at| open_endpoint(gateway, at))
             .collect::<Result<_, _>>()?;
         Ok(Self {
             gateway,
@@ -269,6 +269,19 @@ impl Links {
                 })
             }
         }
+    }
+
+    /// Gives every socket another port; connections go on over it.
+    ///
+    /// # Errors
+    /// When the system gives no socket.
+    pub fn rebind(&self) -> anyhow::Result<()> {
+        for (at, endpoint) in self.endpoints.iter().enumerate() {
+            endpoint
+                .rebind(open_socket(self.gateway, at)?)
+                .context("the new UDP socket cannot be used")?;
+        }
+        Ok(())
     }
 
     /// Waits until the ends of all closed connections are on their way.
@@ -411,10 +424,26 @@ impl From<ReadError> for LinkError {
     }
 }
 
-fn open_endpoint(gateway: SocketAddr) -> anyhow::Result<Endpoint> {
+fn open_endpoint(gateway: SocketAddr, at: usize) -> anyhow::Result<Endpoint> {
+    Endpoint::new(
+        EndpointConfig::default(),
+        None,
+        open_socket(gateway, at)?,
+        Arc::new(TokioRuntime),
+    )
+    .context("the UDP socket cannot be used")
+}
+
+/// The socket number `at` towards a gateway. On loopback each has an address of its own, as far as they go,
+/// because a real fleet would not come from a single one.
+fn open_socket(gateway: SocketAddr, at: usize) -> anyhow::Result<UdpSocket> {
     // To a gateway on this machine nothing leaves the machine, and nothing else comes in.
     let any_port: SocketAddr = match gateway {
-        _ if gateway.ip().is_loopback() => (gateway.ip(), 0).into(),
+        SocketAddr::V4(_) if gateway.ip().is_loopback() => {
+            let last = u8::try_from(1 + at % LOOPBACK_ADDRESSES).unwrap_or(1);
+            (Ipv4Addr::new(127, 0, 0, last), 0).into()
+        }
+        SocketAddr::V6(_) if gateway.ip().is_loopback() => (gateway.ip(), 0).into(),
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
@@ -431,14 +460,7 @@ fn open_endpoint(gateway: SocketAddr) -> anyhow::Result<Endpoint> {
     socket
         .bind(&any_port.into())
         .context("no UDP port to be had")?;
-    let socket = UdpSocket::from(socket);
-    Endpoint::new(
-        EndpointConfig::default(),
-        None,
-        socket,
-        Arc::new(TokioRuntime),
-    )
-    .context("the UDP socket cannot be used")
+    Ok(UdpSocket::from(socket))
 }
 
 /// What suits a device that sends little, and a process that plays many of them.
@@ -466,6 +488,8 @@ const STREAM_WINDOW_BYTES: u32 = 16 << 10;
 const SEND_WINDOW_BYTES: u64 = 64 << 10;
 const CRYPTO_BUFFER_BYTES: usize = 8 << 10;
 const SOCKET_BUFFER_BYTES: usize = 8 << 20;
+/// From 127.0.0.1 on; Linux has them all without being told.
+const LOOPBACK_ADDRESSES: usize = 250;
 /// Below the 30 seconds after which NAT devices forget a UDP flow.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// Four keep-alives may get lost.

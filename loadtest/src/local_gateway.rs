@@ -20,7 +20,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 
-use crate::{run::Target, scrape};
+use crate::{run::Target, scenario::Restart, scrape};
 
 /// A running gateway. It is killed and its folder removed when this is dropped.
 #[derive(Debug)]
@@ -44,29 +44,36 @@ impl LocalGateway {
     /// # Errors
     /// When there is no `waypost` beside this program, or it does not become ready.
     pub async fn start() -> anyhow::Result<Self> {
-        let program = program_beside_this_one()?;
         let folder = tempfile::Builder::new()
             .prefix("waypost-loadtest-")
             .tempdir()?;
-        let log = File::create(folder.path().join(LOG_FILE))?;
-        let mut child = Command::new(&program)
-            .args(["serve", "--dev", "--data"])
-            .arg(data_in(folder.path()))
-            .envs(SETTINGS)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            // Ctrl-C at the terminal is for the load test, which then stops the gateway in order.
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .with_context(|| format!("cannot start {}", program.display()))?;
-        let addresses = wait_until_ready(&mut child, folder.path()).await?;
+        let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+        let wished = Addresses {
+            devices: any_port,
+            freshness: any_port,
+            admin: any_port,
+        };
+        let (child, addresses) = launch(folder.path(), wished).await?;
         Ok(Self {
             child,
             addresses,
             folder,
         })
+    }
+
+    /// Ends it in this way and starts it again, on the same folder and ports.
+    ///
+    /// # Errors
+    /// When it does not end in time, or does not become ready again.
+    pub async fn restart(&mut self, how: Restart) -> anyhow::Result<()> {
+        match how {
+            Restart::Stop => {
+                self.terminate().await?;
+            }
+            Restart::Kill => self.child.kill().await?,
+        }
+        (self.child, self.addresses) = launch(self.folder.path(), self.addresses).await?;
+        Ok(())
     }
 
     /// How the load test reaches it.
@@ -110,6 +117,38 @@ impl LocalGateway {
             format!("the gateway did not stop within {STOP_TIMEOUT:?} of SIGTERM")
         })??)
     }
+}
+
+/// Starts the program on a folder, and waits until it listens and is ready.
+async fn launch(folder: &Path, wished: Addresses) -> anyhow::Result<(Child, Addresses)> {
+    let program = program_beside_this_one()?;
+    let data = data_in(folder);
+    // Those of an earlier life would be taken for the new one's.
+    match std::fs::remove_file(data.join(ADDRESSES_FILE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(folder.join(LOG_FILE))?;
+    let mut child = Command::new(&program)
+        .args(["serve", "--dev", "--data"])
+        .arg(data)
+        .envs(SETTINGS)
+        .env("WAYPOST_DEVICES_LISTEN", wished.devices.to_string())
+        .env("WAYPOST_FRESHNESS_LISTEN", wished.freshness.to_string())
+        .env("WAYPOST_ADMIN_LISTEN", wished.admin.to_string())
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        // Ctrl-C at the terminal is for the load test, which then stops the gateway in order.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    let addresses = wait_until_ready(&mut child, folder).await?;
+    Ok((child, addresses))
 }
 
 fn program_beside_this_one() -> anyhow::Result<PathBuf> {
@@ -160,14 +199,13 @@ fn log_tail(folder: &Path) -> String {
     lines[lines.len().saturating_sub(LOG_TAIL_LINES)..].join("\n")
 }
 
-/// Free ports on loopback; old pings welcome, for a replay with its original times is years old; no limit for
-/// one address, which all of the fleet share; and all the room that a temporary folder has.
-const SETTINGS: [(&str, &str); 6] = [
-    ("WAYPOST_DEVICES_LISTEN", "127.0.0.1:0"),
-    ("WAYPOST_FRESHNESS_LISTEN", "127.0.0.1:0"),
-    ("WAYPOST_ADMIN_LISTEN", "127.0.0.1:0"),
+/// Old pings welcome, for a replay with its original times is years old; all the room that a temporary
+/// folder has; more connections than a machine can hold, so that memory is the limit; and none for one
+/// address, because the fleet's few are not the many that its devices would have.
+const SETTINGS: [(&str, &str); 4] = [
     ("WAYPOST_STORE_RETENTION", "36500d"),
     ("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0"),
+    ("WAYPOST_DEVICES_CONNECTIONS", "1000000"),
     ("WAYPOST_DEVICES_ADMISSION_ADDRESS_HANDSHAKES_PER_S", "0"),
 ];
 const ADDRESSES_FILE: &str = "addresses.json";

@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use crate::{
     chart::{Line, Scale, chart},
+    findings::Findings,
     report::{Count, Ms, Report, Seconds},
     timeline::Moment,
 };
@@ -30,7 +31,8 @@ pub fn render(report: &Report) -> String {
     for (name, value, note) in tiles(report) {
         _ = write!(
             page,
-            "<div><span>{name}</span><b>{}</b><small>{}</small></div>",
+            "<div><span>{}</span><b>{}</b><small>{}</small></div>",
+            escape(&name),
             escape(&value),
             escape(&note)
         );
@@ -78,9 +80,9 @@ pub fn render(report: &Report) -> String {
     page
 }
 
-fn tiles(report: &Report) -> Vec<(&'static str, String, String)> {
+fn tiles(report: &Report) -> Vec<(String, String, String)> {
     let ack = &report.ack_ms;
-    let mut tiles = vec![
+    let mut tiles: Vec<(&str, String, String)> = vec![
         (
             "acknowledged",
             Count(report.acked).to_string(),
@@ -114,11 +116,17 @@ fn tiles(report: &Report) -> Vec<(&'static str, String, String)> {
         ));
     }
     if let Some(rss_bytes) = report.gateway.rss_bytes {
-        let connections = report.gateway.connections.unwrap_or_default();
+        let connections = Count(report.gateway.connections.unwrap_or_default());
+        let each = report
+            .gateway
+            .bytes_per_connection
+            .map_or_else(String::new, |bytes| {
+                format!(", {:.1} KB each", bytes as f64 / 1_000.0)
+            });
         tiles.push((
             "gateway memory",
             mebibytes(rss_bytes as f64),
-            format!("{} connections", Count(connections)),
+            format!("{connections} connections{each}"),
         ));
     }
     if let Some(cpu_s) = report.gateway.cpu_s {
@@ -129,7 +137,11 @@ fn tiles(report: &Report) -> Vec<(&'static str, String, String)> {
             format!("{each:.0} µs a ping"),
         ));
     }
-    tiles
+    let common = tiles
+        .into_iter()
+        .map(|(name, value, note)| (name.to_owned(), value, note));
+    let own = report.findings.iter().flat_map(Findings::tiles);
+    common.chain(own).collect()
 }
 
 fn charts(timeline: &[Moment]) -> Vec<String> {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::timeline::Moment;
+use crate::{findings::Findings, timeline::Moment};
 
 /// The outcome of a run. The names are a contract: programs read them.
 #[derive(Clone, Debug, Serialize)]
@@ -62,12 +62,17 @@ pub struct Report {
     pub seconds: f64,
     /// Pings acknowledged in a second.
     pub pings_per_s: f64,
+    /// Devices connected in a second before anything was due; absent when none was.
+    pub connects_per_s: Option<f64>,
     /// From when a ping was due until it was acknowledged.
     pub ack_ms: AckMs,
     /// From durable at the gateway to read by a checker; absent when no checker watched.
     pub freshness_ms: Option<FreshnessMs>,
     /// What the gateway used.
     pub gateway: GatewayUse,
+    /// What this scenario shows besides.
+    #[serde(flatten)]
+    pub findings: Option<Findings>,
     /// Each promise that was checked.
     pub checks: Vec<Check>,
     /// What was seen while pings were sent, about once a second.
@@ -75,7 +80,7 @@ pub struct Report {
 }
 
 /// Percentiles of the acknowledgement's latency in milliseconds.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct AckMs {
     pub p50: f64,
@@ -103,6 +108,11 @@ pub struct GatewayUse {
     pub cpu_s: Option<f64>,
     /// The most connections it was seen to serve.
     pub connections: Option<u64>,
+    /// The memory it held before the first connection.
+    pub idle_rss_bytes: Option<u64>,
+    /// How much more it held at most, by the most connections: what they, their pings and the store's
+    /// memory took together.
+    pub bytes_per_connection: Option<u64>,
 }
 
 /// One promise and whether it held.
@@ -145,9 +155,18 @@ impl Latencies {
         self.histogram.saturating_record(latency_us.max(1));
     }
 
-    /// Forgets all, for the next interval of a live display.
-    pub fn reset(&mut self) {
-        self.histogram.reset();
+    /// These and others.
+    #[must_use]
+    pub fn and(mut self, others: Self) -> Self {
+        // Both have the same bounds, so that there is a place for each.
+        _ = self.histogram.add(others.histogram);
+        self
+    }
+
+    /// How many were counted.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        self.histogram.len()
     }
 
     /// Whether nothing was counted.
@@ -249,11 +268,23 @@ impl fmt::Display for Report {
             .gateway
             .connections
             .map_or_else(unknown, |count| Count(count).to_string());
+        let each = self
+            .gateway
+            .bytes_per_connection
+            .map_or_else(String::new, |bytes| {
+                format!(", {:.1} KB each", bytes as f64 / 1_000.0)
+            });
         writeln!(
             f,
-            "  gateway    memory {rss}   cpu {cpu}   connections {connections}   reconnects {}",
+            "  gateway    memory {rss}   cpu {cpu}   connections {connections}{each}   reconnects {}",
             Count(self.reconnects)
         )?;
+        if let Some(connects_per_s) = self.connects_per_s {
+            writeln!(f, "  connecting {}/s", Count::of(connects_per_s))?;
+        }
+        if let Some(findings) = &self.findings {
+            write!(f, "{findings}")?;
+        }
         for (reason, count) in &self.breaks {
             writeln!(f, "  broken     {} x {reason}", Count(*count))?;
         }
@@ -368,9 +399,11 @@ pub(crate) fn example() -> Report {
         breaks: BTreeMap::new(),
         seconds: 60.0,
         pings_per_s: 1_666.65,
+        connects_per_s: Some(1_500.0),
         ack_ms: AckMs::default(),
         freshness_ms: Some(FreshnessMs::default()),
         gateway: GatewayUse::default(),
+        findings: None,
         checks: vec![Check {
             promise: "every ping was acknowledged",
             passed: true,
@@ -410,7 +443,10 @@ mod tests {
         for (object, fields) in [
             ("ack_ms", &["p50", "p90", "p99", "p999", "max"][..]),
             ("freshness_ms", &["p50", "p99", "max"]),
-            ("gateway", &["rss_bytes", "cpu_s", "connections"]),
+            (
+                "gateway",
+                &["rss_bytes", "cpu_s", "connections", "bytes_per_connection"],
+            ),
         ] {
             for field in fields {
                 assert!(json[object].get(field).is_some(), "{object}.{field}");

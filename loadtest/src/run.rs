@@ -1,25 +1,28 @@
 //! A run from start to verdict: the stations of a load test in their order.
 //!
-//! Knows the order and the pace. Must not know how any station does its work.
+//! Knows the order. Must not know how any station does its work.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, thread, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context;
-use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use waypost_gateway::{clock::system_now_ms, store::Store};
 use waypost_proto::id::UserId;
 
 use crate::{
     checker::{Checker, Watch},
-    fleet::Fleet,
+    course::{Played, Stage},
+    findings::Findings,
+    fleet::{CrewConfig, Fleet, FleetConfig, Pace},
+    group::Presence,
     ledger::DeviceLedger,
     local_gateway::LocalGateway,
     progress::Progress,
-    report::{Count, Ms, Report},
-    scenario::Scenario,
+    recorder::{Recorder, Watched},
+    relay::Relay,
+    report::Report,
+    scenario::{Course, STORMING, Scenario},
     scrape::UseWatch,
-    timeline::{Moment, Timeline},
     verdict::{self, Outcome},
     verify::{self, Expected, FreshnessFindings, StoreFindings},
 };
@@ -39,6 +42,15 @@ pub struct Target {
     pub data: Option<PathBuf>,
 }
 
+/// How the fleet reaches its gateway.
+#[derive(Clone, Copy, Debug)]
+pub struct RunSettings {
+    /// How many UDP sockets carry the connections of each group.
+    pub sockets: NonZeroUsize,
+    /// How fast devices connect.
+    pub pace: Pace,
+}
+
 /// Runs a load test against a gateway that runs already, and checks what it promised. When `stop` is
 /// cancelled, nothing more is sent, and what was sent is checked.
 ///
@@ -47,10 +59,11 @@ pub struct Target {
 pub async fn against(
     target: &Target,
     scenario: Scenario,
+    settings: &RunSettings,
     progress: &Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<Report> {
-    let mut outcome = load(target, scenario, progress, stop).await?;
+    let mut outcome = load(target, scenario, settings, None, progress, stop).await?;
     outcome.store = check_store(target, &mut outcome.ledgers, progress).await?;
     Ok(verdict::report(&outcome))
 }
@@ -61,16 +74,18 @@ pub async fn against(
 /// When the gateway could not be started, or the run could not be made.
 pub async fn on_own_gateway(
     scenario: Scenario,
+    settings: &RunSettings,
     progress: &Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<Report> {
-    let gateway = LocalGateway::start().await?;
+    let mut gateway = LocalGateway::start().await?;
     let target = gateway.target();
     progress.say(format_args!(
         "  gateway    started for this run; devices on udp {}",
         target.devices
     ));
-    let loaded = load(&target, scenario, progress, stop).await;
+    let own = Some(&mut gateway);
+    let loaded = load(&target, scenario, settings, own, progress, stop).await;
     progress.begin("stopping", None);
     let stopped = gateway.stop().await;
     let mut outcome = match (loaded, &stopped) {
@@ -86,6 +101,8 @@ pub async fn on_own_gateway(
 async fn load(
     target: &Target,
     scenario: Scenario,
+    settings: &RunSettings,
+    gateway: Option<&mut LocalGateway>,
     progress: &Progress,
     stop: &CancellationToken,
 ) -> anyhow::Result<Outcome> {
@@ -102,37 +119,67 @@ async fn load(
     };
     let usage = target.admin.map(UseWatch::start);
 
-    let keep_each = scenario
-        .pings_per_pass()
-        .map_or(0, |_| MOST_KEPT_PINGS / devices.len().max(1));
-    let fleet = Arc::new(Fleet::enrol(&devices, target, keep_each, progress).await?);
-    fleet.connect(progress, stop).await?;
+    let relay = match scenario.course {
+        Course::Lossy(weather) => {
+            let relay = Relay::start(target.devices, scenario.seed().unwrap_or_default())?;
+            relay.set_weather(weather);
+            Some(relay)
+        }
+        _ => None,
+    };
+    let near = Target {
+        devices: relay.as_ref().map_or(target.devices, Relay::address),
+        ..target.clone()
+    };
+    let is_storm = matches!(scenario.course, Course::Storm(_));
+    let group_sizes = scenario.group_sizes();
+    let mut config = FleetConfig {
+        keep_each: match scenario.is_endless() {
+            true => 0,
+            false => MOST_KEPT_PINGS / devices.len().max(1),
+        },
+        sockets: settings.sockets,
+        crews: group_sizes
+            .iter()
+            .zip(scenario.presences())
+            .map(|((_, devices), presence)| CrewConfig {
+                devices: *devices,
+                resumes: presence == Presence::Wakes && scenario.resumes(),
+                is_apart: false,
+            })
+            .collect(),
+    };
+    if is_storm && let Some(established) = config.crews.first_mut() {
+        established.is_apart = true;
+    }
+    let fleet = Arc::new(Fleet::enrol(&devices, &near, &config, progress).await?);
     let watch = checker.as_ref().map(Checker::watch);
     let mut recorder = Recorder::default();
-    let mut took_us = 0;
-    for pass in 1..=scenario.passes() {
-        if 1 < pass && !stop.is_cancelled() {
-            fleet.reconnect(progress, stop).await?;
-        }
-        let begun_us = fleet.now_us();
-        let watched = Watched {
+    let mut stage = Stage {
+        scenario: &scenario,
+        fleet: &fleet,
+        watched: Watched {
             fleet: &fleet,
             stream: watch.as_ref(),
             usage: usage.as_ref(),
-        };
-        let sender = tokio::task::spawn_blocking({
-            let (fleet, scenario, stop) = (fleet.clone(), scenario.clone(), stop.clone());
-            move || hand_out(&fleet, &scenario, pass, &stop)
-        });
-        progress.begin(
-            if pass == 1 { "sending" } else { "again" },
-            scenario.pings_per_pass(),
-        );
-        follow(sender, &watched, &mut recorder, progress).await?;
-        took_us += fleet
-            .last_acked_us()
-            .map_or(0, |last_us| last_us.saturating_sub(begun_us));
-    }
+            measured: if is_storm {
+                0..STORMING
+            } else {
+                0..group_sizes.len()
+            },
+        },
+        recorder: &mut recorder,
+        gateway,
+        progress,
+        stop,
+        pace: settings.pace,
+        start_ms: system_now_ms(),
+    };
+    let Played {
+        took_us,
+        connects_per_s,
+        findings,
+    } = stage.play().await?;
 
     progress.begin("checking", None);
     let expected = fleet.expected();
@@ -154,12 +201,14 @@ async fn load(
     let ledgers = fleet.close().await;
     progress.end();
     Ok(Outcome {
-        scenario: scenario.name(),
-        title: scenario.title(),
-        timeline: recorder.timeline.into_moments(),
+        scenario: scenario.name,
+        title: scenario.title.clone(),
+        timeline: recorder.into_moments(),
         seed: scenario.seed(),
-        passes: scenario.passes(),
+        passes: scenario.passes,
         seconds: Duration::from_micros(took_us).as_secs_f64(),
+        connects_per_s,
+        findings: findings.or_else(|| relay.map(|relay| Findings::Lossy(relay.counts().into()))),
         ack_latencies,
         freshness_latencies: watch.map(|watch| watch.latencies()),
         gateway,
@@ -170,160 +219,6 @@ async fn load(
         store: None,
         gateway_end: None,
     })
-}
-
-/// Waits until a pass is sent and settled, or until nothing moves any more.
-async fn follow(
-    mut sender: tokio::task::JoinHandle<()>,
-    watched: &Watched<'_>,
-    recorder: &mut Recorder,
-    progress: &Progress,
-) -> anyhow::Result<()> {
-    let fleet = watched.fleet;
-    let acked_before = fleet.acked();
-    let mut ticks = interval(LIVE_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut is_sent = false;
-    let mut moved = (fleet.acked(), Instant::now());
-    loop {
-        tokio::select! {
-            sent = &mut sender, if !is_sent => {
-                sent.context("the sender has failed")?;
-                is_sent = true;
-                moved.1 = Instant::now();
-            }
-            _ = ticks.tick() => {}
-        }
-        let acked = fleet.acked();
-        if acked != moved.0 {
-            moved = (acked, Instant::now());
-        }
-        if is_sent && (fleet.open() == 0 || SETTLE_PATIENCE <= moved.1.elapsed()) {
-            return Ok(());
-        }
-        recorder.look(watched);
-        progress.at(acked - acked_before, || recorder.line(watched));
-    }
-}
-
-/// Hands each ping to its device when it is due. On a thread of its own, because tokio's timers wake only
-/// once a millisecond, which would be seen in every latency.
-fn hand_out(fleet: &Fleet, scenario: &Scenario, pass: u32, stop: &CancellationToken) {
-    let begun_us = fleet.now_us();
-    for due_ping in scenario.pings(system_now_ms()) {
-        let due_us = if scenario.is_paced() {
-            let due_us = begun_us + u64::try_from(due_ping.due.as_micros()).unwrap_or(u64::MAX / 2);
-            while fleet.now_us() < due_us && !stop.is_cancelled() {
-                thread::sleep(
-                    Duration::from_micros(due_us - fleet.now_us().min(due_us)).min(STOP_LATENCY),
-                );
-            }
-            due_us
-        } else {
-            while MOST_OPEN_PINGS <= fleet.open() && !stop.is_cancelled() {
-                thread::sleep(ROOM_INTERVAL);
-            }
-            fleet.now_us()
-        };
-        if stop.is_cancelled() {
-            return;
-        }
-        if pass == 1 {
-            fleet.send(due_ping.device, due_ping.ping, due_us);
-        } else {
-            fleet.send_again(due_ping.device, due_ping.ping, due_us);
-        }
-    }
-}
-
-/// What can be watched while a run goes on.
-struct Watched<'a> {
-    fleet: &'a Fleet,
-    stream: Option<&'a Watch>,
-    usage: Option<&'a UseWatch>,
-}
-
-/// Makes a moment of about every second, for the charts and for the live line.
-#[derive(Default)]
-struct Recorder {
-    timeline: Timeline,
-    last: Option<Seen>,
-    /// The gateway's processor time when it last moved; it is scraped at other moments than these.
-    cpu: Option<(Instant, f64)>,
-    cpus: Option<f64>,
-    line: String,
-}
-
-/// What the next moment is reckoned from.
-struct Seen {
-    at: Instant,
-    acked: u64,
-}
-
-impl Recorder {
-    /// Looks, unless less than a second has passed since it last did.
-    fn look(&mut self, watched: &Watched<'_>) {
-        let fleet = watched.fleet;
-        let gateway = watched.usage.map(UseWatch::newest).unwrap_or_default();
-        let seen = Seen {
-            at: Instant::now(),
-            acked: fleet.acked(),
-        };
-        self.look_at_cpu(seen.at, gateway.cpu_s);
-        let Some(last) = &self.last else {
-            self.last = Some(seen);
-            return;
-        };
-        let elapsed_s = (seen.at - last.at).as_secs_f64();
-        if elapsed_s < MOMENT_S {
-            return;
-        }
-        let recent = fleet.take_recent_latencies();
-        let quantile_ms = |quantile| (!recent.is_empty()).then(|| recent.quantile_ms(quantile));
-        let moment = Moment {
-            at_s: Duration::from_micros(fleet.now_us()).as_secs_f64(),
-            pings_per_s: (seen.acked - last.acked) as f64 / elapsed_s,
-            ack_p50_ms: quantile_ms(0.5),
-            ack_p99_ms: quantile_ms(0.99),
-            ack_max_ms: quantile_ms(1.0),
-            open: fleet.open(),
-            connected: fleet.connected(),
-            freshness_lag_ms: watched.stream.map(Watch::lag_ms),
-            gateway_rss_bytes: gateway.rss_bytes,
-            gateway_cpus: self.cpus,
-        };
-        self.line = format!("{}/s", Count::of(moment.pings_per_s));
-        if let Some((p50_ms, p99_ms)) = moment.ack_p50_ms.zip(moment.ack_p99_ms) {
-            self.line += &format!("  ack p50 {} p99 {}", Ms(p50_ms), Ms(p99_ms));
-        }
-        self.timeline.push(moment);
-        self.last = Some(seen);
-    }
-
-    fn look_at_cpu(&mut self, now: Instant, cpu_s: Option<f64>) {
-        let Some(cpu_s) = cpu_s else { return };
-        match self.cpu {
-            Some((_, last_s)) if last_s == cpu_s => {}
-            // A gateway that was restarted counts from zero.
-            Some((at, last_s)) if last_s < cpu_s => {
-                self.cpus = Some((cpu_s - last_s) / (now - at).as_secs_f64());
-                self.cpu = Some((now, cpu_s));
-            }
-            _ => self.cpu = Some((now, cpu_s)),
-        }
-    }
-
-    fn line(&self, watched: &Watched<'_>) -> String {
-        let mut line = self.line.clone();
-        if let Some(stream) = watched.stream {
-            line += &format!("  freshness lag {} ms", Count(stream.lag_ms()));
-        }
-        line += &format!("  {} devices", Count(watched.fleet.connected()));
-        match watched.fleet.open() {
-            0 => line,
-            open => line + &format!("  {} open", Count(open)),
-        }
-    }
 }
 
 /// The stream must have told of each user what is known now, in the promised order.
@@ -373,13 +268,3 @@ async fn check_store(
 
 /// How many pings are remembered for the check of the store: about a gigabyte.
 const MOST_KEPT_PINGS: usize = 24_000_000;
-/// How many pings wait for acknowledgement at a time when nothing is paced.
-const MOST_OPEN_PINGS: u64 = 2_000;
-/// A run is given up when nothing was acknowledged for this long: a gateway that was killed has time to
-/// come back.
-const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
-/// Between two moments of the timeline, at least.
-const MOMENT_S: f64 = 1.0;
-const LIVE_INTERVAL: Duration = Duration::from_millis(200);
-const STOP_LATENCY: Duration = Duration::from_millis(100);
-const ROOM_INTERVAL: Duration = Duration::from_micros(200);

@@ -61,8 +61,15 @@ impl UseWatch {
     pub fn most(&self) -> GatewayUse {
         let seen = self.seen.lock();
         let cpu_s = seen.newest.cpu_s.zip(seen.cpu_before_s);
+        let grown = seen
+            .most
+            .rss_bytes
+            .zip(seen.most.idle_rss_bytes)
+            .map(|(most, idle)| most.saturating_sub(idle));
+        let connections = seen.most.connections.filter(|count| 0 < *count);
         GatewayUse {
             cpu_s: cpu_s.map(|(now_s, before_s)| now_s + seen.cpu_ended_s - before_s),
+            bytes_per_connection: grown.zip(connections).map(|(bytes, count)| bytes / count),
             ..seen.most
         }
     }
@@ -83,6 +90,8 @@ impl Seen {
             self.cpu_ended_s += before_s;
         }
         self.cpu_before_s = self.cpu_before_s.or(found.cpu_s);
+        // The watch begins before the first device connects.
+        self.most.idle_rss_bytes = self.most.idle_rss_bytes.or(found.rss_bytes);
         self.most.rss_bytes = self.most.rss_bytes.max(found.rss_bytes);
         self.most.connections = self.most.connections.max(found.connections);
         self.newest = found;
@@ -134,6 +143,7 @@ fn parse(page: &str) -> GatewayUse {
         rss_bytes: value("process_resident_memory_bytes").map(|bytes| bytes as u64),
         cpu_s: value("process_cpu_seconds_total"),
         connections: value("waypost_connections").map(|count| count as u64),
+        ..GatewayUse::default()
     }
 }
 
@@ -147,7 +157,7 @@ mod tests {
         GatewayUse {
             rss_bytes: Some(rss_bytes),
             cpu_s: Some(cpu_s),
-            connections: None,
+            ..GatewayUse::default()
         }
     }
 

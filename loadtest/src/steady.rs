@@ -27,7 +27,7 @@ pub struct Steady {
 
 /// One device on its way.
 #[derive(Debug)]
-struct Wanderer {
+pub(crate) struct Wanderer {
     seq: u64,
     due: Duration,
     latitude_deg: f64,
@@ -62,7 +62,7 @@ impl Steady {
         let mut dice = StdRng::seed_from_u64(self.seed);
         let mut turns: Vec<usize> = (0..self.devices as usize).collect();
         turns.shuffle(&mut dice);
-        let mut fleet: Vec<Wanderer> = turns.iter().map(|_| Wanderer::new(&mut dice)).collect();
+        let mut fleet: Vec<Wanderer> = turns.iter().map(|_| Wanderer::new(&mut dice, 0)).collect();
         let between_pings_s = self.pings_per_s.recip();
         (0..self.pings_in_total().unwrap_or(u64::MAX))
             .zip((0..turns.len()).cycle())
@@ -79,9 +79,10 @@ impl Steady {
 }
 
 impl Wanderer {
-    fn new(dice: &mut StdRng) -> Self {
+    /// Somewhere, with so many pings behind it.
+    pub(crate) fn new(dice: &mut StdRng, seq: u64) -> Self {
         Self {
-            seq: 0,
+            seq,
             due: Duration::ZERO,
             latitude_deg: dice.random_range(-70.0..70.0),
             longitude_deg: dice.random_range(-180.0..180.0),
@@ -95,8 +96,8 @@ impl Wanderer {
         clippy::cast_possible_truncation,
         reason = "all values are small; casts of floats saturate"
     )]
-    fn step(&mut self, due: Duration, start_ms: u64, dice: &mut StdRng) -> Ping {
-        let elapsed_s = (due - self.due).as_secs_f64();
+    pub(crate) fn step(&mut self, due: Duration, start_ms: u64, dice: &mut StdRng) -> Ping {
+        let elapsed_s = due.saturating_sub(self.due).as_secs_f64();
         self.due = due;
         self.seq += 1;
         // A device without a new fix says where it was last, which proves life but not place.

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use waypost_proto::outbox::Totals;
 
 use crate::{
+    findings::Findings,
     ledger::DeviceLedger,
     report::{Check, Count, GatewayUse, Latencies, Report},
     timeline::Moment,
@@ -26,6 +27,10 @@ pub struct Outcome {
     pub passes: u32,
     /// From the first ping due to the last one acknowledged.
     pub seconds: f64,
+    /// Devices connected in a second before anything was due, if any was.
+    pub connects_per_s: Option<f64>,
+    /// What the scenario has shown besides.
+    pub findings: Option<Findings>,
     /// From due to acknowledged.
     pub ack_latencies: Latencies,
     /// From durable to read, if a checker watched.
@@ -78,10 +83,7 @@ pub fn report(outcome: &Outcome) -> Report {
         unchecked: sum(|ledger| ledger.epochs.iter().map(|epoch| epoch.forgotten).sum()),
         freshness_checked: freshness.map(|freshness| freshness.checked),
         freshness_wrong: freshness.map(|freshness| freshness.wrong),
-        reconnects: ledgers
-            .iter()
-            .map(|ledger| ledger.connections.saturating_sub(outcome.passes.into()))
-            .sum(),
+        reconnects: sum(|ledger| ledger.breaks),
         breaks: outcome.breaks.clone(),
         seconds: outcome.seconds,
         pings_per_s: if 0.0 < outcome.seconds {
@@ -89,12 +91,14 @@ pub fn report(outcome: &Outcome) -> Report {
         } else {
             0.0
         },
+        connects_per_s: outcome.connects_per_s,
         ack_ms: outcome.ack_latencies.ack_ms(),
         freshness_ms: outcome
             .freshness_latencies
             .as_ref()
             .map(Latencies::freshness_ms),
         gateway: outcome.gateway,
+        findings: outcome.findings.clone(),
         checks: checks(outcome, sent, acked),
         timeline: outcome.timeline.clone(),
     }
@@ -107,10 +111,7 @@ fn checks(outcome: &Outcome, sent: u64, acked: u64) -> Vec<Check> {
         passed: 0 < sent && sent == acked,
         detail: format!("{} of {}", Count(acked), Count(sent)),
     }];
-    let uneven = ledgers
-        .iter()
-        .filter(|ledger| !adds_up(ledger, outcome.passes))
-        .count() as u64;
+    let uneven = ledgers.iter().filter(|ledger| !adds_up(ledger)).count() as u64;
     checks.push(none_of(
         "the four fates add up to what was acknowledged",
         uneven,
@@ -127,6 +128,11 @@ fn checks(outcome: &Outcome, sent: u64, acked: u64) -> Vec<Check> {
         "devices forgotten",
         &[],
     ));
+    checks.extend(nothing_new_in_later_passes(outcome, sent));
+    if let Some(findings) = &outcome.findings {
+        let breaks = ledgers.iter().map(|ledger| ledger.breaks).sum();
+        checks.extend(findings.checks(ledgers.len() as u64, breaks));
+    }
     if let Some(StoreFindings {
         stored,
         lost,
@@ -207,9 +213,30 @@ fn checks(outcome: &Outcome, sent: u64, acked: u64) -> Vec<Check> {
     checks
 }
 
+/// What is sent again is settled already. Where a connection breaks, an ack is lost and there are more
+/// duplicates, or nobody is told.
+fn nothing_new_in_later_passes(outcome: &Outcome, sent: u64) -> Option<Check> {
+    if outcome.passes < 2 {
+        return None;
+    }
+    let sum = |of: fn(&DeviceLedger) -> u64| outcome.ledgers.iter().map(of).sum::<u64>();
+    let (duplicate, untold) = (
+        sum(|ledger| ledger.fates.duplicate),
+        sum(DeviceLedger::untold),
+    );
+    let refused = sum(|ledger| ledger.fates.rejected + ledger.fates.filtered);
+    let first = sent / u64::from(outcome.passes);
+    let again = sent - first;
+    Some(Check {
+        promise: "what was sent again was a duplicate",
+        passed: again <= duplicate + untold + refused,
+        detail: format!("{} duplicates of {}", Count(duplicate), Count(again)),
+    })
+}
+
 /// A device that stayed connected was told of each ping once; one that lost its connection may not have
 /// been told of some.
-fn adds_up(ledger: &DeviceLedger, passes: u32) -> bool {
+fn adds_up(ledger: &DeviceLedger) -> bool {
     let Totals {
         accepted,
         duplicate,
@@ -217,7 +244,7 @@ fn adds_up(ledger: &DeviceLedger, passes: u32) -> bool {
         rejected,
     } = ledger.fates;
     let told = accepted + duplicate + filtered + rejected;
-    if ledger.connections <= u64::from(passes) {
+    if ledger.breaks == 0 {
         told == ledger.acked + ledger.retried
     } else {
         told <= ledger.acked + ledger.retried
@@ -293,6 +320,8 @@ mod tests {
             seed: Some(1),
             passes: 1,
             seconds: 0.5,
+            connects_per_s: None,
+            findings: None,
             ack_latencies: Latencies::default(),
             freshness_latencies: None,
             gateway: GatewayUse::default(),
@@ -347,6 +376,10 @@ mod tests {
             |outcome| outcome.ledgers[0].fates.duplicate = 1
         ));
         assert!(!passes_with(|outcome| outcome.ledgers[0].epochs_lost = 1));
+        assert!(!passes_with(|outcome| outcome.passes = 2));
+        assert!(!passes_with(
+            |outcome| outcome.findings = Some(Findings::Rebind { rebinds: 0 })
+        ));
         assert!(!passes_with(|outcome| store(outcome).lost = 1));
         assert!(!passes_with(|outcome| store(outcome).stored_twice = 1));
         assert!(!passes_with(|outcome| store(outcome).altered = 1));
@@ -383,7 +416,7 @@ mod tests {
         assert!(!passes_with(|outcome| outcome.ledgers[0].fates.accepted = 0));
         assert!(passes_with(|outcome| {
             outcome.ledgers[0].fates.accepted = 0;
-            outcome.ledgers[0].connections = 2;
+            outcome.ledgers[0].broke();
         }));
     }
 }

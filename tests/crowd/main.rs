@@ -15,8 +15,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use waypost_gateway::clock::system_now_ms;
 use waypost_loadtest::{
-    fleet::Fleet, ledger::DeviceLedger, progress::Progress, report::Latencies, run::Target,
-    steady::Steady, verify,
+    fleet::{Fleet, FleetConfig},
+    ledger::DeviceLedger,
+    progress::Progress,
+    report::Latencies,
+    run::Target,
+    steady::Steady,
+    verify,
 };
 use waypost_proto::session::Lane;
 use waypost_tests::{
@@ -174,7 +179,7 @@ async fn settled(fleet: &Fleet) -> Latencies {
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    fleet.take_recent_latencies()
+    fleet.take_recent_latencies(0..1)
 }
 
 /// What a good device has said to the gateway, byte for byte.
@@ -250,9 +255,14 @@ async fn beside_a_crowd(plan: Plan) -> Outcome {
         data: None,
     };
     let progress = Progress::silent();
-    let fleet = Fleet::enrol(&steady.devices(), &target, usize::MAX, &progress)
-        .await
-        .unwrap();
+    let fleet = Fleet::enrol(
+        &steady.devices(),
+        &target,
+        &FleetConfig::default(),
+        &progress,
+    )
+    .await
+    .unwrap();
     fleet
         .connect(&progress, &CancellationToken::new())
         .await

@@ -12,5 +12,6 @@ mod operations;
 mod power_loss;
 mod python;
 mod replay;
+mod scenarios;
 mod shutdown;
 mod watch;

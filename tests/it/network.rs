@@ -30,7 +30,7 @@ use waypost_gateway::{
 use waypost_loadtest::{
     checker::{Checker, Watch},
     device::{Device, DeviceConfig, Observer},
-    fleet::Fleet,
+    fleet::{Fleet, FleetConfig},
     ledger::DeviceLedger,
     link::{LinkError, Links},
     progress::Progress,
@@ -89,7 +89,7 @@ impl Trial {
     async fn start_in(seed: u64, weather: Weather) -> Self {
         eprintln!("seed {seed}");
         let world = World::start().await;
-        let relay = Relay::start(world.addresses().devices, seed);
+        let relay = Relay::start(world.addresses().devices, seed).unwrap();
         relay.set_weather(weather);
         let target = world.target(relay.address());
         let devices: Vec<_> = (0..DEVICES).map(device).collect();
@@ -100,7 +100,7 @@ impl Trial {
         let before = checker.get(&users).await.unwrap().entries;
         let watch = checker.watch();
         let progress = Progress::silent();
-        let fleet = Fleet::enrol(&devices, &target, usize::MAX, &progress)
+        let fleet = Fleet::enrol(&devices, &target, &FleetConfig::default(), &progress)
             .await
             .unwrap();
         let trial = Self {
@@ -387,7 +387,7 @@ async fn a_nat_may_change_its_ports_in_mid_stream() {
         .send_during(async {
             for _ in 0..6 {
                 sleep(Duration::from_millis(300)).await;
-                relay.rebind();
+                relay.rebind().unwrap();
             }
         })
         .await;
@@ -400,7 +400,7 @@ async fn a_nat_may_change_its_ports_in_mid_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_answer_that_went_to_the_old_port_is_had_by_asking_again() {
     let world = World::start().await;
-    let relay = Relay::start(world.addresses().devices, 8);
+    let relay = Relay::start(world.addresses().devices, 8).unwrap();
     let (device, heard) = lone_device(&world, &relay);
     device.go_online();
     until(async || (0 < heard.lock().welcomes).then_some(())).await;
@@ -413,7 +413,7 @@ async fn an_answer_that_went_to_the_old_port_is_had_by_asking_again() {
     let tries = 3;
     until(async || (tries <= relay.counts().too_long).then_some(())).await;
     assert_eq!(device.held(), 1);
-    relay.rebind();
+    relay.rebind().unwrap();
     relay.set_weather(Weather::FAIR);
     until(async || (device.held() == 0).then_some(())).await;
     assert_eq!(heard.lock().welcomes, 1, "the connection lives on");
@@ -431,7 +431,7 @@ async fn a_new_port_that_cannot_be_answered_for_a_while_breaks_nothing() {
     for _ in 0..6 {
         until(async || (trial.fleet.open() == 0).then_some(())).await;
         relay.set_weather_down(DARK);
-        relay.rebind();
+        relay.rebind().unwrap();
         (0..DEVICES as usize).for_each(|at| trial.send(at));
         sleep(Duration::from_millis(dice.random_range(100..600))).await;
         relay.set_weather(Weather::FAIR);
@@ -456,7 +456,7 @@ async fn a_port_that_changes_in_mid_handshake_costs_an_attempt_and_no_more() {
     // QUIC lets nobody move before the handshake is complete.
     let change = async {
         until(async || (u64::from(DEVICES) <= relay.counts().passed).then_some(())).await;
-        relay.rebind();
+        relay.rebind().unwrap();
     };
     tokio::join!(trial.connect(), change);
     let findings = trial.settle().await;
@@ -468,7 +468,7 @@ async fn a_port_that_changes_in_mid_handshake_costs_an_attempt_and_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backlog_gets_through_a_line_of_24_kbit_per_second() {
     let world = World::start().await;
-    let relay = Relay::start(world.addresses().devices, 14);
+    let relay = Relay::start(world.addresses().devices, 14).unwrap();
     relay.set_weather(Weather {
         delay: Duration::from_millis(200),
         bytes_per_s: NonZeroU32::new(3_000),
@@ -516,7 +516,7 @@ async fn a_server_that_refuses_migration_loses_its_devices_when_the_port_changes
 #[tokio::test(flavor = "multi_thread")]
 async fn a_heartbeat_that_is_not_answered_ends_the_connection_before_quic_notices() {
     let world = World::start().await;
-    let relay = Relay::start(world.addresses().devices, 9);
+    let relay = Relay::start(world.addresses().devices, 9).unwrap();
     let (device, heard) = lone_device(&world, &relay);
     device.go_online();
     until(async || (0 < heard.lock().welcomes).then_some(())).await;
@@ -552,7 +552,7 @@ async fn no_datagram_of_the_fleet_or_the_gateway_is_longer_than_every_network_ca
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_found_a_wide_path_survives_when_it_becomes_narrow() {
     let world = World::start().await;
-    let relay = Relay::start(world.addresses().devices, 11);
+    let relay = Relay::start(world.addresses().devices, 11).unwrap();
     let device = world.device(1);
     let link = world.connect_at(relay.address(), &device).await;
     let mut live = link.open(hello(Lane::Live, 0)).await;
@@ -673,7 +673,7 @@ async fn storm(seed: u64) -> Findings {
                     dice.random_range(0..2_000)
                 }
                 1 | 2 => {
-                    relay.rebind();
+                    relay.rebind().unwrap();
                     dice.random_range(0..300)
                 }
                 _ => {
@@ -732,7 +732,7 @@ async fn is_heard_after_rebinding(follows_migration: bool) -> bool {
         .transport_config(Arc::new(transport::connection_settings(&config).unwrap()))
         .migration(follows_migration);
     let endpoint = Endpoint::server(server, ([127, 0, 0, 1], 0).into()).unwrap();
-    let relay = Relay::start(endpoint.local_addr().unwrap(), 0);
+    let relay = Relay::start(endpoint.local_addr().unwrap(), 0).unwrap();
     tokio::spawn(async move {
         let connection = endpoint.accept().await?.await.ok()?;
         let (mut send, mut recv) = connection.accept_bi().await.ok()?;
@@ -748,7 +748,7 @@ async fn is_heard_after_rebinding(follows_migration: bool) -> bool {
     let mut stream = link.open_raw().await;
     stream.send_raw(b"before").await;
     assert!(stream.next().await.is_some());
-    relay.rebind();
+    relay.rebind().unwrap();
     stream.send_raw(b"after").await;
     stream.next().await.is_some()
 }

@@ -24,7 +24,6 @@ pub mod power_cut;
 mod preload;
 mod process;
 mod prometheus;
-mod relay;
 pub mod silence;
 pub mod soak;
 mod survivor;
@@ -46,8 +45,8 @@ pub use metrics_page::MetricsPage;
 pub use mounts::{Frozen, Mount};
 pub use process::{Addresses, Process, until, within_minutes};
 pub use prometheus::Prometheus;
-pub use relay::{Counts, Relay, Weather};
 pub use survivor::Survivor;
+pub use waypost_loadtest::relay::{Counts, Relay, Weather};
 pub use world::World;
 
 /// A device with its certificate.

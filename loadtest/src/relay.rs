@@ -130,9 +130,12 @@ pub struct Relay {
 
 impl Relay {
     /// Begins to relay to a gateway on this host, in fair weather. Must be called within a tokio runtime.
-    pub fn start(gateway: SocketAddr, seed: u64) -> Self {
-        let front = Arc::new(open_socket().unwrap());
-        let address = front.local_addr().unwrap();
+    ///
+    /// # Errors
+    /// When the system gives no socket.
+    pub fn start(gateway: SocketAddr, seed: u64) -> io::Result<Self> {
+        let front = Arc::new(open_socket()?);
+        let address = front.local_addr()?;
         let shared = Arc::new(Shared {
             gateway,
             front: front.clone(),
@@ -146,15 +149,16 @@ impl Relay {
         });
         let listener = tokio::spawn(listen(front, shared.clone()));
         let courier = tokio::spawn(deliver(shared.clone()));
-        Self {
+        Ok(Self {
             address,
             shared,
             _listener: AbortOnDropHandle::new(listener),
             _courier: AbortOnDropHandle::new(courier),
-        }
+        })
     }
 
     /// Where devices find it.
+    #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -172,15 +176,21 @@ impl Relay {
 
     /// Gives each flow another port towards the gateway, as a NAT device does that was restarted: from
     /// now on nothing that is sent to the old one arrives.
-    pub fn rebind(&self) {
+    ///
+    /// # Errors
+    /// When the system gives no socket; flows that have a new one already keep it.
+    pub fn rebind(&self) -> io::Result<()> {
         let mut state = self.shared.state.lock();
         let State { air, flows, .. } = &mut *state;
         for (at, flow) in flows.iter_mut().enumerate() {
-            flow.way_out = WayOut::open(at, true, &self.shared).unwrap();
+            flow.way_out = WayOut::open(at, true, &self.shared)?;
             air.counts.rebound += 1;
         }
+        Ok(())
     }
 
+    /// What it has done so far.
+    #[must_use]
     pub fn counts(&self) -> Counts {
         self.shared.state.lock().air.counts
     }

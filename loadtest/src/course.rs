@@ -1,0 +1,511 @@
+//! What happens between connecting and checking: pings are sent, and what the scenario wants befalls the
+//! devices meanwhile.
+//!
+//! Knows order and pace. Must not know how a device works, or what makes a run right.
+
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, ensure};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::{
+    findings::{
+        BacklogFindings, Findings, GroupFindings, RampFindings, StormFindings, StormMeasures,
+        WakeFindings,
+    },
+    fleet::{Fleet, Pace, per_s},
+    group::{Group, Presence},
+    link::Handshake,
+    local_gateway::LocalGateway,
+    progress::Progress,
+    recorder::{Recorder, Watched},
+    scenario::{Course, DuePing, STORMING, Scenario, Source, Storm},
+};
+
+/// All that takes part.
+pub(crate) struct Stage<'a> {
+    pub(crate) scenario: &'a Arc<Scenario>,
+    pub(crate) fleet: &'a Arc<Fleet>,
+    pub(crate) watched: Watched<'a>,
+    pub(crate) recorder: &'a mut Recorder,
+    /// The gateway, if it is ours to restart.
+    pub(crate) gateway: Option<&'a mut LocalGateway>,
+    pub(crate) progress: &'a Progress,
+    pub(crate) stop: &'a CancellationToken,
+    pub(crate) pace: Pace,
+    /// The wall clock at the start of the run.
+    pub(crate) start_ms: u64,
+}
+
+/// What a course has shown.
+#[derive(Debug)]
+pub(crate) struct Played {
+    /// From the first ping due to the last one acknowledged, the time between passes left out.
+    pub(crate) took_us: u64,
+    /// How fast the devices connected that were there before the first ping.
+    pub(crate) connects_per_s: Option<f64>,
+    pub(crate) findings: Option<Findings>,
+}
+
+impl Stage<'_> {
+    /// Plays the scenario from the first connection on until all is settled, or nothing moves any more.
+    pub(crate) async fn play(&mut self) -> anyhow::Result<Played> {
+        for (at, ping) in self.scenario.held_pings(self.start_ms) {
+            self.fleet.hold(at, ping);
+        }
+        self.fleet.begin_phase();
+        let connects_per_s = self.connect_those_who_stay().await?;
+        match self.scenario.course.clone() {
+            Course::Storm(storm) => {
+                let begun_us = self.fleet.now_us();
+                let findings = self.storm(storm).await?;
+                Ok(Played {
+                    took_us: self.since(begun_us),
+                    connects_per_s,
+                    findings: Some(Findings::Storm(findings)),
+                })
+            }
+            Course::Rebind { every } => {
+                let rebinder = self.rebind_each(every);
+                let played = self.passes(connects_per_s).await;
+                let rebinds = rebinder.stop().await?;
+                Ok(Played {
+                    findings: Some(Findings::Rebind { rebinds }),
+                    ..played?
+                })
+            }
+            Course::Calm
+            | Course::Ramp
+            | Course::Wake { .. }
+            | Course::Backlog { .. }
+            | Course::Mix
+            // Of the bad network only the relay knows.
+            | Course::Lossy(_) => self.passes(connects_per_s).await,
+        }
+    }
+
+    /// The share of a pass that was of use.
+    fn since(&self, begun_us: u64) -> u64 {
+        self.fleet
+            .last_acked_us()
+            .map_or(0, |last_us| last_us.saturating_sub(begun_us))
+    }
+
+    async fn connect_those_who_stay(&self) -> anyhow::Result<Option<f64>> {
+        let staying: Vec<usize> = (0..)
+            .zip(self.scenario.presences())
+            .filter(|(_, presence)| *presence == Presence::Stays)
+            .map(|(group, _)| group)
+            .collect();
+        let begun = Instant::now();
+        let mut connected = 0;
+        for group in staying {
+            self.connect(group..group + 1, self.pace).await?;
+            connected += self.fleet.connected_in(group..group + 1);
+        }
+        Ok((0 < connected).then(|| connected as f64 / begun.elapsed().as_secs_f64()))
+    }
+
+    async fn connect(&self, groups: Range<usize>, pace: Pace) -> anyhow::Result<()> {
+        let sizes = self.scenario.group_sizes();
+        let total: usize = sizes[groups.clone()].iter().map(|(_, size)| size).sum();
+        self.progress.begin("connecting", Some(total as u64));
+        let begun = Instant::now();
+        let look = |connected| self.progress.at(connected, || per_s(connected, begun));
+        self.fleet
+            .connect_groups(groups, pace, self.stop, look)
+            .await
+    }
+
+    /// Sends everything as often as the scenario wants.
+    async fn passes(&mut self, connects_per_s: Option<f64>) -> anyhow::Result<Played> {
+        let groups = 0..self.scenario.group_sizes().len();
+        let mut took_us = 0;
+        let mut joined = Duration::ZERO;
+        for pass in 1..=self.scenario.passes {
+            if 1 < pass && !self.stop.is_cancelled() {
+                self.fleet.disconnect_groups(groups.clone()).await;
+                self.connect_those_who_stay().await?;
+            }
+            let begun_us = self.fleet.now_us();
+            let sender = self.send(groups.clone(), pass, self.stop.clone());
+            let joining = self.let_others_join();
+            self.progress.begin(
+                if pass == 1 { "sending" } else { "again" },
+                self.scenario.pings_per_pass(),
+            );
+            self.follow(sender, groups.clone()).await?;
+            for joining in joining {
+                let took = joining.await.context("connecting has failed")??;
+                joined = joined.max(took);
+            }
+            took_us += self.since(begun_us);
+        }
+        Ok(Played {
+            took_us,
+            connects_per_s,
+            findings: self.findings(took_us, joined),
+        })
+    }
+
+    fn findings(&self, took_us: u64, joined: Duration) -> Option<Findings> {
+        let Source::Groups(groups) = &self.scenario.source else {
+            return None;
+        };
+        let groups = &groups.groups;
+        let latencies = |group| self.fleet.group_latencies(group);
+        match self.scenario.course {
+            Course::Ramp => Some(Findings::Ramp(RampFindings::new(
+                self.fleet.connected(),
+                joined.as_secs_f64(),
+            ))),
+            Course::Wake { .. } => {
+                let kinds = [Handshake::Full, Handshake::Resumed, Handshake::EarlyData];
+                let by_handshake = kinds.map(|kind| self.fleet.latencies_after(0, kind));
+                let findings = WakeFindings::new(&latencies(0), &by_handshake);
+                Some(Findings::Wake(findings))
+            }
+            Course::Backlog { fresh_within } => Some(Findings::Backlog(BacklogFindings::new(
+                groups.first().map_or(0, Group::held),
+                &latencies(0),
+                Duration::from_micros(took_us),
+                fresh_within,
+            ))),
+            Course::Mix => {
+                let of = |(at, group): (usize, &Group)| {
+                    let (sent, acked) = self.fleet.counts_of(at);
+                    GroupFindings::new(group, sent, acked, &latencies(at))
+                };
+                let groups = groups.iter().enumerate().map(of).collect();
+                Some(Findings::Mix { groups })
+            }
+            // The others are found out elsewhere.
+            Course::Calm | Course::Rebind { .. } | Course::Lossy(_) | Course::Storm(_) => None,
+        }
+    }
+
+    /// Hands each ping to its device when it is due, until all are or `stop` is cancelled.
+    fn send(&self, groups: Range<usize>, pass: u32, stop: CancellationToken) -> JoinHandle<()> {
+        let (fleet, scenario) = (self.fleet.clone(), self.scenario.clone());
+        let start_ms = self.start_ms;
+        spawn_blocking(move || hand_out(&fleet, &scenario, groups, pass, start_ms, &stop))
+    }
+
+    /// Lets those connect who do so while pings are sent.
+    fn let_others_join(&self) -> Vec<Joining> {
+        let mut joining = Vec::new();
+        for (group, presence) in self.scenario.presences().into_iter().enumerate() {
+            let (after, pace) = match presence {
+                Presence::Stays => continue,
+                Presence::Wakes => {
+                    self.fleet.wake_when_needed(group);
+                    continue;
+                }
+                Presence::Joins { per_s } => (
+                    Duration::ZERO,
+                    Pace {
+                        per_s: per_s.or(self.pace.per_s),
+                        ..self.pace
+                    },
+                ),
+                Presence::Returns { after, .. } => (after, self.pace),
+            };
+            let (fleet, stop) = (self.fleet.clone(), self.stop.clone());
+            let task = tokio::spawn(async move {
+                tokio::select! {
+                    () = sleep(after) => {}
+                    () = stop.cancelled() => {}
+                }
+                let begun = Instant::now();
+                fleet
+                    .connect_groups(group..group + 1, pace, &stop, |_| {})
+                    .await?;
+                Ok(begun.elapsed())
+            });
+            joining.push(AbortOnDropHandle::new(task));
+        }
+        joining
+    }
+
+    fn rebind_each(&self, every: Duration) -> Rebinder {
+        let fleet = self.fleet.clone();
+        let end = CancellationToken::new();
+        let end_of_task = end.clone();
+        let rebinds = Arc::new(AtomicU64::new(0));
+        let rebinds_of_task = rebinds.clone();
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::select! {
+                    () = sleep(every) => {}
+                    () = end_of_task.cancelled() => return Ok(()),
+                }
+                fleet.rebind()?;
+                rebinds_of_task.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        Rebinder { end, rebinds, task }
+    }
+
+    /// Waits until a pass is sent and settled, or until nothing moves any more.
+    async fn follow(
+        &mut self,
+        mut sender: JoinHandle<()>,
+        groups: Range<usize>,
+    ) -> anyhow::Result<()> {
+        let acked_before = self.fleet.acked();
+        let mut ticks = ticks();
+        let mut is_sent = false;
+        let mut moved = (self.fleet.acked(), Instant::now());
+        loop {
+            tokio::select! {
+                sent = &mut sender, if !is_sent => {
+                    sent.context("the sender has failed")?;
+                    is_sent = true;
+                    moved.1 = Instant::now();
+                }
+                _ = ticks.tick() => {}
+            }
+            let acked = self.fleet.acked();
+            if acked != moved.0 {
+                moved = (acked, Instant::now());
+            }
+            let is_settled = self.fleet.open_in(groups.clone()) == 0;
+            if is_sent && (is_settled || SETTLE_PATIENCE <= moved.1.elapsed()) {
+                return Ok(());
+            }
+            self.look(acked - acked_before);
+        }
+    }
+
+    /// Waits until something is so, and goes on recording. False if it never is, or the run is stopped.
+    async fn until(&mut self, done: impl Fn(&Fleet) -> (u64, bool)) -> bool {
+        let mut ticks = ticks();
+        let mut moved = (0, Instant::now());
+        loop {
+            ticks.tick().await;
+            let (count, is_so) = done(self.fleet);
+            self.look(count);
+            if is_so {
+                return true;
+            }
+            if count != moved.0 {
+                moved = (count, Instant::now());
+            }
+            if self.stop.is_cancelled() || SETTLE_PATIENCE <= moved.1.elapsed() {
+                return false;
+            }
+        }
+    }
+
+    fn look(&mut self, done: u64) {
+        self.recorder.look(&self.watched);
+        let line = || self.recorder.line(&self.watched);
+        self.progress.at(done, line);
+    }
+
+    /// The established devices report all the time. They are measured for a while, and again while all
+    /// others reconnect, and afterwards.
+    async fn storm(&mut self, storm: Storm) -> anyhow::Result<StormFindings> {
+        let (established, storming) = (0..STORMING, STORMING..STORMING + 1);
+        let [(_, established_devices), (_, storming_devices)] = &self.scenario.group_sizes()[..]
+        else {
+            anyhow::bail!("a storm has two groups");
+        };
+        let (established_devices, total) = (*established_devices as u64, *storming_devices as u64);
+        let scenario = self.scenario;
+        let mut laps = scenario.pings(storming.clone(), self.start_ms);
+        self.send_a_lap(&mut laps);
+        let enough = CancellationToken::new();
+        let sender = self.send(established.clone(), 1, enough.clone());
+        let _end = enough.clone().drop_guard();
+
+        self.progress.begin("calm", None);
+        let is_calm = self
+            .until(|fleet| (fleet.acked(), fleet.open_in(storming.clone()) == 0))
+            .await;
+        ensure!(
+            is_calm || self.stop.is_cancelled(),
+            "the devices that are to storm were not served before"
+        );
+        let before = self.measured_for(storm.calm).await;
+
+        self.fleet.begin_phase();
+        self.fleet.disconnect_groups(storming.clone()).await;
+        let mut established_back = None;
+        if let (Some(how), Some(gateway)) = (storm.restart, self.gateway.as_deref_mut()) {
+            self.progress.begin("restarting", None);
+            let begun = Instant::now();
+            gateway.restart(how).await?;
+            self.progress.begin("returning", Some(established_devices));
+            let is_back = self
+                .until(|fleet| {
+                    let connected = fleet.connected_in(0..STORMING);
+                    (connected, connected == established_devices)
+                })
+                .await;
+            ensure!(
+                is_back || self.stop.is_cancelled(),
+                "the established devices did not come back after the restart"
+            );
+            established_back = Some(begun.elapsed());
+        }
+        // What fell due while they were away is answered first.
+        self.pause(storm.calm / 2).await;
+
+        self.fleet.begin_phase();
+        let during = self.phase();
+        self.progress.begin("storm", Some(total));
+        self.send_a_lap(&mut laps);
+        let begun = Instant::now();
+        let knocking = {
+            let (fleet, stop, pace) = (self.fleet.clone(), self.stop.clone(), self.pace);
+            let groups = storming.clone();
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                fleet
+                    .connect_groups(groups, pace, &stop, |_| {})
+                    .await
+                    .map(|()| Instant::now())
+            }))
+        };
+        let is_served = self
+            .until(|fleet| {
+                let connected = fleet.connected_in(STORMING..STORMING + 1);
+                let open = fleet.open_in(STORMING..STORMING + 1);
+                (total - open.min(total), connected == total && open == 0)
+            })
+            .await;
+        let all_answered = begun.elapsed();
+        let served = self.fleet.connected_in(storming);
+        let connected = match is_served {
+            true => knocking.await.context("the storm has failed")?? - begun,
+            false => all_answered,
+        };
+
+        self.progress.begin("calm again", None);
+        let after = self.measured_for(storm.calm).await;
+        enough.cancel();
+        self.progress.begin("settling", None);
+        self.follow(sender, 0..STORMING + 1).await?;
+        let measures = StormMeasures {
+            established: established_devices,
+            storming: total,
+            established_back,
+            served,
+            all_served: is_served,
+            connected,
+            all_answered,
+            latencies: [before, during, after].map(|phase| self.fleet.phase_latencies(0, phase)),
+        };
+        Ok(StormFindings::new(&storm, &measures))
+    }
+
+    /// The phase that has just begun.
+    fn phase(&self) -> usize {
+        self.fleet.phases() - 1
+    }
+
+    /// Begins a phase and lets it last; its number.
+    async fn measured_for(&mut self, calm: Duration) -> usize {
+        self.fleet.begin_phase();
+        let phase = self.phase();
+        self.pause(calm).await;
+        phase
+    }
+
+    async fn pause(&mut self, length: Duration) {
+        let end = Instant::now() + length;
+        self.until(|fleet| (fleet.acked(), end <= Instant::now()))
+            .await;
+    }
+
+    /// One ping of each storming device, due now.
+    fn send_a_lap(&self, laps: &mut impl Iterator<Item = DuePing>) {
+        let devices = self.scenario.group_sizes()[STORMING].1;
+        let due_us = self.fleet.now_us();
+        for due_ping in laps.take(devices) {
+            self.fleet.send(due_ping.device, due_ping.ping, due_us);
+        }
+    }
+}
+
+/// A group that connects while pings are sent; how long that took.
+type Joining = AbortOnDropHandle<anyhow::Result<Duration>>;
+
+/// Changes ports until it is told to stop.
+struct Rebinder {
+    end: CancellationToken,
+    rebinds: Arc<AtomicU64>,
+    task: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Rebinder {
+    async fn stop(self) -> anyhow::Result<u64> {
+        self.end.cancel();
+        self.task.await.context("the rebinding has failed")??;
+        Ok(self.rebinds.load(Ordering::Relaxed))
+    }
+}
+
+/// Hands each ping to its device when it is due. On a thread of its own, because tokio's timers wake only
+/// once a millisecond, which would be seen in every latency.
+fn hand_out(
+    fleet: &Fleet,
+    scenario: &Scenario,
+    groups: Range<usize>,
+    pass: u32,
+    start_ms: u64,
+    stop: &CancellationToken,
+) {
+    let begun_us = fleet.now_us();
+    for due_ping in scenario.pings(groups, start_ms) {
+        let due_us = if scenario.is_paced() {
+            let due_us = begun_us + u64::try_from(due_ping.due.as_micros()).unwrap_or(u64::MAX / 2);
+            while fleet.now_us() < due_us && !stop.is_cancelled() {
+                thread::sleep(
+                    Duration::from_micros(due_us - fleet.now_us().min(due_us)).min(STOP_LATENCY),
+                );
+            }
+            due_us
+        } else {
+            while MOST_OPEN_PINGS <= fleet.open() && !stop.is_cancelled() {
+                thread::sleep(ROOM_INTERVAL);
+            }
+            fleet.now_us()
+        };
+        if stop.is_cancelled() {
+            return;
+        }
+        if pass == 1 {
+            fleet.send(due_ping.device, due_ping.ping, due_us);
+        } else {
+            fleet.send_again(due_ping.device, due_ping.ping, due_us);
+        }
+    }
+}
+
+fn ticks() -> tokio::time::Interval {
+    let mut ticks = interval(LIVE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// How many pings wait for acknowledgement at a time when nothing is paced.
+const MOST_OPEN_PINGS: u64 = 2_000;
+/// A run is given up when nothing was acknowledged for this long: a gateway that was killed has time to
+/// come back.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
+const LIVE_INTERVAL: Duration = Duration::from_millis(200);
+const STOP_LATENCY: Duration = Duration::from_millis(100);
+const ROOM_INTERVAL: Duration = Duration::from_micros(200);

@@ -1,0 +1,533 @@
+//! What a scenario shows besides what every run shows: numbers, and the checks on them.
+//!
+//! Knows what a scenario promises. Must not know how anything was measured.
+
+use std::{fmt, time::Duration};
+
+use serde::Serialize;
+
+use crate::{
+    group::Group,
+    relay,
+    report::{AckMs, Check, Count, Latencies, Ms, Seconds},
+    scenario::Storm,
+};
+
+/// The findings of a scenario. In JSON, its name is the name of an object.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Findings {
+    /// Of `ramp`.
+    Ramp(RampFindings),
+    /// Of `storm`.
+    Storm(StormFindings),
+    /// Of `wake`.
+    Wake(WakeFindings),
+    /// Of `backlog`.
+    Backlog(BacklogFindings),
+    /// Of `rebind`.
+    Rebind {
+        /// How often each socket changed its port.
+        rebinds: u64,
+    },
+    /// Of `lossy`.
+    Lossy(LossyFindings),
+    /// Of `mix`.
+    Mix {
+        /// Each group, in the order of the file.
+        groups: Vec<GroupFindings>,
+    },
+}
+
+/// How devices connected while others sent.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct RampFindings {
+    /// Devices connected at the end.
+    pub connected: u64,
+    /// From the first that began until the last was there.
+    pub seconds: f64,
+    /// Devices connected in a second.
+    pub connects_per_s: f64,
+}
+
+/// How a storm of reconnecting devices went.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct StormFindings {
+    /// Devices that stayed, or were the first to come back.
+    pub established: u64,
+    /// Devices that reconnected at once.
+    pub storming: u64,
+    /// Whether the gateway was restarted before.
+    pub restarted: bool,
+    /// From the end of the old gateway until the established devices were back; absent without a restart.
+    pub established_back_s: Option<f64>,
+    /// Storming devices connected at the end of the storm.
+    pub served: u64,
+    /// Whether each of them had its ping acknowledged as well.
+    pub all_served: bool,
+    /// Until each was connected.
+    pub connected_s: f64,
+    /// Until each had its ping acknowledged.
+    pub served_s: f64,
+    /// Devices connected in a second, all the storm.
+    pub handshakes_per_s: f64,
+    /// Acknowledgement latency of the established devices before the storm.
+    pub before_ms: AckMs,
+    /// The same while it lasted.
+    pub during_ms: AckMs,
+    /// The same afterwards.
+    pub after_ms: AckMs,
+    /// How many times the p99 grew.
+    pub p99_slowdown: f64,
+    #[serde(skip)]
+    most_slowdown: f64,
+}
+
+/// From waking up until acknowledged, of devices that connect for each ping.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct WakeFindings {
+    /// Pings that devices woke up for.
+    pub wakes: u64,
+    /// The half of them, in milliseconds.
+    pub p50_ms: f64,
+    /// All but the slowest hundredth.
+    pub p99_ms: f64,
+    /// The slowest.
+    pub max_ms: f64,
+    /// Those for which both sides showed certificates.
+    pub full: WakeKind,
+    /// Those for which a ticket took their place.
+    pub resumed: WakeKind,
+    /// Those for which the ping travelled with the first packet as well (0-RTT).
+    pub early_data: WakeKind,
+}
+
+/// The wakes whose connections began alike.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct WakeKind {
+    /// How many.
+    pub wakes: u64,
+    /// From waking up until acknowledged, the half of them, in milliseconds.
+    pub p50_ms: f64,
+    /// All but the slowest hundredth.
+    pub p99_ms: f64,
+}
+
+/// How fast everybody was fresh again, and when the old pings were through.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BacklogFindings {
+    /// Older pings that each device held.
+    pub held_each: u32,
+    /// Devices whose newest ping was acknowledged.
+    pub fresh: u64,
+    /// From the return of all until a device's newest ping was acknowledged: the half of them.
+    pub live_p50_ms: f64,
+    /// All but the slowest hundredth.
+    pub live_p99_ms: f64,
+    /// The slowest.
+    pub live_max_ms: f64,
+    /// From the return until every old ping was acknowledged.
+    pub drained_s: f64,
+    #[serde(skip)]
+    fresh_within: Duration,
+}
+
+/// What the network did, in datagrams, both ways.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LossyFindings {
+    /// Handed on, copies included.
+    pub passed: u64,
+    /// Thrown away.
+    pub lost: u64,
+    /// Handed on twice.
+    pub duplicated: u64,
+    /// Handed on after one that had come later.
+    pub overtaken: u64,
+    /// More than the relay could hold, thrown away as well.
+    pub overflowed: u64,
+}
+
+/// What became of a group's pings.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct GroupFindings {
+    /// Its name.
+    pub name: String,
+    /// How many devices.
+    pub devices: u64,
+    /// Pings sent.
+    pub sent: u64,
+    /// Pings acknowledged.
+    pub acked: u64,
+    /// From due to acknowledged, without what was held from before.
+    pub ack_ms: AckMs,
+}
+
+impl RampFindings {
+    pub(crate) fn new(connected: u64, seconds: f64) -> Self {
+        Self {
+            connected,
+            seconds,
+            connects_per_s: rate(connected, seconds),
+        }
+    }
+}
+
+/// What a storm was measured by.
+#[derive(Debug)]
+pub(crate) struct StormMeasures {
+    pub(crate) established: u64,
+    pub(crate) storming: u64,
+    pub(crate) established_back: Option<Duration>,
+    pub(crate) served: u64,
+    pub(crate) all_served: bool,
+    pub(crate) connected: Duration,
+    pub(crate) all_answered: Duration,
+    /// Of the established devices: before, during, after.
+    pub(crate) latencies: [Latencies; 3],
+}
+
+impl StormFindings {
+    pub(crate) fn new(storm: &Storm, measures: &StormMeasures) -> Self {
+        let [before_ms, during_ms, after_ms] = measures.latencies.each_ref().map(Latencies::ack_ms);
+        let connected_s = measures.connected.as_secs_f64();
+        Self {
+            established: measures.established,
+            storming: measures.storming,
+            restarted: storm.restart.is_some(),
+            established_back_s: measures.established_back.map(|back| back.as_secs_f64()),
+            served: measures.served,
+            all_served: measures.all_served,
+            connected_s,
+            served_s: measures.all_answered.as_secs_f64(),
+            handshakes_per_s: rate(measures.served, connected_s),
+            before_ms,
+            during_ms,
+            after_ms,
+            p99_slowdown: during_ms.p99 / before_ms.p99.max(LEAST_MS),
+            most_slowdown: storm.most_slowdown,
+        }
+    }
+}
+
+impl WakeFindings {
+    /// `by_handshake` in the order full, resumed, early data.
+    pub(crate) fn new(all: &Latencies, by_handshake: &[Latencies; 3]) -> Self {
+        let [full, resumed, early_data] = by_handshake.each_ref().map(|latencies| WakeKind {
+            wakes: latencies.count(),
+            p50_ms: latencies.quantile_ms(0.5),
+            p99_ms: latencies.quantile_ms(0.99),
+        });
+        Self {
+            wakes: all.count(),
+            p50_ms: all.quantile_ms(0.5),
+            p99_ms: all.quantile_ms(0.99),
+            max_ms: all.quantile_ms(1.0),
+            full,
+            resumed,
+            early_data,
+        }
+    }
+}
+
+impl BacklogFindings {
+    pub(crate) fn new(
+        held_each: u32,
+        live: &Latencies,
+        drained: Duration,
+        fresh_within: Duration,
+    ) -> Self {
+        Self {
+            held_each,
+            fresh: live.count(),
+            live_p50_ms: live.quantile_ms(0.5),
+            live_p99_ms: live.quantile_ms(0.99),
+            live_max_ms: live.quantile_ms(1.0),
+            drained_s: drained.as_secs_f64(),
+            fresh_within,
+        }
+    }
+}
+
+impl GroupFindings {
+    pub(crate) fn new(group: &Group, sent: u64, acked: u64, latencies: &Latencies) -> Self {
+        Self {
+            name: group.name.clone(),
+            devices: group.devices.into(),
+            sent,
+            acked,
+            ack_ms: latencies.ack_ms(),
+        }
+    }
+}
+
+impl From<relay::Counts> for LossyFindings {
+    fn from(counts: relay::Counts) -> Self {
+        let relay::Counts {
+            passed,
+            lost,
+            duplicated,
+            overtaken,
+            overflowed,
+            ..
+        } = counts;
+        Self {
+            passed,
+            lost,
+            duplicated,
+            overtaken,
+            overflowed,
+        }
+    }
+}
+
+impl Findings {
+    /// What the scenario promises on top of what every run does. `devices` took part, and `breaks` of their
+    /// connections ended with an error.
+    #[must_use]
+    pub fn checks(&self, devices: u64, breaks: u64) -> Vec<Check> {
+        match self {
+            Self::Ramp(ramp) => vec![Check {
+                promise: "every device connected",
+                passed: ramp.connected == devices,
+                detail: format!("{} of {}", Count(ramp.connected), Count(devices)),
+            }],
+            Self::Storm(storm) => vec![
+                Check {
+                    promise: "every device was served again",
+                    passed: storm.all_served,
+                    detail: format!("{} of {}", Count(storm.served), Count(storm.storming)),
+                },
+                Check {
+                    promise: "established devices kept their latency",
+                    passed: storm.p99_slowdown <= storm.most_slowdown,
+                    detail: format!(
+                        "p99 {} before, {} during: {:.1} times, {} at most",
+                        Ms(storm.before_ms.p99),
+                        Ms(storm.during_ms.p99),
+                        storm.p99_slowdown,
+                        storm.most_slowdown
+                    ),
+                },
+            ],
+            Self::Backlog(backlog) => vec![Check {
+                promise: "everybody was fresh again in time",
+                passed: backlog.fresh == devices
+                    && backlog.live_p99_ms <= backlog.fresh_within.as_secs_f64() * 1_000.0,
+                detail: format!(
+                    "{} of {}, p99 {}, {} at most",
+                    Count(backlog.fresh),
+                    Count(devices),
+                    Ms(backlog.live_p99_ms),
+                    humantime::format_duration(backlog.fresh_within)
+                ),
+            }],
+            Self::Rebind { rebinds } => vec![Check {
+                promise: "no new port broke a connection",
+                passed: 0 < *rebinds && breaks == 0,
+                detail: format!("{} broken by {} changes", Count(breaks), Count(*rebinds)),
+            }],
+            Self::Wake(_) | Self::Lossy(_) | Self::Mix { .. } => Vec::new(),
+        }
+    }
+
+    /// The numbers of most interest, as name, value and note.
+    #[must_use]
+    pub fn tiles(&self) -> Vec<(String, String, String)> {
+        let tile = |name: &str, value: String, note: String| (name.to_owned(), value, note);
+        match self {
+            Self::Ramp(ramp) => vec![tile(
+                "connected",
+                format!("{}/s", Count::of(ramp.connects_per_s)),
+                format!("{} in {}", Count(ramp.connected), Seconds(ramp.seconds)),
+            )],
+            Self::Storm(storm) => vec![
+                tile(
+                    "handshakes",
+                    format!("{}/s", Count::of(storm.handshakes_per_s)),
+                    format!("{} in {}", Count(storm.served), Seconds(storm.connected_s)),
+                ),
+                tile(
+                    "all served after",
+                    Seconds(storm.served_s).to_string(),
+                    storm.established_back_s.map_or_else(String::new, |back_s| {
+                        format!("established back {} after the end", Seconds(back_s))
+                    }),
+                ),
+                tile(
+                    "established, p99",
+                    Ms(storm.during_ms.p99).to_string(),
+                    format!(
+                        "{} before, {} after",
+                        Ms(storm.before_ms.p99),
+                        Ms(storm.after_ms.p99)
+                    ),
+                ),
+            ],
+            Self::Wake(wake) => [
+                ("wake to ack, full handshake", wake.full),
+                ("wake to ack, resumed", wake.resumed),
+                ("wake to ack, early data", wake.early_data),
+            ]
+            .into_iter()
+            .filter(|(_, kind)| 0 < kind.wakes)
+            .map(|(name, kind)| {
+                tile(
+                    name,
+                    format!("p50 {}", Ms(kind.p50_ms)),
+                    format!("p99 {}, {} wakes", Ms(kind.p99_ms), Count(kind.wakes)),
+                )
+            })
+            .collect(),
+            Self::Backlog(backlog) => vec![
+                tile(
+                    "fresh again, p99",
+                    Ms(backlog.live_p99_ms).to_string(),
+                    format!(
+                        "p50 {}, max {}",
+                        Ms(backlog.live_p50_ms),
+                        Ms(backlog.live_max_ms)
+                    ),
+                ),
+                tile(
+                    "backlog drained",
+                    Seconds(backlog.drained_s).to_string(),
+                    format!("{} pings each", Count(backlog.held_each.into())),
+                ),
+            ],
+            Self::Rebind { rebinds } => vec![tile(
+                "new ports",
+                Count(*rebinds).to_string(),
+                "of each socket".to_owned(),
+            )],
+            Self::Lossy(lossy) => vec![tile(
+                "datagrams lost",
+                Count(lossy.lost).to_string(),
+                format!(
+                    "{} passed, {} doubled, {} overtaken",
+                    Count(lossy.passed),
+                    Count(lossy.duplicated),
+                    Count(lossy.overtaken)
+                ),
+            )],
+            Self::Mix { groups } => groups
+                .iter()
+                .map(|group| {
+                    (
+                        format!("{}, p99", group.name),
+                        Ms(group.ack_ms.p99).to_string(),
+                        format!(
+                            "{} devices, {} of {} pings, p50 {}",
+                            Count(group.devices),
+                            Count(group.acked),
+                            Count(group.sent),
+                            Ms(group.ack_ms.p50)
+                        ),
+                    )
+                })
+                .collect(),
+        }
+    }
+}
+
+impl fmt::Display for Findings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, value, note) in self.tiles() {
+            writeln!(f, "  {name:<24} {value:<12} {note}")?;
+        }
+        Ok(())
+    }
+}
+
+fn rate(count: u64, seconds: f64) -> f64 {
+    if 0.0 < seconds {
+        count as f64 / seconds
+    } else {
+        0.0
+    }
+}
+
+/// The clock of the books tells microseconds; less is none.
+const LEAST_MS: f64 = 0.001;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn latencies(ms: u64) -> Latencies {
+        let mut latencies = Latencies::default();
+        latencies.record_us(ms * 1_000);
+        latencies
+    }
+
+    fn storm(during_ms: u64, all_served: bool) -> Findings {
+        let storm = Storm {
+            calm: Duration::from_secs(1),
+            restart: None,
+            most_slowdown: 3.0,
+        };
+        let measures = StormMeasures {
+            established: 10,
+            storming: 100,
+            established_back: None,
+            served: 100,
+            all_served,
+            connected: Duration::from_secs(2),
+            all_answered: Duration::from_secs(3),
+            latencies: [latencies(10), latencies(during_ms), latencies(10)],
+        };
+        Findings::Storm(StormFindings::new(&storm, &measures))
+    }
+
+    fn passed(findings: &Findings, devices: u64, breaks: u64) -> bool {
+        findings
+            .checks(devices, breaks)
+            .iter()
+            .all(|check| check.passed)
+    }
+
+    #[test]
+    fn a_storm_fails_when_one_is_not_served_or_the_others_are_slowed_down_too_much() {
+        assert!(passed(&storm(29, true), 110, 0));
+        assert!(!passed(&storm(29, false), 110, 0));
+        assert!(!passed(&storm(31, true), 110, 0));
+    }
+
+    #[test]
+    fn a_backlog_fails_when_one_device_is_not_fresh_or_not_in_time() {
+        let within = Duration::from_secs(5);
+        let backlog = |live_ms| {
+            let drained = Duration::from_secs(60);
+            Findings::Backlog(BacklogFindings::new(
+                720,
+                &latencies(live_ms),
+                drained,
+                within,
+            ))
+        };
+        assert!(passed(&backlog(4_900), 1, 0));
+        assert!(!passed(&backlog(4_900), 2, 0));
+        assert!(!passed(&backlog(5_100), 1, 0));
+    }
+
+    #[test]
+    fn a_rebind_fails_when_a_connection_broke_or_nothing_was_done() {
+        assert!(passed(&Findings::Rebind { rebinds: 3 }, 1, 0));
+        assert!(!passed(&Findings::Rebind { rebinds: 3 }, 1, 1));
+        assert!(!passed(&Findings::Rebind { rebinds: 0 }, 1, 0));
+    }
+
+    #[test]
+    fn a_ramp_fails_when_a_device_is_not_there() {
+        assert!(passed(&Findings::Ramp(RampFindings::new(5, 1.0)), 5, 0));
+        assert!(!passed(&Findings::Ramp(RampFindings::new(4, 1.0)), 5, 0));
+    }
+
+    #[test]
+    fn the_name_of_the_scenario_is_the_name_of_the_object() {
+        let json = serde_json::to_value(storm(20, true)).unwrap();
+        assert_eq!(json["storm"]["handshakes_per_s"], 50.0);
+        assert_eq!(json["storm"]["p99_slowdown"], 2.0);
+        let json = serde_json::to_value(Findings::Mix { groups: Vec::new() }).unwrap();
+        assert!(json["mix"]["groups"].is_array());
+    }
+}
