@@ -5,13 +5,14 @@
 //! connects its [`device`]s over a few sockets ([`link`]) and keeps a [`ledger`] of each; a [`checker`]
 //! watches freshness meanwhile and [`scrape`] what the gateway uses. Then [`verify`] compares store and
 //! freshness with the ledgers, and [`verdict`] makes a [`report`] of it, which [`page`] lays out with the
-//! charts of its [`timeline`].
+//! charts of its [`timeline`]. [`limits`] is another thing: it measures what the machine can do at all.
 
 mod chart;
 pub mod checker;
 pub mod device;
 pub mod fleet;
 pub mod ledger;
+pub mod limits;
 pub mod link;
 pub mod local_gateway;
 pub mod page;

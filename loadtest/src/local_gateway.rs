@@ -44,10 +44,18 @@ impl LocalGateway {
     /// # Errors
     /// When there is no `waypost` beside this program, or it does not become ready.
     pub async fn start() -> anyhow::Result<Self> {
+        Self::start_in(&std::env::temp_dir()).await
+    }
+
+    /// The same in a temporary folder below `parent`, where the disk may be another one.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_in(parent: &Path) -> anyhow::Result<Self> {
         let program = program_beside_this_one()?;
         let folder = tempfile::Builder::new()
             .prefix("waypost-loadtest-")
-            .tempdir()?;
+            .tempdir_in(parent)?;
         let log = File::create(folder.path().join(LOG_FILE))?;
         let mut child = Command::new(&program)
             .args(["serve", "--dev", "--data"])
@@ -80,6 +88,14 @@ impl LocalGateway {
             pki: data.join("pki"),
             data: Some(data),
         }
+    }
+
+    /// Whose processor time it uses.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn process_id(&self) -> anyhow::Result<u32> {
+        self.child.id().context("the gateway has ended")
     }
 
     /// Stops it as an operator would and waits for its end; the folder stays until the result is dropped.

@@ -13,6 +13,7 @@ use clap::{Args, Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 use waypost_gateway::clock::system_now_ms;
 use waypost_loadtest::{
+    limits::LimitsCommand,
     page,
     progress::Progress,
     replay::Replay,
@@ -31,7 +32,15 @@ use waypost_loadtest::{
 #[command(name = "loadtest", version)]
 struct Cli {
     #[command(subcommand)]
-    scenario: Command,
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    #[command(flatten)]
+    Scenario(Command),
+    #[command(flatten)]
+    Limits(LimitsCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -114,7 +123,11 @@ struct Length(Option<Duration>);
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let (scenario, common) = match prepare(cli.scenario) {
+    let command = match cli.task {
+        Task::Scenario(command) => command,
+        Task::Limits(command) => return command.run().await,
+    };
+    let (scenario, common) = match prepare(command) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error, EXIT_USAGE),
     };
