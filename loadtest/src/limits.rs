@@ -14,6 +14,7 @@ mod crew;
 pub mod echo;
 pub mod figures;
 mod load;
+mod owed;
 mod pace;
 mod processor;
 mod wire;
@@ -205,7 +206,7 @@ async fn serve_both(
     let data = target.data.clone().context("the gateway has no folder")?;
     let echo = EchoProcess::start(&data).await?;
     progress.say(format_args!(
-        "Waypost on udp {}, a bare echo on udp {}; medians of {} rounds each, in turn",
+        "Waypost on udp {}, a bare echo on udp {}; median of {} in turn",
         target.devices,
         echo.address(),
         args.rounds
@@ -232,8 +233,8 @@ async fn serve_both(
     progress.begin("connecting", None);
     sides.waypost.crew.connect(busy.clone()).await?;
     sides.echo.crew.connect(busy).await?;
-    let lone = sides.exchange(LONE_PINGS, progress).await?;
-    let batches = sides.exchange(BATCHES, progress).await?;
+    let lone = sides.exchange(LONE_PINGS, plan, progress).await?;
+    let batches = sides.exchange(BATCHES, plan, progress).await?;
     let (handshakes, storm_refusals) = sides.shake_hands(plan, progress).await?;
     let (sparse, sparse_latencies) = sides.keep_pace(plan, args.rate.into(), progress).await?;
     drop(sides);
@@ -259,11 +260,12 @@ impl Sides {
     }
 
     /// All connections send, each when it has its answer, as often as the load says.
-    async fn exchange(&self, load: Load, progress: &Progress) -> anyhow::Result<Costs> {
+    async fn exchange(&self, load: Load, plan: Plan, progress: &Progress) -> anyhow::Result<Costs> {
         let mut costs = Costs::default();
+        let pings = load.pings(plan.busy.into()) as f64;
         progress.begin(load.name, Some(self.rounds as u64 + 1));
         for round in 0..=self.rounds {
-            progress.at(round as u64, String::new);
+            progress.at(round as u64, || costs.newest(pings));
             for (side, costs) in self.turns(&mut costs) {
                 side.crew.prepare(self.drive, load).await?;
                 let (cost, ()) = side.cost_of(side.crew.exchange()).await?;
@@ -282,7 +284,7 @@ impl Sides {
         let mut refusals = 0;
         progress.begin("handshakes", Some(self.rounds as u64));
         for round in 0..self.rounds {
-            progress.at(round as u64, String::new);
+            progress.at(round as u64, || costs.newest(plan.joining.into()));
             let first = plan.busy as usize + round * plan.joining as usize;
             for (side, costs) in self.turns(&mut costs) {
                 let joining = side.crew.connect(first..first + plan.joining as usize);
@@ -365,7 +367,7 @@ async fn commit(
         let round = tokio::task::spawn_blocking(move || commit_path::round(load, devices, &folder));
         rounds.push(round.await??);
     }
-    Ok(Committed::of(&rounds))
+    Ok(Committed::of(&rounds, load.pings(devices.into()) as f64))
 }
 
 fn figures(
@@ -381,9 +383,9 @@ fn figures(
         total,
         sparse_pings,
     } = served.plan;
-    let compared = |load: Load| load.pings(busy.into()) as f64;
-    let lone = served.lone.compared(compared(LONE_PINGS));
-    let batches = served.batches.compared(compared(BATCHES));
+    let pings_of = |load: Load| load.pings(busy.into()) as f64;
+    let lone = served.lone.compared(pings_of(LONE_PINGS));
+    let batches = served.batches.compared(pings_of(BATCHES));
     let handshakes = served.handshakes.compared(joining.into());
     let sparse = served
         .sparse
@@ -406,7 +408,8 @@ fn figures(
                 waypost_pings_per_s: batches.waypost_per_s,
                 waypost_of_echo: batches.waypost_of_echo,
                 rocksdb_bytes_per_s: batch_commits.rocksdb_bytes_per_s,
-                waypost_bytes_per_s: batch_commits.waypost_bytes_per_s,
+                rocksdb_pings_per_s: batch_commits.rocksdb_pings_per_s,
+                committer_pings_per_s: batch_commits.committer_pings_per_s,
                 waypost_of_rocksdb: batch_commits.waypost_of_rocksdb,
             },
             lone: Lone {
@@ -422,7 +425,8 @@ fn figures(
             echo_handshake_cpu_us: handshakes.echo_cpu_us,
             waypost_handshake_cpu_us: handshakes.waypost_cpu_us,
             rocksdb_bytes_per_s: lone_commits.rocksdb_bytes_per_s,
-            waypost_bytes_per_s: lone_commits.waypost_bytes_per_s,
+            rocksdb_pings_per_s: lone_commits.rocksdb_pings_per_s,
+            committer_pings_per_s: lone_commits.committer_pings_per_s,
             waypost_of_rocksdb: lone_commits.waypost_of_rocksdb,
             group_requests: lone_commits.group_requests,
             fsync_ms: syncs.into(),

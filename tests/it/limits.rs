@@ -1,8 +1,13 @@
 //! The measurement of limits in a small form: it measures everything, whatever the numbers are here.
 
-use std::process::{Command, Output};
+use std::{
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Command, Output, Stdio},
+};
 
-use waypost_tests::binary;
+use waypost_gateway::pki::prepare_development;
+use waypost_tests::{binary, within_minutes};
 
 fn limits(args: &[&str]) -> Output {
     Command::new(binary("loadtest"))
@@ -45,7 +50,8 @@ fn a_small_run_measures_every_limit_and_leaves_nothing_behind() {
         "/batches/waypost_pings_per_s",
         "/batches/waypost_of_echo",
         "/batches/rocksdb_bytes_per_s",
-        "/batches/waypost_bytes_per_s",
+        "/batches/rocksdb_pings_per_s",
+        "/batches/committer_pings_per_s",
         "/batches/waypost_of_rocksdb",
         "/lone/echo_cpu_us",
         "/lone/waypost_cpu_us",
@@ -57,7 +63,8 @@ fn a_small_run_measures_every_limit_and_leaves_nothing_behind() {
         "/echo_handshake_cpu_us",
         "/waypost_handshake_cpu_us",
         "/rocksdb_bytes_per_s",
-        "/waypost_bytes_per_s",
+        "/rocksdb_pings_per_s",
+        "/committer_pings_per_s",
         "/waypost_of_rocksdb",
         "/group_requests",
         "/fsync_ms/p50",
@@ -86,4 +93,28 @@ fn what_cannot_be_measured_is_an_error_and_no_number() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("/nowhere/at/all"), "{said}");
     assert!(output.stdout.is_empty());
+}
+
+#[tokio::test]
+async fn the_echo_does_not_outlive_whoever_started_it() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare_development(&dir.path().join("pki")).unwrap();
+    let mut echo = Command::new(binary("loadtest"))
+        .arg("echo-server")
+        .arg("--data")
+        .arg(dir.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut address = String::new();
+    let mut said = BufReader::new(echo.stdout.take().unwrap());
+    said.read_line(&mut address).unwrap();
+    let address: SocketAddr = address.trim().parse().unwrap();
+    assert!(address.ip().is_loopback());
+    assert!(echo.try_wait().unwrap().is_none(), "it serves");
+
+    drop(echo.stdin.take());
+    let ended = tokio::task::spawn_blocking(move || echo.wait());
+    assert!(within_minutes(ended).await.unwrap().unwrap().success());
 }

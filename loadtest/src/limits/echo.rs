@@ -116,18 +116,15 @@ pub(crate) async fn serve(args: &EchoArgs) -> anyhow::Result<()> {
         ..Config::default()
     };
     config.devices.listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    let endpoint = bind(&config)?;
-    println!("{}", endpoint.local_addr()?);
-    let parent = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new()));
-    tokio::select! {
-        () = serve_echo(endpoint) => {}
-        ended = parent => drop(ended),
-    }
+    println!("{}", start(&config)?);
+    // An error is an end as well.
+    _ = tokio::task::spawn_blocking(|| std::io::stdin().read_to_end(&mut Vec::new())).await?;
     Ok(())
 }
 
-/// How the echo's sockets and threads are arranged: here one endpoint on the tokio runtime that calls.
-fn bind(config: &Config) -> anyhow::Result<Endpoint> {
+/// How the echo's sockets and threads are arranged: one endpoint on the tokio runtime that calls. Returns where
+/// it listens.
+fn start(config: &Config) -> anyhow::Result<SocketAddr> {
     let tls = tls::device_server_config(&config.tls)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     server.transport_config(Arc::new(worker::transport(&config.devices)?));
@@ -135,13 +132,15 @@ fn bind(config: &Config) -> anyhow::Result<Endpoint> {
     let buffers = SockRef::from(&socket);
     buffers.set_recv_buffer_size(config.devices.socket_buffer_bytes)?;
     buffers.set_send_buffer_size(config.devices.socket_buffer_bytes)?;
-    Endpoint::new(
+    let endpoint = Endpoint::new(
         EndpointConfig::default(),
         Some(server),
         socket,
         Arc::new(TokioRuntime),
-    )
-    .context("the echo's socket cannot be used")
+    )?;
+    let address = endpoint.local_addr()?;
+    tokio::spawn(serve_echo(endpoint));
+    Ok(address)
 }
 
 /// Accepts until the endpoint is closed.

@@ -59,9 +59,11 @@ pub struct Limits {
     /// Keys and values that RocksDB alone writes and syncs, in the groups in which the committer writes
     /// lone pings.
     pub rocksdb_bytes_per_s: f64,
-    /// The same keys and values through the committer.
-    pub waypost_bytes_per_s: f64,
-    /// The second by the first.
+    /// The same as pings.
+    pub rocksdb_pings_per_s: f64,
+    /// These pings through the committer, with judging, publishing and answering.
+    pub committer_pings_per_s: f64,
+    /// The committer's by that of RocksDB alone.
     pub waypost_of_rocksdb: f64,
     /// Requests in one of these groups.
     pub group_requests: f64,
@@ -77,7 +79,8 @@ pub struct Batches {
     pub waypost_pings_per_s: f64,
     pub waypost_of_echo: f64,
     pub rocksdb_bytes_per_s: f64,
-    pub waypost_bytes_per_s: f64,
+    pub rocksdb_pings_per_s: f64,
+    pub committer_pings_per_s: f64,
     pub waypost_of_rocksdb: f64,
 }
 
@@ -127,6 +130,21 @@ pub(crate) struct Compared {
 }
 
 impl Costs {
+    /// What both did in the newest round, for a live display.
+    pub(crate) fn newest(&self, things: f64) -> String {
+        let shown = |costs: &[Cost]| {
+            costs.last().map_or_else(
+                || "warming up".to_owned(),
+                |cost| rate(things / cost.elapsed.as_secs_f64()),
+            )
+        };
+        format!(
+            "Waypost {}, echo {}",
+            shown(&self.waypost),
+            shown(&self.echo)
+        )
+    }
+
     /// Per thing, of which there were `things` in each round. The ratio is that of each pair of rounds, so
     /// that a change of the machine's speed between two pairs does not count.
     pub(crate) fn compared(&self, things: f64) -> Compared {
@@ -147,21 +165,24 @@ impl Costs {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Committed {
     pub(crate) rocksdb_bytes_per_s: f64,
-    pub(crate) waypost_bytes_per_s: f64,
+    pub(crate) rocksdb_pings_per_s: f64,
+    pub(crate) committer_pings_per_s: f64,
     pub(crate) waypost_of_rocksdb: f64,
     pub(crate) group_requests: f64,
 }
 
 impl Committed {
-    pub(crate) fn of(rounds: &[CommitRound]) -> Self {
-        let middle = |figure: fn(&CommitRound) -> f64| median(rounds.iter().map(figure));
+    /// There were `pings` in each round.
+    pub(crate) fn of(rounds: &[CommitRound], pings: f64) -> Self {
+        let middle = |figure: &dyn Fn(&CommitRound) -> f64| median(rounds.iter().map(figure));
         Self {
-            rocksdb_bytes_per_s: middle(|round| round.bytes as f64 / round.rocksdb.as_secs_f64()),
-            waypost_bytes_per_s: middle(|round| round.bytes as f64 / round.committer.as_secs_f64()),
-            waypost_of_rocksdb: middle(|round| {
+            rocksdb_bytes_per_s: middle(&|round| round.bytes as f64 / round.rocksdb.as_secs_f64()),
+            rocksdb_pings_per_s: middle(&|round| pings / round.rocksdb.as_secs_f64()),
+            committer_pings_per_s: middle(&|round| pings / round.committer.as_secs_f64()),
+            waypost_of_rocksdb: middle(&|round| {
                 round.rocksdb.as_secs_f64() / round.committer.as_secs_f64()
             }),
-            group_requests: middle(|round| round.group_requests as f64),
+            group_requests: middle(&|round| round.group_requests as f64),
         }
     }
 }
@@ -216,12 +237,12 @@ impl fmt::Display for Line {
             goal,
         } = self;
         let ratio = ratio.map_or_else(String::new, |ratio| format!("{ratio:.2}"));
-        write!(f, "  {what:<52} {waypost:>16}  {against:<34} {ratio:>5}")?;
-        if let Some(Goal { wording, is_met }) = goal {
-            let verdict = if *is_met { "met" } else { "missed" };
-            write!(f, "  {wording}, {verdict}")?;
-        }
-        writeln!(f)
+        let goal = goal.as_ref().map_or_else(String::new, |goal| {
+            let verdict = if goal.is_met { "met" } else { "missed" };
+            format!("{}, {verdict}", goal.wording)
+        });
+        let line = format!("  {what:<52} {waypost:>10}  {against:<30} {ratio:>5}  {goal}");
+        writeln!(f, "{}", line.trim_end())
     }
 }
 
@@ -294,15 +315,23 @@ impl Figures {
                     "commit path, lone pings, groups of {}",
                     Count::of(limits.group_requests)
                 ),
-                waypost: megabytes(limits.waypost_bytes_per_s),
-                against: format!("RocksDB {}", megabytes(limits.rocksdb_bytes_per_s)),
+                waypost: rate(limits.committer_pings_per_s),
+                against: format!(
+                    "RocksDB {}, {}",
+                    rate(limits.rocksdb_pings_per_s),
+                    megabytes(limits.rocksdb_bytes_per_s)
+                ),
                 ratio: Some(limits.waypost_of_rocksdb),
                 goal: Goal::ratio(limits.waypost_of_rocksdb, ROCKSDB_GOAL),
             },
             Line {
                 what: "commit path, batches of 100".to_owned(),
-                waypost: megabytes(batches.waypost_bytes_per_s),
-                against: format!("RocksDB {}", megabytes(batches.rocksdb_bytes_per_s)),
+                waypost: rate(batches.committer_pings_per_s),
+                against: format!(
+                    "RocksDB {}, {}",
+                    rate(batches.rocksdb_pings_per_s),
+                    megabytes(batches.rocksdb_bytes_per_s)
+                ),
                 ratio: Some(batches.waypost_of_rocksdb),
                 goal: Goal::ratio(batches.waypost_of_rocksdb, ROCKSDB_GOAL),
             },
@@ -314,7 +343,7 @@ impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "  {:<52} {:>16}  {:<34} {:>5}  goal",
+            "  {:<52} {:>10}  {:<30} {:>5}  goal",
             "what", "Waypost", "against", "ratio"
         )?;
         self.lines().iter().try_for_each(|line| line.fmt(f))?;
@@ -380,7 +409,8 @@ mod tests {
                     waypost_pings_per_s: 1.5e6,
                     waypost_of_echo: 0.21,
                     rocksdb_bytes_per_s: 3e7,
-                    waypost_bytes_per_s: 2e7,
+                    rocksdb_pings_per_s: 33e6,
+                    committer_pings_per_s: 22e6,
                     waypost_of_rocksdb: 0.67,
                 },
                 lone: Lone {
@@ -396,7 +426,8 @@ mod tests {
                 echo_handshake_cpu_us: 300.0,
                 waypost_handshake_cpu_us: 350.0,
                 rocksdb_bytes_per_s: 2e7,
-                waypost_bytes_per_s: 1.5e7,
+                rocksdb_pings_per_s: 400_000.0,
+                committer_pings_per_s: 300_000.0,
                 waypost_of_rocksdb: 0.75,
                 group_requests: 500.0,
                 fsync_ms: percentiles,

@@ -1,19 +1,17 @@
 //! One connection of the measuring client: frames out, and each answer checked against what was sent.
 //!
-//! Knows how the gateway and the echo answer. Must not know threads, rounds or the clock.
-//!
-//! # Bounds
-//!
-//! A wire owes what it was told to send, at most one round of it.
+//! Knows streams and who is at their other end. Must not know threads, rounds or the clock.
 
-use std::{collections::VecDeque, iter};
+use std::iter;
 
 use anyhow::{Context, bail, ensure};
-use bytes::Bytes;
 use quinn::{RecvStream, SendStream};
 use waypost_proto::{frame::FrameReader, v1};
 
-use super::load::{self, Drive};
+use super::{
+    load::{self, Drive},
+    owed::{Frame, Owed},
+};
 use crate::link::Link;
 
 /// What a wire leads to, which decides what a right answer is.
@@ -23,13 +21,6 @@ pub(crate) enum Server {
     Waypost,
     /// It sends the same bytes back at once.
     Echo,
-}
-
-/// One request, ready for the wire.
-#[derive(Clone, Debug)]
-pub(crate) struct Frame {
-    last_seq: u64,
-    bytes: Bytes,
 }
 
 /// A device: a connection with one stream.
@@ -58,10 +49,8 @@ pub(crate) struct Answers {
     server: Server,
     recv: RecvStream,
     reader: FrameReader,
-    /// What was or will be sent, and not answered.
-    owed: VecDeque<Frame>,
-    /// How much of the first that is owed has come back from the echo.
-    matched_bytes: usize,
+    /// Also what is about to be sent.
+    owed: Owed,
 }
 
 impl Wire {
@@ -88,15 +77,14 @@ impl Wire {
                 server,
                 recv,
                 reader: FrameReader::new(MAX_FRAME_BYTES),
-                owed: VecDeque::new(),
-                matched_bytes: 0,
+                owed: Owed::default(),
             },
         };
         wire.requests.send(0).await?;
         match server {
             Server::Waypost => wire.requests.epoch = wire.answers.welcome().await?.epoch,
             Server::Echo => {
-                wire.answers.owed.push_back(hello);
+                wire.answers.owed.expect(&[hello]);
                 wire.answers.next().await?;
             }
         }
@@ -121,7 +109,7 @@ impl Wire {
         })
         .take(usize::try_from(requests).unwrap_or(usize::MAX))
         .collect();
-        self.answers.owed = frames.iter().cloned().collect();
+        self.answers.owed.expect(frames);
     }
 
     /// Sends what was prepared, each request when the one before is answered.
@@ -167,12 +155,12 @@ impl Answers {
         while self.owed.len() == owed_before {
             match self.server {
                 Server::Waypost => match self.frame().await? {
-                    v1::gateway_frame::Kind::Ack(ack) => self.settle(&ack)?,
+                    v1::gateway_frame::Kind::Ack(ack) => self.owed.acknowledge(&ack)?,
                     other => bail!("a batch is answered with Ack, not with {other:?}"),
                 },
                 Server::Echo => {
                     let chunk = self.recv.read_chunk(usize::MAX, true).await?;
-                    self.match_bytes(&chunk.context(ENDED)?.bytes)?;
+                    self.owed.hear(&chunk.context(ENDED)?.bytes)?;
                 }
             }
         }
@@ -194,41 +182,6 @@ impl Answers {
             let chunk = self.recv.read_chunk(usize::MAX, true).await?;
             self.reader.extend(&chunk.context(ENDED)?.bytes);
         }
-    }
-
-    /// All that was ever sent must be stored: nothing missing, refused or known already.
-    fn settle(&mut self, ack: &v1::Ack) -> anyhow::Result<()> {
-        let mut last_seq = None;
-        while let Some(frame) = self
-            .owed
-            .pop_front_if(|frame| frame.last_seq <= ack.durable_upto)
-        {
-            last_seq = Some(frame.last_seq);
-        }
-        if let Some(last_seq) = last_seq {
-            let is_all = ack.durable_upto == last_seq && ack.accepted == last_seq;
-            ensure!(is_all, "pings up to {last_seq} were sent, but {ack:?}");
-        }
-        Ok(())
-    }
-
-    fn match_bytes(&mut self, mut echoed: &[u8]) -> anyhow::Result<()> {
-        while !echoed.is_empty() {
-            let frame = self
-                .owed
-                .front()
-                .context("the echo says more than it heard")?;
-            let rest = &frame.bytes[self.matched_bytes..];
-            let (same, beyond) = echoed.split_at(rest.len().min(echoed.len()));
-            ensure!(rest.starts_with(same), "the echo changed what it heard");
-            echoed = beyond;
-            self.matched_bytes += same.len();
-            if self.matched_bytes == frame.bytes.len() {
-                self.matched_bytes = 0;
-                self.owed.pop_front();
-            }
-        }
-        Ok(())
     }
 }
 
