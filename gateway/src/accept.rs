@@ -89,6 +89,7 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
         }
     }
     endpoint.set_server_config(None);
+    parts.sessions.takeovers.call_all();
     sessions.close();
     // A device that takes its answers drop by drop must not hold up the stop.
     let is_prompt = timeout(SESSIONS_TIMEOUT, sessions.wait()).await.is_ok();

@@ -40,7 +40,7 @@ use crate::{
     store::{Batch, CommitError, Day, PingKey, Store, record},
 };
 
-pub use crate::handoff::{Answer, Bell, CommitHandle, Mailbox, Stopped};
+pub use crate::handoff::{Answer, Bell, CommitHandle, Mail, Mailbox, Stopped};
 
 /// Settings of the committer and of what it admits.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]

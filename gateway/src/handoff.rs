@@ -120,9 +120,20 @@ pub struct Mailbox {
     bell: Arc<Bell>,
 }
 
+/// What a session finds in its mailbox.
+#[derive(Debug)]
+pub struct Mail {
+    /// In the order it was asked; perhaps none.
+    pub answers: Vec<(Lane, Answer)>,
+    /// Whether the session was called: there is something else to look at.
+    pub is_call: bool,
+}
+
 #[derive(Debug, Default)]
 struct Inbox {
     answers: Vec<(Lane, Answer)>,
+    is_call: bool,
+    is_taken_over: bool,
     /// Hellos that were handed over and not answered.
     waiting_hellos: usize,
 }
@@ -139,13 +150,45 @@ impl Mailbox {
         })
     }
 
-    /// Waits until there is something, and takes all of it, in the order it was asked.
-    pub async fn take(&self) -> Vec<(Lane, Answer)> {
+    /// Waits until there is something, and takes all of it.
+    pub async fn take(&self) -> Mail {
         loop {
-            let answers = std::mem::take(&mut self.inbox.lock().answers);
-            if !answers.is_empty() {
-                return answers;
+            let mail = {
+                let mut inbox = self.inbox.lock();
+                Mail {
+                    answers: std::mem::take(&mut inbox.answers),
+                    is_call: std::mem::take(&mut inbox.is_call),
+                }
+            };
+            if mail.is_call || !mail.answers.is_empty() {
+                return mail;
             }
+            self.arrived.notified().await;
+        }
+    }
+
+    /// Calls the session, from whichever thread: something has changed that it looks at when it is called. One
+    /// thing to wait for costs it less than one for each of these.
+    pub fn call(&self) {
+        self.inbox.lock().is_call = true;
+        self.arrived.notify_one();
+    }
+
+    /// Tells the session, and calls it, that a newer connection of its device has taken over.
+    pub fn take_over(&self) {
+        self.inbox.lock().is_taken_over = true;
+        self.call();
+    }
+
+    /// Whether a newer connection has taken over.
+    #[must_use]
+    pub fn is_taken_over(&self) -> bool {
+        self.inbox.lock().is_taken_over
+    }
+
+    /// Waits until a newer connection has taken over, and leaves everything in the mailbox.
+    pub async fn taken_over(&self) {
+        while !self.is_taken_over() {
             self.arrived.notified().await;
         }
     }
@@ -500,7 +543,7 @@ mod tests {
         ask(&handle, Lane::Live, Request::Heartbeat, &mailbox).await;
         ask(&handle, Lane::Backfill, Request::Heartbeat, &mailbox).await;
         drop(requests);
-        let answers = mailbox.take().await;
+        let answers = mailbox.take().await.answers;
         assert!(
             matches!(
                 answers[..],

@@ -44,7 +44,7 @@ use waypost_proto::{
 use crate::{
     admission::Admission,
     allowance::{Allowance, Allowances},
-    commit::{Answer, Bell, CommitHandle, Mailbox, Stopped},
+    commit::{Answer, Bell, CommitHandle, Mail, Mailbox, Stopped},
     metrics::Metrics,
     takeover::Takeovers,
     tls::RestoredCheck,
@@ -126,14 +126,17 @@ pub(crate) async fn serve(
     parts: Arc<SessionParts>,
     early: Option<Box<Early>>,
 ) {
-    let mailbox = Mailbox::new(&bell);
-    let mut shell = Shell::new(&connection, device, &allowance, mailbox, &parts);
+    let mailbox = match &early {
+        Some(early) => Arc::clone(&early.mailbox),
+        None => Mailbox::new(&bell),
+    };
+    let mut shell = Shell::new(&connection, device, &allowance, &mailbox, &parts);
     let end = match shell.take_over_early(early).await {
         Ok(()) => shell.run().await,
         Err(end) => end,
     };
     drop(shell);
-    parts.takeovers.release(device, connection.stable_id());
+    parts.takeovers.release(device, &mailbox);
     let now = std::time::Instant::now();
     parts.allowances.leave(device, allowance, now);
     let limits = &parts.metrics.limits;
@@ -208,8 +211,9 @@ struct Shell<'a> {
     streams: Vec<Stream>,
     /// Requests at the committer, by lane; a lane may change its stream meanwhile.
     requests_in_flight: [usize; 2],
-    mailbox: Arc<Mailbox>,
-    taken_over: Option<CancellationToken>,
+    mailbox: &'a Arc<Mailbox>,
+    /// Whether this is the device's current session: from the first Hello on, until a newer one takes over.
+    is_current: bool,
     is_draining: bool,
     /// Until when nothing is read, because the device has sent more than it may.
     held_until: Option<Instant>,
@@ -226,9 +230,8 @@ type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
 
 /// What woke the session.
 enum Wake {
-    TakenOver,
     Draining,
-    Answers(Vec<(Lane, Answer)>),
+    Mail(Mail),
     Read(usize, Result<Option<Bytes>, ReadError>),
     Opened(SendStream, RecvStream),
     Deadline,
@@ -242,7 +245,7 @@ impl<'a> Shell<'a> {
         connection: &'a Connection,
         device: DeviceId,
         allowance: &'a Allowance,
-        mailbox: Arc<Mailbox>,
+        mailbox: &'a Arc<Mailbox>,
         parts: &'a Arc<SessionParts>,
     ) -> Self {
         Self {
@@ -254,7 +257,7 @@ impl<'a> Shell<'a> {
             streams: Vec::new(),
             requests_in_flight: [0; 2],
             mailbox,
-            taken_over: None,
+            is_current: false,
             is_draining: false,
             held_until: None,
             waiting_backfill: None,
@@ -275,7 +278,6 @@ impl<'a> Shell<'a> {
         let own = &mut self.streams[0];
         (own.reader, own.lane) = (stream.reader, stream.lane);
         self.session = early.session;
-        self.mailbox = early.mailbox;
         if let Some(request) = early.asked {
             self.requests_in_flight[Lane::Live as usize] += 1;
             // It is in the store by now; what is too much is made up for by reading nothing for a while.
@@ -295,15 +297,8 @@ impl<'a> Shell<'a> {
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
             let result = match self.wake(silent_until).await {
-                Wake::TakenOver => Err(End::taken_over()),
                 Wake::Draining => self.begin_draining().await,
-                Wake::Answers(answers) => {
-                    let was_full = self.is_full();
-                    match self.deliver(answers).await {
-                        Ok(()) if !self.is_draining => self.resume(was_full).await,
-                        result => result,
-                    }
-                }
+                Wake::Mail(mail) => self.open_mail(mail).await,
                 Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
                 Wake::Read(at, Ok(None)) => self.finished(at),
                 Wake::Read(at, Err(error)) => self.broken(at, &error),
@@ -336,6 +331,23 @@ impl<'a> Shell<'a> {
         }
     }
 
+    async fn open_mail(&mut self, mail: Mail) -> Result<(), End> {
+        if mail.is_call {
+            if self.mailbox.is_taken_over() {
+                return Err(End::taken_over());
+            }
+            if !self.is_draining && self.parts.draining.is_cancelled() {
+                self.begin_draining().await?;
+            }
+        }
+        let was_full = self.is_full();
+        self.deliver(mail.answers).await?;
+        if self.is_draining {
+            return Ok(());
+        }
+        self.resume(was_full).await
+    }
+
     /// Sends the device away, to come back at a time of its own: all of a fleet at once would be a storm.
     async fn begin_draining(&mut self) -> Result<(), End> {
         self.is_draining = true;
@@ -360,25 +372,26 @@ impl<'a> Shell<'a> {
             .iter()
             .filter(|stream| reads_backfill || stream.lane != Some(Lane::Backfill))
             .filter_map(|stream| stream.deadline)
-            .chain(self.taken_over.is_none().then_some(silent_until))
+            .chain((!self.is_current).then_some(silent_until))
             .min()
             .filter(|_| may_read);
         let (streams, waiting) = (&mut self.streams, &mut self.waiting_backfill);
-        let taken_over = self.taken_over.as_ref();
+        let accepts = !self.is_draining && held_until.is_none();
         tokio::select! {
             biased;
-            () = async { taken_over.expect("guarded").cancelled().await }, if taken_over.is_some() => Wake::TakenOver,
-            // Before all that a busy device could keep ready for ever.
-            () = self.parts.draining.cancelled(), if !self.is_draining => Wake::Draining,
-            answers = self.mailbox.take() => Wake::Answers(answers),
+            // Before all that a busy device could keep ready for ever. The current session of a device is called
+            // instead, so that hundreds of thousands need not wait at one place.
+            () = self.parts.draining.cancelled(), if !self.is_draining && !self.is_current => Wake::Draining,
+            mail = self.mailbox.take() => Wake::Mail(mail),
             submitted = async { waiting.as_mut().expect("guarded").await }, if waiting.is_some() => Wake::Submitted(submitted),
             (at, read) = read_any(streams, reads_backfill), if may_read => Wake::Read(at, read),
             () = async { sleep_until(held_until.expect("guarded")).await }, if held_until.is_some() => Wake::Released,
-            opened = self.connection.accept_bi(), if !self.is_draining && held_until.is_none() => match opened {
+            opened = self.connection.accept_bi(), if accepts => match opened {
                 Ok((send, recv)) => Wake::Opened(send, recv),
                 Err(error) => Wake::Gone(error),
             },
-            error = self.connection.closed() => Wake::Gone(error),
+            // Else the end of the connection shows in what is accepted.
+            error = self.connection.closed(), if !accepts => Wake::Gone(error),
             () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => Wake::Deadline,
         }
     }
@@ -526,12 +539,12 @@ impl<'a> Shell<'a> {
     /// Hello has named the stream's lane; with the first one the device becomes this connection's.
     fn bind(&mut self, at: usize, lane: Lane) {
         self.streams[at].lane = Some(lane);
-        if self.taken_over.is_none() {
-            self.taken_over = Some(
-                self.parts
-                    .takeovers
-                    .claim(self.device, self.connection.stable_id()),
-            );
+        if !std::mem::replace(&mut self.is_current, true) {
+            self.parts.takeovers.claim(self.device, self.mailbox);
+            // All current sessions may have been called by now.
+            if self.parts.draining.is_cancelled() {
+                self.mailbox.call();
+            }
         }
     }
 
@@ -543,7 +556,7 @@ impl<'a> Shell<'a> {
     ) -> Result<(), End> {
         self.requests_in_flight[lane as usize] += 1;
         if lane == Lane::Backfill && !matches!(request, Request::Hello(_)) {
-            let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(&self.mailbox));
+            let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(self.mailbox));
             let device = self.device;
             let submitting = async move {
                 commit
@@ -554,17 +567,14 @@ impl<'a> Shell<'a> {
             self.waiting_backfill = Some(Box::pin(submitting));
             return Ok(());
         }
-        let taken_over = self.taken_over.as_ref();
         // While a full queue or a disk that hangs keeps us here, the device may go or come anew.
         tokio::select! {
             biased;
-            submitted = self.parts.commit.submit(self.device, lane, request, deferral, &self.mailbox) => {
+            submitted = self.parts.commit.submit(self.device, lane, request, deferral, self.mailbox) => {
                 submitted.map_err(|stopped| End::ours(CloseCode::StorageFailed, stopped))
             }
             error = self.connection.closed() => Err(End::Peer(error)),
-            () = async { taken_over.expect("guarded").cancelled().await }, if taken_over.is_some() => {
-                Err(End::taken_over())
-            }
+            () = self.mailbox.taken_over() => Err(End::taken_over()),
         }
     }
 

@@ -1,19 +1,20 @@
-//! Which connection a device is on: a newer one ends the older one.
+//! Which session a device is served by: that of a newer connection ends the older one.
 //!
-//! Knows devices and tokens; must not know what a connection is. Holds one entry per connected device,
+//! Knows devices and mailboxes; must not know what a connection is. Holds one entry per connected device,
 //! so it is bounded by the connections.
+
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
-use tokio_util::sync::CancellationToken;
 use waypost_proto::id::DeviceId;
 
-use crate::metrics::Metrics;
+use crate::{commit::Mailbox, metrics::Metrics};
 
-/// The current connection of each device.
+/// The current session of each device.
 #[derive(Debug)]
 pub struct Takeovers {
-    current: Mutex<FxHashMap<DeviceId, (usize, CancellationToken)>>,
+    current: Mutex<FxHashMap<DeviceId, Arc<Mailbox>>>,
     metrics: Metrics,
 }
 
@@ -27,30 +28,30 @@ impl Takeovers {
         }
     }
 
-    /// Makes `connection` the device's current one and cancels the one before. The token is cancelled
-    /// when a newer one comes.
-    #[must_use]
-    pub fn claim(&self, device: DeviceId, connection: usize) -> CancellationToken {
-        let token = CancellationToken::new();
-        let older = self
-            .current
-            .lock()
-            .insert(device, (connection, token.clone()));
-        if let Some((_, older)) = older {
+    /// Makes the session with this mailbox the device's current one, and tells the one before.
+    pub fn claim(&self, device: DeviceId, session: &Arc<Mailbox>) {
+        let older = self.current.lock().insert(device, Arc::clone(session));
+        if let Some(older) = older {
             self.metrics.connections.taken_over.increment(1);
-            older.cancel();
+            older.take_over();
         }
-        token
     }
 
-    /// Forgets the device, unless a newer connection has it by now.
-    pub fn release(&self, device: DeviceId, connection: usize) {
+    /// Forgets the device, unless a newer session has it by now.
+    pub fn release(&self, device: DeviceId, session: &Arc<Mailbox>) {
         let mut current = self.current.lock();
         if current
             .get(&device)
-            .is_some_and(|(held, _)| *held == connection)
+            .is_some_and(|held| Arc::ptr_eq(held, session))
         {
             current.remove(&device);
+        }
+    }
+
+    /// Calls every session.
+    pub fn call_all(&self) {
+        for session in self.current.lock().values() {
+            session.call();
         }
     }
 }
@@ -62,23 +63,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newer_connection_ends_the_older_and_outlives_its_release() {
+    fn the_newer_session_ends_the_older_and_outlives_its_release() {
         let takeovers = Takeovers::new(Metrics::new());
         let device = DeviceId {
             user: UserId([7; 16]),
             device: 1,
         };
-        let older = takeovers.claim(device, 1);
-        let newer = takeovers.claim(device, 2);
-        assert!(older.is_cancelled());
-        assert!(!newer.is_cancelled());
+        let [older, newer, newest] = [(); 3].map(|()| Mailbox::new(&Arc::default()));
+        takeovers.claim(device, &older);
+        takeovers.claim(device, &newer);
+        assert!(older.is_taken_over());
+        assert!(!newer.is_taken_over());
 
-        takeovers.release(device, 1);
-        let newest = takeovers.claim(device, 3);
+        takeovers.release(device, &older);
+        takeovers.claim(device, &newest);
         assert!(
-            newer.is_cancelled(),
-            "the release of the older connection must not hide the newer one"
+            newer.is_taken_over(),
+            "the release of the older session must not hide the newer one"
         );
-        assert!(!newest.is_cancelled());
+        assert!(!newest.is_taken_over());
     }
 }

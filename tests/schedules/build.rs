@@ -10,7 +10,7 @@ const CONTROLS: [(&str, &str, &str, &str); 11] = [
         "wakes_before_it_posts",
         "handoff.rs",
         "        inbox.answers.push((self.lane, answer));\n        drop(inbox);\n        if is_first && self.mailbox.bell.list(&self.mailbox) {\n            rings.0.push(Arc::clone(&self.mailbox.bell));\n        }",
-        "        drop(inbox);\n        if is_first && self.mailbox.bell.list(&self.mailbox) {\n            self.mailbox.bell.rung.notify_one();\n        }\n        self.mailbox.inbox.lock().answers.push((self.lane, answer));",
+        "        drop(inbox);\n        if is_first && self.mailbox.bell.list(&self.mailbox) {\n            rings.0.push(Arc::clone(&self.mailbox.bell));\n            drop(std::mem::take(rings));\n        }\n        self.mailbox.inbox.lock().answers.push((self.lane, answer));",
     ),
     (
         "wakes_only_the_first_of_a_group",

@@ -28,7 +28,7 @@ pub(crate) fn a_request_meets_a_committer_that_stops() {
         let bell = Arc::default();
         let mailbox = Mailbox::new(&bell);
         if hand_over(&handle, &mailbox).await.is_ok() {
-            let answers = heard(&bell, mailbox.take()).await;
+            let answers = heard(&bell, mailbox.take()).await.answers;
             assert!(
                 matches!(answers[..], [(Lane::Live, Answer::Lost)]),
                 "{answers:?}"
@@ -57,9 +57,9 @@ pub(crate) fn two_answers_meet_a_session_that_waits() {
         }
     });
     future::block_on(async {
-        let mut answers = heard(&bell, mailbox.take()).await;
+        let mut answers = heard(&bell, mailbox.take()).await.answers;
         if answers.len() < 2 {
-            answers.extend(heard(&bell, mailbox.take()).await);
+            answers.extend(heard(&bell, mailbox.take()).await.answers);
         }
         assert_eq!(answers.len(), 2);
     });

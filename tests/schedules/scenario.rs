@@ -235,7 +235,7 @@ async fn session(
             world.tally.lock().refused += 1;
             session.refused = Some(lane);
             while session.in_flight() > 0 {
-                session.receive(mailbox.take().await);
+                session.receive(mailbox.take().await.answers);
             }
             // It may be answered all the same, which does not matter to a session that ends.
             return (mailbox, usize::from(session.refused.is_some()));
@@ -246,7 +246,7 @@ async fn session(
             between_ms: (before_ms, after_ms),
         });
         while session.in_flight() >= session.world.plan.in_flight {
-            session.receive(mailbox.take().await);
+            session.receive(mailbox.take().await.answers);
         }
         next = (batches < session.world.plan.batches).then(|| {
             let mut random = thread_rng();
@@ -263,7 +263,7 @@ async fn session(
         });
     }
     while session.in_flight() > 0 {
-        session.receive(mailbox.take().await);
+        session.receive(mailbox.take().await.answers);
     }
     (mailbox, 0)
 }
@@ -356,7 +356,7 @@ impl Session {
 /// What is in the mailbox, without waiting.
 fn taken_now(mailbox: &Mailbox) -> Vec<(Lane, Answer)> {
     match pin!(mailbox.take()).poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(answers) => answers,
+        Poll::Ready(mail) => mail.answers,
         Poll::Pending => Vec::new(),
     }
 }

@@ -195,7 +195,7 @@ impl Gateway {
                 connection.session.handle_lane_closed(lane_of(is_backfill));
             }
             Operation::GoAway { connection } => {
-                self.connections[place(connection)].session.go_away()
+                self.connections[place(connection)].session.go_away(0)
             }
             Operation::Reconnect { connection } => self.reconnect(place(connection)),
             Operation::Commit { requests, defers } => self.commit(requests.into(), defers),
