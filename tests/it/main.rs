@@ -16,3 +16,4 @@ mod replay;
 mod scenarios;
 mod shutdown;
 mod watch;
+mod workers;

@@ -231,6 +231,10 @@ impl World {
         }
     }
 
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
     pub fn addresses(&self) -> Addresses {
         self.running.as_ref().unwrap().addresses
     }
