@@ -335,6 +335,11 @@ struct CommonArgs {
     #[arg(long, value_name = "N", default_value = "16", help_heading = "Connecting",
           value_parser = parse_sockets)]
     sockets: NonZeroUsize,
+    /// How often a silent device says that it is still there, so that NAT devices do not forget it; 0s for
+    /// never: then the gateway forgets those that are silent for longer than its idle timeout
+    #[arg(long, value_name = "TIME", default_value = "20s", help_heading = "Connecting",
+          value_parser = humantime::parse_duration)]
+    keep_alive: Duration,
     /// Write the report as one JSON object; `-` for standard output, the table then goes to standard error
     #[arg(long, value_name = "FILE", help_heading = "Report")]
     json: Option<PathBuf>,
@@ -375,6 +380,7 @@ impl CommonArgs {
                 per_s: self.connect_rate,
                 at_once,
             },
+            keep_alive: Some(self.keep_alive).filter(|interval| !interval.is_zero()),
         }
     }
 }

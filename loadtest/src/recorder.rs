@@ -11,7 +11,7 @@ use crate::{
     fleet::Fleet,
     report::{Count, Ms},
     scrape::UseWatch,
-    timeline::{Moment, Timeline},
+    timeline::{Mark, Moment, Timeline},
 };
 
 /// What can be watched while a run goes on.
@@ -32,6 +32,7 @@ pub(crate) struct Recorder {
     cpu: Option<(Instant, f64)>,
     cpus: Option<f64>,
     line: String,
+    marks: Vec<Mark>,
 }
 
 /// What the next moment is reckoned from.
@@ -78,6 +79,17 @@ impl Recorder {
         }
         self.timeline.push(moment);
         self.last = Some(seen);
+    }
+
+    /// Remembers that something begins now. A scenario has few such moments.
+    pub(crate) fn mark(&mut self, fleet: &Fleet, what: &'static str) {
+        let at_s = Duration::from_micros(fleet.now_us()).as_secs_f64();
+        self.marks.push(Mark { at_s, what });
+    }
+
+    /// What has begun when.
+    pub(crate) fn marks(&self) -> &[Mark] {
+        &self.marks
     }
 
     /// All that was seen.

@@ -7,7 +7,10 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::{findings::Findings, timeline::Moment};
+use crate::{
+    findings::Findings,
+    timeline::{Mark, Moment},
+};
 
 /// The outcome of a run. The names are a contract: programs read them.
 #[derive(Clone, Debug, Serialize)]
@@ -75,8 +78,10 @@ pub struct Report {
     pub findings: Option<Findings>,
     /// Each promise that was checked.
     pub checks: Vec<Check>,
-    /// What was seen while pings were sent, about once a second.
+    /// What was seen from the first connection on, about once a second.
     pub timeline: Vec<Moment>,
+    /// What began meanwhile.
+    pub marks: Vec<Mark>,
 }
 
 /// Percentiles of the acknowledgement's latency in milliseconds.
@@ -410,6 +415,7 @@ pub(crate) fn example() -> Report {
             detail: String::new(),
         }],
         timeline: Vec::new(),
+        marks: Vec::new(),
     }
 }
 

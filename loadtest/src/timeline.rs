@@ -29,6 +29,15 @@ pub struct Moment {
     pub gateway_cpus: Option<f64>,
 }
 
+/// Something that began while a run went on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Mark {
+    /// Seconds since the run began.
+    pub at_s: f64,
+    /// What began.
+    pub what: &'static str,
+}
+
 /// The moments of a run, at most 2,048: when there are more, two become one.
 #[derive(Clone, Debug)]
 pub struct Timeline {

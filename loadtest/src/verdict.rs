@@ -10,7 +10,7 @@ use crate::{
     findings::Findings,
     ledger::DeviceLedger,
     report::{Check, Count, GatewayUse, Latencies, Report},
-    timeline::Moment,
+    timeline::{Mark, Moment},
     verify::{FreshnessFindings, StoreFindings},
 };
 
@@ -47,8 +47,10 @@ pub struct Outcome {
     pub stream: Option<FreshnessFindings>,
     /// What the store holds, if it was read.
     pub store: Option<StoreFindings>,
-    /// What was seen while pings were sent.
+    /// What was seen from the first connection on.
     pub timeline: Vec<Moment>,
+    /// What began meanwhile.
+    pub marks: Vec<Mark>,
     /// How our own gateway ended: with an error, perhaps.
     pub gateway_end: Option<Option<String>>,
 }
@@ -101,6 +103,7 @@ pub fn report(outcome: &Outcome) -> Report {
         findings: outcome.findings.clone(),
         checks: checks(outcome, sent, acked),
         timeline: outcome.timeline.clone(),
+        marks: outcome.marks.clone(),
     }
 }
 
@@ -316,6 +319,7 @@ mod tests {
         Outcome {
             title: "an example".to_owned(),
             timeline: Vec::new(),
+            marks: Vec::new(),
             scenario: "steady",
             seed: Some(1),
             passes: 1,
