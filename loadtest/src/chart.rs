@@ -144,9 +144,18 @@ fn decades(least: f64, most: f64) -> Vec<f64> {
         .collect()
 }
 
+/// A tick without the digits that binary fractions add.
+pub(crate) fn plain(value: f64) -> String {
+    let digits = format!("{value:.4}");
+    digits
+        .trim_end_matches('0')
+        .trim_end_matches('.')
+        .to_owned()
+}
+
 fn moment(at_s: f64) -> String {
     if at_s < 600.0 {
-        format!("{at_s:.0} s")
+        format!("{} s", plain(at_s))
     } else {
         format!("{:.0} min", at_s / 60.0)
     }
@@ -175,6 +184,14 @@ mod tests {
         );
         assert_eq!(decades(0.4, 120.0), [0.1, 1.0, 10.0, 100.0, 1_000.0]);
         assert_eq!(decades(5.0, 5.0), [1.0, 10.0]);
+    }
+
+    #[test]
+    fn ticks_are_written_as_people_do() {
+        assert_eq!(
+            [0.0, 0.1 + 0.2, 2.5, 100.0].map(plain),
+            ["0", "0.3", "2.5", "100"]
+        );
     }
 
     #[test]

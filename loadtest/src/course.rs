@@ -67,6 +67,12 @@ impl Stage<'_> {
         }
         self.fleet.begin_phase();
         let connects_per_s = self.connect_those_who_stay().await?;
+        let played = self.play_course(connects_per_s).await;
+        self.recorder.look_at_the_end(&self.watched);
+        played
+    }
+
+    async fn play_course(&mut self, connects_per_s: Option<f64>) -> anyhow::Result<Played> {
         match self.scenario.course.clone() {
             Course::Storm(storm) => {
                 let begun_us = self.fleet.now_us();

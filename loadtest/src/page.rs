@@ -5,7 +5,7 @@
 use std::fmt::Write;
 
 use crate::{
-    chart::{Line, Scale, chart},
+    chart::{Line, Scale, chart, plain},
     findings::Findings,
     report::{Count, Ms, Report, Seconds},
     timeline::{Mark, Moment},
@@ -167,13 +167,15 @@ fn charts(timeline: &[Moment], marks: &[Mark]) -> Vec<String> {
     let lags = [line("behind", 'a', &|moment| {
         moment.freshness_lag_ms.map(|ms| ms as f64)
     })];
-    let memory = [line("resident", 'a', &|moment| {
-        moment
-            .gateway_rss_bytes
-            .map(|bytes| bytes as f64 / MEBIBYTE)
-    })];
+    let mebibytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / MEBIBYTE);
+    let memory = [
+        line("gateway", 'a', &|moment| {
+            mebibytes(moment.gateway_rss_bytes)
+        }),
+        line("load test", 'c', &|moment| mebibytes(moment.own_rss_bytes)),
+    ];
     let cpus = [line("processors busy", 'b', &|moment| moment.gateway_cpus)];
-    let ms = |value: f64| format!("{value} ms");
+    let ms = |value: f64| format!("{} ms", plain(value));
     [
         chart(
             "Due to acknowledged",
@@ -207,10 +209,10 @@ fn charts(timeline: &[Moment], marks: &[Mark]) -> Vec<String> {
             marks,
             &memory,
             Scale::Linear,
-            |value| format!("{value} MiB"),
+            |value| format!("{} MiB", plain(value)),
         ),
         chart("Gateway CPU", &at_s, marks, &cpus, Scale::Linear, |value| {
-            value.to_string()
+            plain(value)
         }),
     ]
     .into_iter()
@@ -304,7 +306,7 @@ mod tests {
             .collect();
         let page = render(&report);
         assert!(page.contains("every check passed") && page.contains("99,999"));
-        assert!(page.contains("Due to acknowledged") && !page.contains("Gateway memory"));
+        assert!(page.contains("Due to acknowledged") && !page.contains("Gateway CPU"));
         for outside in ["http:", "https:", "src=", "<script", "url("] {
             assert!(!page.contains(outside), "{outside}");
         }

@@ -73,6 +73,8 @@ pub struct Report {
     pub freshness_ms: Option<FreshnessMs>,
     /// What the gateway used.
     pub gateway: GatewayUse,
+    /// The most memory that the load test itself was seen to hold.
+    pub own_rss_bytes: Option<u64>,
     /// What this scenario shows besides.
     #[serde(flatten)]
     pub findings: Option<Findings>,
@@ -284,6 +286,9 @@ impl fmt::Display for Report {
             "  gateway    memory {rss}   cpu {cpu}   connections {connections}{each}   reconnects {}",
             Count(self.reconnects)
         )?;
+        if let Some(bytes) = self.own_rss_bytes {
+            writeln!(f, "  load test  memory {} MiB", Count(bytes >> 20))?;
+        }
         if let Some(connects_per_s) = self.connects_per_s {
             writeln!(f, "  connecting {}/s", Count::of(connects_per_s))?;
         }
@@ -408,6 +413,7 @@ pub(crate) fn example() -> Report {
         ack_ms: AckMs::default(),
         freshness_ms: Some(FreshnessMs::default()),
         gateway: GatewayUse::default(),
+        own_rss_bytes: None,
         findings: None,
         checks: vec![Check {
             promise: "every ping was acknowledged",

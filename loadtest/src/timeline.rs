@@ -27,6 +27,8 @@ pub struct Moment {
     pub gateway_rss_bytes: Option<u64>,
     /// How many processors the gateway kept busy.
     pub gateway_cpus: Option<f64>,
+    /// The load test's own memory, as far as it could be seen.
+    pub own_rss_bytes: Option<u64>,
 }
 
 /// Something that began while a run went on.
@@ -106,6 +108,10 @@ fn merge(moments: &[Moment]) -> Option<Moment> {
             .filter_map(|moment| moment.gateway_rss_bytes)
             .max(),
         gateway_cpus: mean(|moment| moment.gateway_cpus),
+        own_rss_bytes: moments
+            .iter()
+            .filter_map(|moment| moment.own_rss_bytes)
+            .max(),
     })
 }
 

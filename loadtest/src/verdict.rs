@@ -99,11 +99,28 @@ pub fn report(outcome: &Outcome) -> Report {
             .freshness_latencies
             .as_ref()
             .map(Latencies::freshness_ms),
-        gateway: outcome.gateway,
+        gateway: gateway_use(outcome),
+        own_rss_bytes: outcome
+            .timeline
+            .iter()
+            .filter_map(|moment| moment.own_rss_bytes)
+            .max(),
         findings: outcome.findings.clone(),
         checks: checks(outcome, sent, acked),
         timeline: outcome.timeline.clone(),
         marks: outcome.marks.clone(),
+    }
+}
+
+/// Memory by connection says something only where most devices were connected at the same time.
+fn gateway_use(outcome: &Outcome) -> GatewayUse {
+    let most_were = outcome
+        .gateway
+        .connections
+        .is_some_and(|connections| outcome.ledgers.len() as u64 <= 2 * connections);
+    GatewayUse {
+        bytes_per_connection: outcome.gateway.bytes_per_connection.filter(|_| most_were),
+        ..outcome.gateway
     }
 }
 
