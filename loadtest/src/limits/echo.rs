@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use clap::Args;
 use quinn::{Endpoint, EndpointConfig, Incoming, TokioRuntime, crypto::rustls::QuicServerConfig};
 use socket2::SockRef;
@@ -99,8 +99,9 @@ impl EchoProcess {
     /// # Errors
     /// When it had ended before, or cannot be ended.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
-        let early = self.child.try_wait()?;
-        ensure!(early.is_none(), "the echo server ended early: {early:?}");
+        if let Some(ended) = self.child.try_wait()? {
+            bail!("the echo server ended early, with {ended}");
+        }
         self.child.kill().await.context("the echo server lives on")
     }
 }
