@@ -36,8 +36,9 @@ check: setup ## formatting, lints, documentation, dependencies
 	.ci/deny
 
 .PHONY: bench
-bench: setup ## ratios against RocksDB alone and a bare QUIC echo, on this machine
-	$(CARGO) bench --locked --profile release --package waypost-gateway --bench '*'
+bench: setup ## Waypost as ratios of what RocksDB and QUIC alone do on this machine
+	@$(CARGO) build --locked --release --bins
+	@"$${CARGO_TARGET_DIR:-target}/release/loadtest" limits --dir "$${CARGO_TARGET_DIR:-target}"
 
 .PHONY: setup
 setup: ## installs what this machine lacks (Debian, Ubuntu), and compiles RocksDB once

@@ -351,6 +351,11 @@ impl Link {
         })
     }
 
+    /// The connection itself, for who needs no frames.
+    pub(crate) fn connection(&self) -> &quinn::Connection {
+        &self.connection
+    }
+
     /// Ends the connection from this side; what is on its way may get lost.
     pub fn close(&self) {
         self.connection.close(

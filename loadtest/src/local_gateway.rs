@@ -44,9 +44,17 @@ impl LocalGateway {
     /// # Errors
     /// When there is no `waypost` beside this program, or it does not become ready.
     pub async fn start() -> anyhow::Result<Self> {
+        Self::start_in(&std::env::temp_dir()).await
+    }
+
+    /// The same in a temporary folder below `parent`, where the disk may be another one.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_in(parent: &Path) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new()
             .prefix("waypost-loadtest-")
-            .tempdir()?;
+            .tempdir_in(parent)?;
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
         let wished = Addresses {
             devices: any_port,
@@ -87,6 +95,14 @@ impl LocalGateway {
             pki: data.join("pki"),
             data: Some(data),
         }
+    }
+
+    /// Whose processor time it uses.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn process_id(&self) -> anyhow::Result<u32> {
+        self.child.id().context("the gateway has ended")
     }
 
     /// Stops it as an operator would and waits for its end; the folder stays until the result is dropped.

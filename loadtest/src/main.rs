@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use waypost_gateway::clock::system_now_ms;
 use waypost_loadtest::{
     fleet::Pace,
+    limits::LimitsCommand,
     mix, page,
     progress::Progress,
     relay::Weather,
@@ -35,7 +36,15 @@ use waypost_loadtest::{
 #[command(name = "loadtest", version, after_long_help = EXAMPLES)]
 struct Cli {
     #[command(subcommand)]
-    scenario: Command,
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    #[command(flatten)]
+    Scenario(Command),
+    #[command(flatten)]
+    Limits(LimitsCommand),
 }
 
 const EXAMPLES: &str = "\
@@ -394,7 +403,11 @@ struct Length(Option<Duration>);
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let (scenario, common) = match prepare(cli.scenario) {
+    let command = match cli.task {
+        Task::Scenario(command) => command,
+        Task::Limits(command) => return command.run().await,
+    };
+    let (scenario, common) = match prepare(command) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error, EXIT_USAGE),
     };
@@ -698,7 +711,9 @@ mod tests {
     }
 
     fn prepared(line: &str) -> anyhow::Result<Scenario> {
-        let command = Cli::try_parse_from(line.split(' ')).unwrap().scenario;
+        let Task::Scenario(command) = Cli::try_parse_from(line.split(' ')).unwrap().task else {
+            panic!("{line} is no scenario");
+        };
         prepare(command).map(|(scenario, _)| scenario)
     }
 

@@ -7,6 +7,7 @@ mod freshness;
 mod hostile;
 mod identity;
 mod ingest;
+mod limits;
 mod network;
 mod operations;
 mod power_loss;

@@ -1,23 +1,22 @@
-//! The commit path against RocksDB alone.
+//! The commit path against RocksDB alone, and what a sync costs on this disk.
 //!
-//! In each round the real committer with a real store takes what a thousand devices ask, one request
-//! outstanding each, as sessions make it. Then RocksDB is given the same keys and values, with the
-//! store's own settings, in groups as large as the committer's were on average, each of them synced.
-//! The ratio says what judging, publishing and answering cost on top.
-
-#![expect(clippy::print_stdout, reason = "the figures are the point")]
-
-mod fleet;
+//! In each round the real committer with a real store takes what all devices ask, one request outstanding
+//! each, as sessions make it. Then RocksDB is given the same keys and values, with the store's own settings,
+//! in groups as large as the committer's were on average, each of them synced. The ratio says what
+//! judging, publishing and answering cost on top.
+//! Knows the committer, the store's folder and RocksDB. Must not know QUIC or other processes.
 
 use std::{
     collections::HashMap,
+    fs::File,
+    io::Write,
     iter,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use rocksdb::{Cache, DB, Env, IteratorMode, Options, WriteBatch, WriteOptions};
 use rustc_hash::FxHashMap;
@@ -35,60 +34,62 @@ use waypost_proto::{
     session::{Lane, Limits, Request, Session, Step},
 };
 
-use fleet::{DEVICES, Load, ROUNDS, median, rate};
+use super::load::{self, Drive, Load};
+use crate::report::Latencies;
 
-/// Where the store keeps RocksDB, within the data folder.
-const DATABASE: &str = "store/rocksdb";
-/// A row's key begins with its device's.
-const DEVICE_KEY_BYTES: usize = 20;
-
-fn main() -> Result<()> {
-    println!(
-        "commit path against RocksDB alone: {DEVICES} devices, one request outstanding each; medians of \
-         {ROUNDS} rounds each, in turn"
-    );
-    for load in Load::chosen() {
-        let rounds = iter::repeat_with(|| round(&load))
-            .take(ROUNDS)
-            .collect::<Result<Vec<_>>>()?;
-        let middle = |figure: fn(&Round) -> f64| median(rounds.iter().map(figure));
-        let pings = load.pings() as f64;
-        println!(
-            "  {:<14}  committer {:>7} pings/s  RocksDB {:>7} pings/s  ratio {:.2} (goal 0.70)  {:.0} requests a group",
-            load.name,
-            rate(pings / middle(|round| round.committer.as_secs_f64())),
-            rate(pings / middle(|round| round.rocksdb.as_secs_f64())),
-            middle(|round| round.rocksdb.as_secs_f64() / round.committer.as_secs_f64()),
-            middle(|round| round.group_requests as f64),
-        );
-    }
-    Ok(())
+/// What one round took on either side, for the same rows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CommitRound {
+    /// The committer, from the first request to the last answer.
+    pub(crate) committer: Duration,
+    /// RocksDB alone.
+    pub(crate) rocksdb: Duration,
+    /// Keys and values that were written, on either side.
+    pub(crate) bytes: u64,
+    /// Requests in one write, on average.
+    pub(crate) group_requests: u64,
 }
 
-struct Round {
-    committer: Duration,
-    rocksdb: Duration,
-    group_requests: usize,
-}
-
-fn round(load: &Load) -> Result<Round> {
-    // Beside the build's output, because the system's folder for temporary files may be in memory.
-    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR"))?;
+/// Takes both through one round, in a folder of its own below `folder`.
+///
+/// # Errors
+/// When the disk or RocksDB fails, or the committer did not accept every ping.
+pub(crate) fn round(load: Load, devices: u32, folder: &Path) -> Result<CommitRound> {
+    let dir = tempfile::tempdir_in(folder)?;
     let data_dir = dir.path().join("data");
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    let (committer, commits) = runtime.block_on(commit(load, &data_dir))?;
+    let (committer, commits) = runtime.block_on(commit(load, devices, &data_dir))?;
     let rows = rows_of(&data_dir)?;
-    let group_requests = rows.len().div_ceil(usize::try_from(commits)?);
-    let rocksdb = write(&rows, group_requests, &data_dir, &dir.path().join("alone"))?;
-    Ok(Round {
+    let group_requests = rows.len().div_ceil(usize::try_from(commits)?.max(1));
+    let alone = dir.path().join("alone");
+    let rocksdb = write(&rows, group_requests, &data_dir, &alone)?;
+    Ok(CommitRound {
         committer,
         rocksdb,
-        group_requests,
+        bytes: rows.iter().map(Row::bytes).sum(),
+        group_requests: group_requests as u64,
     })
 }
 
+/// Appends to a file and syncs it, `times` times, as a log of commits is written.
+///
+/// # Errors
+/// When the disk fails.
+pub(crate) fn syncs(times: u32, folder: &Path) -> Result<Latencies> {
+    let dir = tempfile::tempdir_in(folder)?;
+    let mut file = File::create(dir.path().join("log"))?;
+    let mut latencies = Latencies::default();
+    for _ in 0..times {
+        file.write_all(&[0x5a; SYNC_BYTES])?;
+        let begun = Instant::now();
+        file.sync_data()?;
+        latencies.record_us(u64::try_from(begun.elapsed().as_micros())?);
+    }
+    Ok(latencies)
+}
+
 /// Returns how long the committer took, and for how many commits.
-async fn commit(load: &Load, data_dir: &Path) -> Result<(Duration, u64)> {
+async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, u64)> {
     let store = Arc::new(Store::open(
         data_dir,
         &StoreConfig::default(),
@@ -109,22 +110,27 @@ async fn commit(load: &Load, data_dir: &Path) -> Result<(Duration, u64)> {
         },
     );
     let ended = committer.spawn()?;
-    let mut devices = Vec::new();
-    for number in 0..DEVICES {
-        devices.push(Device::prepare(number, load, &handle).await?);
+    let drive = Drive::since_yesterday(system_now_ms());
+    let mut fleet = Vec::new();
+    for number in 0..devices {
+        fleet.push(Device::prepare(number, load, drive, &handle).await?);
     }
 
     let commits_before = freshness.head().position;
     let started = Instant::now();
     let mut running = JoinSet::new();
-    for device in devices {
+    for device in fleet {
         running.spawn(device.run(handle.clone()));
     }
     let accepted: u64 = running.join_all().await.into_iter().sum::<Result<u64>>()?;
     let took = started.elapsed();
     let commits = freshness.head().position - commits_before;
 
-    anyhow::ensure!(accepted == load.pings(), "{accepted} pings were accepted");
+    let asked = load.pings(devices.into());
+    ensure!(
+        accepted == asked,
+        "the committer accepted {accepted} of {asked} new pings"
+    );
     drop(handle);
     ended.await??;
     Ok((took, commits))
@@ -138,7 +144,7 @@ struct Device {
 
 impl Device {
     /// Says Hello, and takes all of the round's frames through a session.
-    async fn prepare(number: u32, load: &Load, handle: &CommitHandle) -> Result<Self> {
+    async fn prepare(number: u32, load: Load, drive: Drive, handle: &CommitHandle) -> Result<Self> {
         let config = SessionConfig::default();
         let limits = Limits {
             frame_bytes: config.frame_bytes.get(),
@@ -147,11 +153,11 @@ impl Device {
         };
         let mut session = Session::new(limits, Bytes::new());
         let mut device = Self {
-            id: fleet::device_id(number),
+            id: load::device_id(number),
             mailbox: Arc::default(),
             requests: Vec::new(),
         };
-        let Step::Ask(_, hello) = session.handle_frame(None, fleet::hello())? else {
+        let Step::Ask(_, hello) = session.handle_frame(None, load::hello())? else {
             bail!("Hello is a request");
         };
         let Answer::Welcomed(welcomed) = device.ask(hello, handle).await? else {
@@ -160,7 +166,7 @@ impl Device {
         session.handle_welcomed(&welcomed)?;
         for at in 0..load.requests {
             let first_seq = 1 + at * load.request_pings;
-            let frame = fleet::batch(welcomed.epoch, first_seq, load.request_pings);
+            let frame = drive.batch(welcomed.epoch, first_seq, load.request_pings);
             let Step::Ask(_, request) = session.handle_frame(Some(Lane::Live), frame)? else {
                 bail!("a batch is a request");
             };
@@ -195,6 +201,13 @@ struct Row {
     key: Box<[u8]>,
     value: Box<[u8]>,
     device: Box<[u8]>,
+}
+
+impl Row {
+    fn bytes(&self) -> u64 {
+        let Self { key, value, device } = self;
+        (key.len() + value.len() + DEVICE_KEY_BYTES + device.len()) as u64
+    }
 }
 
 /// What the committer has written, in about the order in which it did: all devices' first, all devices'
@@ -253,3 +266,10 @@ fn write(rows: &[Row], group_requests: usize, settings_of: &Path, dir: &Path) ->
     }
     Ok(started.elapsed())
 }
+
+/// Where the store keeps RocksDB, within the data folder.
+const DATABASE: &str = "store/rocksdb";
+/// A row's key begins with its device's.
+const DEVICE_KEY_BYTES: usize = 20;
+/// About what a commit of a few hundred lone pings writes.
+const SYNC_BYTES: usize = 64 << 10;
