@@ -42,7 +42,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     #[command(flatten)]
-    Scenario(Command),
+    Scenario(Box<Command>),
     #[command(flatten)]
     Limits(LimitsCommand),
 }
@@ -407,7 +407,7 @@ async fn main() -> ExitCode {
         Task::Scenario(command) => command,
         Task::Limits(command) => return command.run().await,
     };
-    let (scenario, common) = match prepare(command) {
+    let (scenario, common) = match prepare(*command) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error, EXIT_USAGE),
     };
@@ -714,7 +714,7 @@ mod tests {
         let Task::Scenario(command) = Cli::try_parse_from(line.split(' ')).unwrap().task else {
             panic!("{line} is no scenario");
         };
-        prepare(command).map(|(scenario, _)| scenario)
+        prepare(*command).map(|(scenario, _)| scenario)
     }
 
     #[test]
