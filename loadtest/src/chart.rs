@@ -4,6 +4,8 @@
 
 use std::fmt::Write;
 
+use crate::timeline::Mark;
+
 /// One line of a chart. Where it has no value there is a gap.
 pub(crate) struct Line<'a> {
     pub(crate) name: &'a str,
@@ -25,6 +27,7 @@ pub(crate) enum Scale {
 pub(crate) fn chart(
     title: &str,
     at_s: &[f64],
+    marks: &[Mark],
     lines: &[Line<'_>],
     scale: Scale,
     written: impl Fn(f64) -> String,
@@ -83,6 +86,21 @@ pub(crate) fn chart(
             moment(tick)
         );
     }
+    for (row, mark) in marks.iter().enumerate() {
+        // Marks that follow each other closely do not write over each other.
+        let y = MARGIN + MARK_ROW * ((row % MARK_ROWS) as f64 + 1.0);
+        let at = x(mark.at_s.min(end_s));
+        let (anchor, to) = match mark.at_s < LATE * end_s {
+            true => ("start", at + 4.0),
+            false => ("end", at - 4.0),
+        };
+        _ = write!(
+            svg,
+            "<path class=\"mark\" d=\"M{at:.1} {MARGIN}V{:.0}\"/><text x=\"{to:.1}\" y=\"{y:.0}\" text-anchor=\"{anchor}\">{}</text>",
+            HEIGHT - MARGIN,
+            mark.what
+        );
+    }
     for line in lines {
         let mut path = String::new();
         let mut is_drawing = false;
@@ -126,9 +144,18 @@ fn decades(least: f64, most: f64) -> Vec<f64> {
         .collect()
 }
 
+/// A tick without the digits that binary fractions add.
+pub(crate) fn plain(value: f64) -> String {
+    let digits = format!("{value:.4}");
+    digits
+        .trim_end_matches('0')
+        .trim_end_matches('.')
+        .to_owned()
+}
+
 fn moment(at_s: f64) -> String {
     if at_s < 600.0 {
-        format!("{at_s:.0} s")
+        format!("{} s", plain(at_s))
     } else {
         format!("{:.0} min", at_s / 60.0)
     }
@@ -138,6 +165,11 @@ const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 220.0;
 const MARGIN: f64 = 22.0;
 const LEFT: f64 = 72.0;
+/// Between the words of two marks, from above.
+const MARK_ROW: f64 = 14.0;
+const MARK_ROWS: usize = 4;
+/// From this share of the width on, words end where others begin.
+const LATE: f64 = 0.85;
 
 #[cfg(test)]
 mod tests {
@@ -155,15 +187,28 @@ mod tests {
     }
 
     #[test]
+    fn ticks_are_written_as_people_do() {
+        assert_eq!(
+            [0.0, 0.1 + 0.2, 2.5, 100.0].map(plain),
+            ["0", "0.3", "2.5", "100"]
+        );
+    }
+
+    #[test]
     fn a_missing_value_is_a_gap_and_not_a_zero() {
         let line = Line {
             name: "rate",
             class: 'a',
             values: vec![Some(1.0), None, Some(2.0), Some(3.0)],
         };
-        let svg = chart("t", &[1.0, 2.0, 3.0, 4.0], &[line], Scale::Linear, |v| {
-            v.to_string()
-        });
+        let svg = chart(
+            "t",
+            &[1.0, 2.0, 3.0, 4.0],
+            &[],
+            &[line],
+            Scale::Linear,
+            |v| v.to_string(),
+        );
         let svg = svg.unwrap();
         let path = svg.split("class=\"line a\" d=\"").nth(1).unwrap();
         let path = path.split('"').next().unwrap();
@@ -175,6 +220,21 @@ mod tests {
     }
 
     #[test]
+    fn what_began_is_marked() {
+        let line = Line {
+            name: "rate",
+            class: 'a',
+            values: vec![Some(1.0), Some(2.0)],
+        };
+        let mark = |at_s, what| Mark { at_s, what };
+        let marks = [mark(1.0, "calm"), mark(9.5, "storm")];
+        let written = |value: f64| value.to_string();
+        let svg = chart("t", &[5.0, 10.0], &marks, &[line], Scale::Linear, written).unwrap();
+        assert_eq!(svg.matches("class=\"mark\"").count(), 2);
+        assert!(svg.contains("\"start\">calm<") && svg.contains("\"end\">storm<"));
+    }
+
+    #[test]
     fn nothing_is_no_chart() {
         let line = |values| Line {
             name: "",
@@ -182,7 +242,9 @@ mod tests {
             values,
         };
         let draw = |at_s: &[f64], values| {
-            chart("", at_s, &[line(values)], Scale::Linear, |v| v.to_string())
+            chart("", at_s, &[], &[line(values)], Scale::Linear, |v| {
+                v.to_string()
+            })
         };
         assert!(draw(&[1.0], vec![None]).is_none());
         assert!(draw(&[], vec![]).is_none());

@@ -67,6 +67,12 @@ impl Stage<'_> {
         }
         self.fleet.begin_phase();
         let connects_per_s = self.connect_those_who_stay().await?;
+        let played = self.play_course(connects_per_s).await;
+        self.recorder.look_at_the_end(&self.watched);
+        played
+    }
+
+    async fn play_course(&mut self, connects_per_s: Option<f64>) -> anyhow::Result<Played> {
         match self.scenario.course.clone() {
             Course::Storm(storm) => {
                 let begun_us = self.fleet.now_us();
@@ -103,7 +109,7 @@ impl Stage<'_> {
             .map_or(0, |last_us| last_us.saturating_sub(begun_us))
     }
 
-    async fn connect_those_who_stay(&self) -> anyhow::Result<Option<f64>> {
+    async fn connect_those_who_stay(&mut self) -> anyhow::Result<Option<f64>> {
         let staying: Vec<usize> = (0..)
             .zip(self.scenario.presences())
             .filter(|(_, presence)| *presence == Presence::Stays)
@@ -118,15 +124,24 @@ impl Stage<'_> {
         Ok((0 < connected).then(|| connected as f64 / begun.elapsed().as_secs_f64()))
     }
 
-    async fn connect(&self, groups: Range<usize>, pace: Pace) -> anyhow::Result<()> {
+    async fn connect(&mut self, groups: Range<usize>, pace: Pace) -> anyhow::Result<()> {
         let sizes = self.scenario.group_sizes();
         let total: usize = sizes[groups.clone()].iter().map(|(_, size)| size).sum();
         self.progress.begin("connecting", Some(total as u64));
         let begun = Instant::now();
-        let look = |connected| self.progress.at(connected, || per_s(connected, begun));
+        let look = |connected| {
+            self.recorder.look(&self.watched);
+            self.progress.at(connected, || per_s(connected, begun));
+        };
         self.fleet
             .connect_groups(groups, pace, self.stop, look)
             .await
+    }
+
+    /// A step begins, to be seen at once and in the charts.
+    fn begin(&mut self, step: &'static str, total: Option<u64>) {
+        self.progress.begin(step, total);
+        self.recorder.mark(self.fleet, step);
     }
 
     /// Sends everything as often as the scenario wants.
@@ -142,7 +157,7 @@ impl Stage<'_> {
             let begun_us = self.fleet.now_us();
             let sender = self.send(groups.clone(), pass, self.stop.clone());
             let joining = self.let_others_join();
-            self.progress.begin(
+            self.begin(
                 if pass == 1 { "sending" } else { "again" },
                 self.scenario.pings_per_pass(),
             );
@@ -331,7 +346,7 @@ impl Stage<'_> {
         let sender = self.send(established.clone(), 1, enough.clone());
         let _end = enough.clone().drop_guard();
 
-        self.progress.begin("calm", None);
+        self.begin("calm", None);
         let is_calm = self
             .until(|fleet| (fleet.acked(), fleet.open_in(storming.clone()) == 0))
             .await;
@@ -342,13 +357,15 @@ impl Stage<'_> {
         let before = self.measured_for(storm.calm).await;
 
         self.fleet.begin_phase();
+        self.begin("leaving", None);
         self.fleet.disconnect_groups(storming.clone()).await;
         let mut established_back = None;
         if let (Some(how), Some(gateway)) = (storm.restart, self.gateway.as_deref_mut()) {
             self.progress.begin("restarting", None);
+            self.recorder.mark(self.fleet, "restarting");
             let begun = Instant::now();
             gateway.restart(how).await?;
-            self.progress.begin("returning", Some(established_devices));
+            self.begin("returning", Some(established_devices));
             let is_back = self
                 .until(|fleet| {
                     let connected = fleet.connected_in(0..STORMING);
@@ -366,7 +383,7 @@ impl Stage<'_> {
 
         self.fleet.begin_phase();
         let during = self.phase();
-        self.progress.begin("storm", Some(total));
+        self.begin("storm", Some(total));
         self.send_a_lap(&mut laps);
         let begun = Instant::now();
         let knocking = {
@@ -393,7 +410,7 @@ impl Stage<'_> {
             false => all_answered,
         };
 
-        self.progress.begin("calm again", None);
+        self.begin("calm again", None);
         let after = self.measured_for(storm.calm).await;
         enough.cancel();
         self.progress.begin("settling", None);

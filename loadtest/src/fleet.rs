@@ -18,7 +18,10 @@ use std::{
 use anyhow::{Context, bail};
 use parking_lot::Mutex;
 use rcgen::KeyPair;
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject};
+use rustls::{
+    crypto::ring::sign::any_ecdsa_type,
+    pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject},
+};
 use tokio::{
     runtime::{Builder, EnterGuard, Runtime},
     task::spawn_blocking,
@@ -31,7 +34,7 @@ use waypost_proto::{id::DeviceId, outbox::Event, ping::Ping};
 use crate::{
     device::{Device, DeviceConfig, Observer},
     ledger::DeviceLedger,
-    link::{Handshake, LinkError, Links},
+    link::{Handshake, KEEP_ALIVE_INTERVAL, LinkError, Links},
     progress::Progress,
     report::{Count, Latencies},
     run::Target,
@@ -53,6 +56,8 @@ pub struct FleetConfig {
     pub keep_each: usize,
     /// How many UDP sockets carry all connections of a group.
     pub sockets: NonZeroUsize,
+    /// How often a silent device says that it is still there; `None` for never.
+    pub keep_alive: Option<Duration>,
     /// The groups, in the order of the devices; what is left over belongs to the last. Empty for one group.
     pub crews: Vec<CrewConfig>,
 }
@@ -74,6 +79,7 @@ impl Default for FleetConfig {
         Self {
             keep_each: usize::MAX,
             sockets: SOCKETS,
+            keep_alive: Some(KEEP_ALIVE_INTERVAL),
             crews: Vec::new(),
         }
     }
@@ -202,6 +208,8 @@ impl Fleet {
             .context("the authority's certificate is not PEM")?;
         // One key pair for all: a simulated fleet is one holder, and making keys is not what is tested.
         let key = Arc::new(KeyPair::generate()?);
+        let signing_key = any_ecdsa_type(&PrivatePkcs8KeyDer::from(key.serialize_der()).into())
+            .context("the devices' key cannot be used")?;
         let certificates = issue_all(authority, key.clone(), devices, progress).await?;
         let plans = crews_of(&config.crews, devices.len());
         let books = Arc::new(Books {
@@ -230,9 +238,8 @@ impl Fleet {
                 links
             });
             for (at, certificate) in range.clone().zip(certificates.by_ref()) {
-                let key = PrivatePkcs8KeyDer::from(key.serialize_der());
                 let config = DeviceConfig {
-                    credentials: links.credentials(vec![certificate], key.into())?,
+                    credentials: links.credentials_with(certificate, &signing_key)?,
                     capacity: CAPACITY,
                     seed: at as u64,
                 };

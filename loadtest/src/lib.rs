@@ -7,8 +7,8 @@
 //! network perhaps ([`relay`]), and keeps a [`ledger`] of each; a course plays the scenario; a [`checker`]
 //! watches freshness meanwhile and [`scrape`] what the gateway uses. Then [`verify`] compares store and
 //! freshness with the ledgers, and [`verdict`] makes a [`report`] of it and of the scenario's own
-//! [`findings`], which [`page`] lays out with the charts of its [`timeline`]. [`limits`] is another
-//! thing: it measures what the machine can do at all.
+//! [`findings`], which [`page`] lays out with the charts of its [`timeline`]. [`limits`] is another thing: it
+//! measures what the machine can do at all.
 
 mod chart;
 pub mod checker;

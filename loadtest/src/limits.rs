@@ -97,7 +97,10 @@ impl LimitsCommand {
                 let measured = tokio::select! {
                     measured = measure(&args, &progress) => measured,
                     // Both servers are killed as they are dropped.
-                    _ = tokio::signal::ctrl_c() => return ExitCode::from(EXIT_INTERRUPTED),
+                    _ = tokio::signal::ctrl_c() => {
+                        progress.end();
+                        return ExitCode::from(EXIT_INTERRUPTED);
+                    }
                 };
                 progress.end();
                 measured.and_then(|figures| publish(&figures, args.json.as_deref()))
@@ -126,12 +129,7 @@ pub async fn measure(args: &LimitsArgs, progress: &Progress) -> anyhow::Result<F
     let served = serve_both(args, &gateway, progress).await;
     progress.begin("stopping", None);
     let stopped = gateway.stop().await;
-    let served = match (served, &stopped) {
-        // What ended the gateway is then likely what ended the measurement.
-        (Err(error), Err(gateway_end)) => return Err(error.context(format!("{gateway_end:#}"))),
-        (served, _) => served?,
-    };
-    stopped?;
+    let served = unless_ended(served, stopped.map(drop))?;
     let lone_commits = commit(LONE_PINGS, args, &folder, "commits", progress).await?;
     let batch_commits = commit(BATCHES, args, &folder, "commits of batches", progress).await?;
     progress.begin("syncs of the disk", None);
@@ -201,16 +199,15 @@ async fn serve_both(
     gateway: &LocalGateway,
     progress: &Progress,
 ) -> anyhow::Result<Served> {
-    let plan = args.plan();
     let target = gateway.target();
-    let data = target.data.clone().context("the gateway has no folder")?;
-    let echo = EchoProcess::start(&data).await?;
+    let echo = EchoProcess::start(&target.data.context("the gateway has no folder")?).await?;
     progress.say(format_args!(
-        "Waypost on udp {}, a bare echo on udp {}; median of {} in turn",
+        "Waypost on udp {}, a bare echo on udp {}; medians of {} rounds, in turn",
         target.devices,
         echo.address(),
         args.rounds
     ));
+    let plan = args.plan();
     progress.begin("certificates", None);
     let papers = tokio::task::spawn_blocking(move || {
         Papers::issue(&Authority::open(&target.pki)?, plan.total)
@@ -229,28 +226,45 @@ async fn serve_both(
         drive: Drive::since_yesterday(system_now_ms()),
         rounds: args.rounds,
     };
-    let busy = 0..plan.busy as usize;
-    progress.begin("connecting", None);
-    sides.waypost.crew.connect(busy.clone()).await?;
-    sides.echo.crew.connect(busy).await?;
-    let lone = sides.exchange(LONE_PINGS, plan, progress).await?;
-    let batches = sides.exchange(BATCHES, plan, progress).await?;
-    let (handshakes, storm_refusals) = sides.shake_hands(plan, progress).await?;
-    let (sparse, sparse_latencies) = sides.keep_pace(plan, args.rate.into(), progress).await?;
+    let served = sides.measure(plan, args.rate.into(), progress).await;
     drop(sides);
-    echo.stop().await?;
-    Ok(Served {
-        plan,
-        lone,
-        batches,
-        handshakes,
-        storm_refusals,
-        sparse,
-        sparse_latencies,
-    })
+    unless_ended(served, echo.stop().await)
+}
+
+/// What came of the work with a server. When that failed and the server had ended, then that is likely why.
+fn unless_ended<T>(outcome: anyhow::Result<T>, stopped: anyhow::Result<()>) -> anyhow::Result<T> {
+    match (outcome, stopped) {
+        (Err(error), Err(end)) => Err(error.context(format!("{end:#}"))),
+        (outcome, stopped) => stopped.and(outcome),
+    }
 }
 
 impl Sides {
+    async fn measure(
+        &self,
+        plan: Plan,
+        pings_per_s: f64,
+        progress: &Progress,
+    ) -> anyhow::Result<Served> {
+        let busy = 0..plan.busy as usize;
+        progress.begin("connecting", None);
+        self.waypost.crew.connect(busy.clone()).await?;
+        self.echo.crew.connect(busy).await?;
+        let lone = self.exchange(LONE_PINGS, plan, progress).await?;
+        let batches = self.exchange(BATCHES, plan, progress).await?;
+        let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
+        let (sparse, sparse_latencies) = self.keep_pace(plan, pings_per_s, progress).await?;
+        Ok(Served {
+            plan,
+            lone,
+            batches,
+            handshakes,
+            storm_refusals,
+            sparse,
+            sparse_latencies,
+        })
+    }
+
     /// The two sides in turn, each with the place for what it costs.
     fn turns<'a>(&'a self, costs: &'a mut Costs) -> [(&'a Side, &'a mut Vec<Cost>); 2] {
         [
@@ -538,5 +552,25 @@ mod tests {
         ] {
             assert_eq!(parse_rounds(rounds).is_ok(), is_right, "{rounds}");
         }
+    }
+
+    #[test]
+    fn the_end_of_a_server_is_told_before_what_it_caused() {
+        let broken = || Err::<(), _>(anyhow::anyhow!("connection lost"));
+        let ended = || Err(anyhow::anyhow!("the server ended"));
+        let said = |error: anyhow::Error| format!("{error:#}");
+        assert_eq!(
+            unless_ended(broken(), ended()).map_err(said),
+            Err("the server ended: connection lost".to_owned())
+        );
+        assert_eq!(
+            unless_ended(broken(), Ok(())).map_err(said),
+            Err("connection lost".to_owned())
+        );
+        assert_eq!(
+            unless_ended(Ok(()), ended()).map_err(said),
+            Err("the server ended".to_owned())
+        );
+        assert_eq!(unless_ended(Ok(7), Ok(())).map_err(said), Ok(7));
     }
 }

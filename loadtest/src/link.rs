@@ -25,6 +25,7 @@ use rustls::{
     client::{Resumption, WebPkiServerVerifier},
     crypto::CryptoProvider,
     pki_types::{CertificateDer, PrivateKeyDer},
+    sign::{CertifiedKey, SigningKey, SingleCertAndKey},
     version::TLS13,
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -158,7 +159,7 @@ impl Links {
             next_endpoint: AtomicUsize::new(0),
             provider,
             verifier,
-            transport: Arc::new(transport()),
+            transport: Arc::new(transport(Some(KEEP_ALIVE_INTERVAL))),
             resumes: false,
         })
     }
@@ -172,6 +173,14 @@ impl Links {
         self
     }
 
+    /// Sets how often a silent device says that it is still there, so that NAT devices do not forget it;
+    /// `None` for never.
+    #[must_use]
+    pub fn keeping_alive(mut self, interval: Option<Duration>) -> Self {
+        self.transport = Arc::new(transport(interval));
+        self
+    }
+
     /// Makes credentials of a certificate chain and its key.
     ///
     /// # Errors
@@ -181,6 +190,24 @@ impl Links {
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
     ) -> anyhow::Result<Credentials> {
+        let keys = CertifiedKey::from_der(chain, key, &self.provider)
+            .context("the device's certificate and key cannot be used")?;
+        self.credentials_of(keys)
+    }
+
+    /// The same for one of many devices that share a key, which is read only once.
+    ///
+    /// # Errors
+    /// When TLS 1.3 cannot be had.
+    pub fn credentials_with(
+        &self,
+        certificate: CertificateDer<'static>,
+        key: &Arc<dyn SigningKey>,
+    ) -> anyhow::Result<Credentials> {
+        self.credentials_of(CertifiedKey::new(vec![certificate], key.clone()))
+    }
+
+    fn credentials_of(&self, keys: CertifiedKey) -> anyhow::Result<Credentials> {
         let builder = rustls::ClientConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&TLS13])?;
         let witness = self
@@ -192,9 +219,7 @@ impl Links {
                 .with_custom_certificate_verifier(witness),
             None => builder.with_webpki_verifier(self.verifier.clone()),
         };
-        let mut tls = builder
-            .with_client_auth_cert(chain, key)
-            .context("the device's certificate and key cannot be used")?;
+        let mut tls = builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(keys)));
         tls.alpn_protocols = vec![waypost_proto::ALPN.to_vec()];
         // rustls' own cache would take tens of kilobytes for each device.
         tls.resumption = match self.resumes {
@@ -469,7 +494,7 @@ fn open_socket(gateway: SocketAddr, at: usize) -> anyhow::Result<UdpSocket> {
 }
 
 /// What suits a device that sends little, and a process that plays many of them.
-fn transport() -> TransportConfig {
+fn transport(keep_alive_interval: Option<Duration>) -> TransportConfig {
     let mut transport = TransportConfig::default();
     // The gateway opens no streams, and its answers are small.
     transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
@@ -479,7 +504,7 @@ fn transport() -> TransportConfig {
     transport.send_window(SEND_WINDOW_BYTES);
     transport.datagram_receive_buffer_size(None);
     transport.crypto_buffer_size(CRYPTO_BUFFER_BYTES);
-    transport.keep_alive_interval(Some(KEEP_ALIVE_INTERVAL));
+    transport.keep_alive_interval(keep_alive_interval);
     transport.max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))));
     // Its probes would be most of what an idle device sends.
     transport.mtu_discovery_config(None);
@@ -496,7 +521,7 @@ const SOCKET_BUFFER_BYTES: usize = 8 << 20;
 /// From 127.0.0.1 on; Linux has them all without being told.
 const LOOPBACK_ADDRESSES: usize = 250;
 /// Below the 30 seconds after which NAT devices forget a UDP flow.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
+pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// Four keep-alives may get lost.
 const IDLE_TIMEOUT_MS: u32 = 90_000;
 /// quinn alone would wait for the idle timeout. Long enough for a storm of connections.

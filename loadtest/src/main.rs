@@ -46,7 +46,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Task {
     #[command(flatten)]
-    Scenario(Command),
+    Scenario(Box<Command>),
     #[command(flatten)]
     Limits(LimitsCommand),
 }
@@ -348,6 +348,11 @@ struct CommonArgs {
     #[arg(long, value_name = "N", default_value = "16", help_heading = "Connecting",
           value_parser = parse_sockets)]
     sockets: NonZeroUsize,
+    /// How often a silent device says that it is still there, so that NAT devices do not forget it; 0s for
+    /// never: then the gateway forgets those that are silent for longer than its idle timeout
+    #[arg(long, value_name = "TIME", default_value = "20s", help_heading = "Connecting",
+          value_parser = humantime::parse_duration)]
+    keep_alive: Duration,
     /// Write the report as one JSON object; `-` for standard output, the table then goes to standard error
     #[arg(long, value_name = "FILE", help_heading = "Report")]
     json: Option<PathBuf>,
@@ -388,6 +393,7 @@ impl CommonArgs {
                 per_s: self.connect_rate,
                 at_once,
             },
+            keep_alive: Some(self.keep_alive).filter(|interval| !interval.is_zero()),
         }
     }
 }
@@ -405,7 +411,7 @@ async fn main() -> ExitCode {
         Task::Scenario(command) => command,
         Task::Limits(command) => return command.run().await,
     };
-    let (scenario, common) = match prepare(command) {
+    let (scenario, common) = match prepare(*command) {
         Ok(prepared) => prepared,
         Err(error) => return fail(&error, EXIT_USAGE),
     };
@@ -710,9 +716,9 @@ mod tests {
 
     fn prepared(line: &str) -> anyhow::Result<Scenario> {
         let Task::Scenario(command) = Cli::try_parse_from(line.split(' ')).unwrap().task else {
-            panic!("{line} is a scenario");
+            panic!("{line} is no scenario");
         };
-        prepare(command).map(|(scenario, _)| scenario)
+        prepare(*command).map(|(scenario, _)| scenario)
     }
 
     #[test]

@@ -5,10 +5,10 @@
 use std::fmt::Write;
 
 use crate::{
-    chart::{Line, Scale, chart},
+    chart::{Line, Scale, chart, plain},
     findings::Findings,
     report::{Count, Ms, Report, Seconds},
-    timeline::Moment,
+    timeline::{Mark, Moment},
 };
 
 /// The page of a run.
@@ -63,7 +63,7 @@ pub fn render(report: &Report) -> String {
         }
     }
     page += "</table>";
-    let charts: Vec<String> = charts(&report.timeline);
+    let charts: Vec<String> = charts(&report.timeline, &report.marks);
     if !charts.is_empty() {
         page += "<h2>Over time</h2><div class=\"charts\">";
         page.extend(charts);
@@ -144,7 +144,7 @@ fn tiles(report: &Report) -> Vec<(String, String, String)> {
     common.chain(own).collect()
 }
 
-fn charts(timeline: &[Moment]) -> Vec<String> {
+fn charts(timeline: &[Moment], marks: &[Mark]) -> Vec<String> {
     let at_s: Vec<f64> = timeline.iter().map(|moment| moment.at_s).collect();
     let line = |name, class, of: &dyn Fn(&Moment) -> Option<f64>| Line {
         name,
@@ -167,36 +167,52 @@ fn charts(timeline: &[Moment]) -> Vec<String> {
     let lags = [line("behind", 'a', &|moment| {
         moment.freshness_lag_ms.map(|ms| ms as f64)
     })];
-    let memory = [line("resident", 'a', &|moment| {
-        moment
-            .gateway_rss_bytes
-            .map(|bytes| bytes as f64 / MEBIBYTE)
-    })];
+    let mebibytes = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64 / MEBIBYTE);
+    let memory = [
+        line("gateway", 'a', &|moment| {
+            mebibytes(moment.gateway_rss_bytes)
+        }),
+        line("load test", 'c', &|moment| mebibytes(moment.own_rss_bytes)),
+    ];
     let cpus = [line("processors busy", 'b', &|moment| moment.gateway_cpus)];
-    let ms = |value: f64| format!("{value} ms");
+    let ms = |value: f64| format!("{} ms", plain(value));
     [
         chart(
             "Due to acknowledged",
             &at_s,
+            marks,
             &latencies,
             Scale::Logarithmic,
             ms,
         ),
-        chart("Pings a second", &at_s, &rates, Scale::Linear, count),
+        chart("Pings a second", &at_s, marks, &rates, Scale::Linear, count),
         chart(
             "Pings waiting for their ack",
             &at_s,
+            marks,
             &open,
             Scale::Linear,
             count,
         ),
-        chart("Devices", &at_s, &devices, Scale::Linear, count),
-        chart("Freshness stream", &at_s, &lags, Scale::Linear, ms),
-        chart("Gateway memory", &at_s, &memory, Scale::Linear, |value| {
-            format!("{value} MiB")
-        }),
-        chart("Gateway CPU", &at_s, &cpus, Scale::Linear, |value| {
-            value.to_string()
+        chart(
+            "Devices connected",
+            &at_s,
+            marks,
+            &devices,
+            Scale::Linear,
+            count,
+        ),
+        chart("Freshness stream", &at_s, marks, &lags, Scale::Linear, ms),
+        chart(
+            "Gateway memory",
+            &at_s,
+            marks,
+            &memory,
+            Scale::Linear,
+            |value| format!("{} MiB", plain(value)),
+        ),
+        chart("Gateway CPU", &at_s, marks, &cpus, Scale::Linear, |value| {
+            plain(value)
         }),
     ]
     .into_iter()
@@ -268,7 +284,7 @@ table{border-collapse:collapse;width:100%}td{padding:.25rem .8rem .25rem 0;borde
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1rem}\
 figure{margin:0}figcaption{font-weight:600;font-size:.9rem}figcaption span{font-weight:400;margin-left:.8rem}\
 figcaption .a{color:var(--a)}figcaption .b{color:var(--b)}figcaption .c{color:var(--c)}\
-svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--dim)}.grid{stroke:var(--line);stroke-width:1}\
+svg{width:100%;height:auto}svg text{font-size:12px;fill:var(--dim)}.grid{stroke:var(--line);stroke-width:1}.mark{stroke:var(--dim);stroke-width:1;stroke-dasharray:3 3}\
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}.line.a{stroke:var(--a)}.line.b{stroke:var(--b)}.line.c{stroke:var(--c);stroke-width:1.2}\
 footer{margin-top:2rem}";
 
@@ -290,7 +306,7 @@ mod tests {
             .collect();
         let page = render(&report);
         assert!(page.contains("every check passed") && page.contains("99,999"));
-        assert!(page.contains("Due to acknowledged") && !page.contains("Gateway memory"));
+        assert!(page.contains("Due to acknowledged") && !page.contains("Gateway CPU"));
         for outside in ["http:", "https:", "src=", "<script", "url("] {
             assert!(!page.contains(outside), "{outside}");
         }

@@ -10,8 +10,8 @@ use crate::{
     checker::Watch,
     fleet::Fleet,
     report::{Count, Ms},
-    scrape::UseWatch,
-    timeline::{Moment, Timeline},
+    scrape::{self, UseWatch},
+    timeline::{Mark, Moment, Timeline},
 };
 
 /// What can be watched while a run goes on.
@@ -32,36 +32,45 @@ pub(crate) struct Recorder {
     cpu: Option<(Instant, f64)>,
     cpus: Option<f64>,
     line: String,
+    marks: Vec<Mark>,
 }
 
 /// What the next moment is reckoned from.
+#[derive(Clone, Copy, Default)]
 struct Seen {
-    at: Instant,
+    at_s: f64,
     acked: u64,
 }
 
 impl Recorder {
     /// Looks, unless less than a second has passed since it last did.
     pub(crate) fn look(&mut self, watched: &Watched<'_>) {
+        self.look_after(MOMENT_S, watched);
+    }
+
+    /// Looks once more, so that the end of a run is seen, however short it was.
+    pub(crate) fn look_at_the_end(&mut self, watched: &Watched<'_>) {
+        self.look_after(0.0, watched);
+    }
+
+    fn look_after(&mut self, least_s: f64, watched: &Watched<'_>) {
         let fleet = watched.fleet;
         let gateway = watched.usage.map(UseWatch::newest).unwrap_or_default();
         let seen = Seen {
-            at: Instant::now(),
+            at_s: Duration::from_micros(fleet.now_us()).as_secs_f64(),
             acked: fleet.acked(),
         };
-        self.look_at_cpu(seen.at, gateway.cpu_s);
-        let Some(last) = &self.last else {
-            self.last = Some(seen);
-            return;
-        };
-        let elapsed_s = (seen.at - last.at).as_secs_f64();
-        if elapsed_s < MOMENT_S {
+        self.look_at_cpu(Instant::now(), gateway.cpu_s);
+        // Before the first look there was the beginning of the run.
+        let last = self.last.unwrap_or_default();
+        let elapsed_s = seen.at_s - last.at_s;
+        if elapsed_s <= least_s {
             return;
         }
         let recent = fleet.take_recent_latencies(watched.measured.clone());
         let quantile_ms = |quantile| (!recent.is_empty()).then(|| recent.quantile_ms(quantile));
         let moment = Moment {
-            at_s: Duration::from_micros(fleet.now_us()).as_secs_f64(),
+            at_s: seen.at_s,
             pings_per_s: (seen.acked - last.acked) as f64 / elapsed_s,
             ack_p50_ms: quantile_ms(0.5),
             ack_p99_ms: quantile_ms(0.99),
@@ -71,6 +80,7 @@ impl Recorder {
             freshness_lag_ms: watched.stream.map(Watch::lag_ms),
             gateway_rss_bytes: gateway.rss_bytes,
             gateway_cpus: self.cpus,
+            own_rss_bytes: scrape::own_rss_bytes(),
         };
         self.line = format!("{}/s", Count::of(moment.pings_per_s));
         if let Some((p50_ms, p99_ms)) = moment.ack_p50_ms.zip(moment.ack_p99_ms) {
@@ -78,6 +88,17 @@ impl Recorder {
         }
         self.timeline.push(moment);
         self.last = Some(seen);
+    }
+
+    /// Remembers that something begins now. A scenario has few such moments.
+    pub(crate) fn mark(&mut self, fleet: &Fleet, what: &'static str) {
+        let at_s = Duration::from_micros(fleet.now_us()).as_secs_f64();
+        self.marks.push(Mark { at_s, what });
+    }
+
+    /// What has begun when.
+    pub(crate) fn marks(&self) -> &[Mark] {
+        &self.marks
     }
 
     /// All that was seen.

@@ -7,7 +7,10 @@ use std::{collections::BTreeMap, fmt, time::Duration};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::{findings::Findings, timeline::Moment};
+use crate::{
+    findings::Findings,
+    timeline::{Mark, Moment},
+};
 
 /// The outcome of a run. The names are a contract: programs read them.
 #[derive(Clone, Debug, Serialize)]
@@ -70,13 +73,17 @@ pub struct Report {
     pub freshness_ms: Option<FreshnessMs>,
     /// What the gateway used.
     pub gateway: GatewayUse,
+    /// The most memory that the load test itself was seen to hold.
+    pub own_rss_bytes: Option<u64>,
     /// What this scenario shows besides.
     #[serde(flatten)]
     pub findings: Option<Findings>,
     /// Each promise that was checked.
     pub checks: Vec<Check>,
-    /// What was seen while pings were sent, about once a second.
+    /// What was seen from the first connection on, about once a second.
     pub timeline: Vec<Moment>,
+    /// What began meanwhile.
+    pub marks: Vec<Mark>,
 }
 
 /// Percentiles of the acknowledgement's latency in milliseconds.
@@ -279,6 +286,9 @@ impl fmt::Display for Report {
             "  gateway    memory {rss}   cpu {cpu}   connections {connections}{each}   reconnects {}",
             Count(self.reconnects)
         )?;
+        if let Some(bytes) = self.own_rss_bytes {
+            writeln!(f, "  load test  memory {} MiB", Count(bytes >> 20))?;
+        }
         if let Some(connects_per_s) = self.connects_per_s {
             writeln!(f, "  connecting {}/s", Count::of(connects_per_s))?;
         }
@@ -403,6 +413,7 @@ pub(crate) fn example() -> Report {
         ack_ms: AckMs::default(),
         freshness_ms: Some(FreshnessMs::default()),
         gateway: GatewayUse::default(),
+        own_rss_bytes: None,
         findings: None,
         checks: vec![Check {
             promise: "every ping was acknowledged",
@@ -410,6 +421,7 @@ pub(crate) fn example() -> Report {
             detail: String::new(),
         }],
         timeline: Vec::new(),
+        marks: Vec::new(),
     }
 }
 

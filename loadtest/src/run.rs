@@ -49,6 +49,8 @@ pub struct RunSettings {
     pub sockets: NonZeroUsize,
     /// How fast devices connect.
     pub pace: Pace,
+    /// How often a silent device says that it is still there; `None` for never.
+    pub keep_alive: Option<Duration>,
 }
 
 /// Runs a load test against a gateway that runs already, and checks what it promised. When `stop` is
@@ -139,6 +141,7 @@ async fn load(
             false => MOST_KEPT_PINGS / devices.len().max(1),
         },
         sockets: settings.sockets,
+        keep_alive: settings.keep_alive,
         crews: group_sizes
             .iter()
             .zip(scenario.presences())
@@ -203,6 +206,7 @@ async fn load(
     Ok(Outcome {
         scenario: scenario.name,
         title: scenario.title.clone(),
+        marks: recorder.marks().to_vec(),
         timeline: recorder.into_moments(),
         seed: scenario.seed(),
         passes: scenario.passes,

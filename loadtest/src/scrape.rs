@@ -1,4 +1,4 @@
-//! What the gateway uses, read from its admin endpoint.
+//! What the gateway uses, read from its admin endpoint, and the memory of this process.
 //!
 //! Knows three metric names and as much HTTP as they need. Must not know the device protocol.
 
@@ -125,6 +125,17 @@ pub async fn get(admin: SocketAddr, path: &str) -> anyhow::Result<String> {
     Ok(body.to_owned())
 }
 
+/// The memory that this process holds; unknown where there is no `/proc`.
+#[must_use]
+pub fn own_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     reason = "Prometheus writes whole numbers as floats, too"
@@ -171,6 +182,11 @@ mod tests {
             (Some(3), Some(1_048_576), Some(1.5))
         );
         assert_eq!(parse("").connections, None);
+    }
+
+    #[test]
+    fn this_process_holds_memory() {
+        assert!(own_rss_bytes().is_some_and(|bytes| 1 << 20 < bytes));
     }
 
     #[test]

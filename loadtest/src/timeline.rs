@@ -27,6 +27,17 @@ pub struct Moment {
     pub gateway_rss_bytes: Option<u64>,
     /// How many processors the gateway kept busy.
     pub gateway_cpus: Option<f64>,
+    /// The load test's own memory, as far as it could be seen.
+    pub own_rss_bytes: Option<u64>,
+}
+
+/// Something that began while a run went on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Mark {
+    /// Seconds since the run began.
+    pub at_s: f64,
+    /// What began.
+    pub what: &'static str,
 }
 
 /// The moments of a run, at most 2,048: when there are more, two become one.
@@ -97,6 +108,10 @@ fn merge(moments: &[Moment]) -> Option<Moment> {
             .filter_map(|moment| moment.gateway_rss_bytes)
             .max(),
         gateway_cpus: mean(|moment| moment.gateway_cpus),
+        own_rss_bytes: moments
+            .iter()
+            .filter_map(|moment| moment.own_rss_bytes)
+            .max(),
     })
 }
 

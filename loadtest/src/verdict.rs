@@ -10,7 +10,7 @@ use crate::{
     findings::Findings,
     ledger::DeviceLedger,
     report::{Check, Count, GatewayUse, Latencies, Report},
-    timeline::Moment,
+    timeline::{Mark, Moment},
     verify::{FreshnessFindings, StoreFindings},
 };
 
@@ -47,8 +47,10 @@ pub struct Outcome {
     pub stream: Option<FreshnessFindings>,
     /// What the store holds, if it was read.
     pub store: Option<StoreFindings>,
-    /// What was seen while pings were sent.
+    /// What was seen from the first connection on.
     pub timeline: Vec<Moment>,
+    /// What began meanwhile.
+    pub marks: Vec<Mark>,
     /// How our own gateway ended: with an error, perhaps.
     pub gateway_end: Option<Option<String>>,
 }
@@ -97,10 +99,28 @@ pub fn report(outcome: &Outcome) -> Report {
             .freshness_latencies
             .as_ref()
             .map(Latencies::freshness_ms),
-        gateway: outcome.gateway,
+        gateway: gateway_use(outcome),
+        own_rss_bytes: outcome
+            .timeline
+            .iter()
+            .filter_map(|moment| moment.own_rss_bytes)
+            .max(),
         findings: outcome.findings.clone(),
         checks: checks(outcome, sent, acked),
         timeline: outcome.timeline.clone(),
+        marks: outcome.marks.clone(),
+    }
+}
+
+/// Memory by connection says something only where most devices were connected at the same time.
+fn gateway_use(outcome: &Outcome) -> GatewayUse {
+    let most_were = outcome
+        .gateway
+        .connections
+        .is_some_and(|connections| outcome.ledgers.len() as u64 <= 2 * connections);
+    GatewayUse {
+        bytes_per_connection: outcome.gateway.bytes_per_connection.filter(|_| most_were),
+        ..outcome.gateway
     }
 }
 
@@ -316,6 +336,7 @@ mod tests {
         Outcome {
             title: "an example".to_owned(),
             timeline: Vec::new(),
+            marks: Vec::new(),
             scenario: "steady",
             seed: Some(1),
             passes: 1,

@@ -16,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use clap::Args;
 use quinn::{Endpoint, Incoming};
 use tokio::{
@@ -97,8 +97,9 @@ impl EchoProcess {
     /// # Errors
     /// When it had ended before, or cannot be ended.
     pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
-        let early = self.child.try_wait()?;
-        ensure!(early.is_none(), "the echo server ended early: {early:?}");
+        if let Some(ended) = self.child.try_wait()? {
+            bail!("the echo server ended early, with {ended}");
+        }
         self.child.kill().await.context("the echo server lives on")
     }
 }
