@@ -220,10 +220,16 @@ struct Shell<'a> {
     /// A request of BACKFILL that waits for a place at the committer. Nothing more of that lane is read
     /// meanwhile, and LIVE goes on: its pings are the news.
     waiting_backfill: Option<Submitting>,
-    /// The batch of early data that the committer has: it may say that it has to see it again.
-    asked_early: Option<Request>,
-    /// What became of that batch. It is not told before Hello is answered.
-    settled_early: Option<Settled>,
+    /// The batch of early data, until Hello is answered. Boxed, for most sessions have none.
+    early: Option<Box<EarlyBatch>>,
+}
+
+/// A batch that the committer was asked to judge before the Hello that it followed.
+enum EarlyBatch {
+    /// It may say that it has to see it again, after Hello.
+    Asked(Request),
+    /// What became of it. It is not told before Hello is answered.
+    Settled(Settled),
 }
 
 type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
@@ -261,8 +267,7 @@ impl<'a> Shell<'a> {
             is_draining: false,
             held_until: None,
             waiting_backfill: None,
-            asked_early: None,
-            settled_early: None,
+            early: None,
         }
     }
 
@@ -282,7 +287,7 @@ impl<'a> Shell<'a> {
             self.requests_in_flight[Lane::Live as usize] += 1;
             // It is in the store by now; what is too much is made up for by reading nothing for a while.
             let _deferral = self.deferral(&request, None);
-            self.asked_early = Some(request);
+            self.early = Some(Box::new(EarlyBatch::Asked(request)));
         }
         for step in early.steps {
             let held_for = self.charge();
@@ -587,18 +592,20 @@ impl<'a> Shell<'a> {
                 Answer::Welcomed(welcomed) => {
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
-                    settled[Lane::Live as usize].extend(self.settled_early.take());
+                    if let Some(EarlyBatch::Settled(one)) = self.early.take().map(|early| *early) {
+                        settled[Lane::Live as usize].push(one);
+                    }
                     for (lane, request) in waiting {
                         self.ask(lane, request, None).await?;
                     }
                 }
                 Answer::Settled(one) if !self.session.is_welcomed() => {
-                    self.asked_early = None;
-                    self.settled_early = Some(one);
+                    self.early = Some(Box::new(EarlyBatch::Settled(one)));
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
-                Answer::Fenced if self.asked_early.is_some() => {
-                    if let Some(request) = self.asked_early.take() {
+                Answer::Fenced if self.early.is_some() => {
+                    if let Some(EarlyBatch::Asked(request)) = self.early.take().map(|early| *early)
+                    {
                         self.ask(lane, request, None).await?;
                     }
                 }

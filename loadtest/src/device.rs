@@ -591,6 +591,13 @@ mod tests {
         }
 
         fn device(&self) -> (Device, mpsc::Receiver<Told>) {
+            self.device_over(|links| links)
+        }
+
+        fn device_over(
+            &self,
+            change: impl FnOnce(Links) -> Links,
+        ) -> (Device, mpsc::Receiver<Told>) {
             let id = DeviceId {
                 user: UserId([7; 16]),
                 device: 1,
@@ -599,6 +606,7 @@ mod tests {
             let ca_pem = self.authority.certificate_pem();
             let ca = CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap();
             let links = Links::open(self.devices, "localhost", ca, NonZeroUsize::MIN).unwrap();
+            let links = change(links);
             let credentials = links
                 .credentials(vec![issued.certificate_der()], issued.private_key_der())
                 .unwrap();
@@ -629,6 +637,7 @@ mod tests {
     #[derive(Clone, Debug, PartialEq)]
     enum Told {
         Connected,
+        Established(Handshake),
         Event(Event),
         Disconnected(Option<CloseCode>),
     }
@@ -638,6 +647,10 @@ mod tests {
     impl Observer for Teller {
         fn connected(&mut self) {
             self.0.try_send(Told::Connected).unwrap();
+        }
+
+        fn established(&mut self, handshake: Handshake) {
+            self.0.try_send(Told::Established(handshake)).unwrap();
         }
 
         fn observed(&mut self, event: &Event, _read_at: Instant) {
@@ -747,6 +760,37 @@ mod tests {
             },
         )
         .await;
+        device.stop().await;
+        assert_eq!(world.stored().await, [1, 2, 3]);
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_device_with_a_ticket_sends_early_and_again_where_the_ticket_is_unknown() {
+        let mut world = World::start().await;
+        let (device, mut told) = world.device_over(Links::resuming);
+        let handshakes = [Handshake::Full, Handshake::EarlyData, Handshake::Full];
+        for (settled, handshake) in (1..).zip(handshakes) {
+            if settled == 3 {
+                world.end().await;
+                world.run().await;
+            }
+            device.push(ping());
+            device.go_online();
+            let (mut began, mut is_settled) = (None, false);
+            while began.is_none() || !is_settled {
+                match told.recv().await.unwrap() {
+                    Told::Established(handshake) => began = Some(handshake),
+                    Told::Event(Event::Settled(range)) => is_settled = range.last == settled,
+                    Told::Connected | Told::Event(_) | Told::Disconnected(_) => {}
+                }
+            }
+            assert_eq!(began, Some(handshake));
+            device.go_offline();
+            until(&mut told, |told| {
+                (*told == Told::Disconnected(None)).then_some(())
+            })
+            .await;
+        }
         device.stop().await;
         assert_eq!(world.stored().await, [1, 2, 3]);
     }

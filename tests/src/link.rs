@@ -13,6 +13,8 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use waypost_gateway::{pki::Credentials, tls};
 use waypost_proto::{batch, ping::Ping, session::CloseCode, v1};
 
+use crate::{Device, World};
+
 /// Long enough for a loaded machine; only a hang takes it.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -106,10 +108,58 @@ pub fn client_config(
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = vec![waypost_proto::ALPN.to_vec()];
+    // Used only by whoever has a ticket and asks for it.
+    config.enable_early_data = true;
     let mut config =
         quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).unwrap()));
     config.transport_config(Arc::new(transport));
     config
+}
+
+/// A device that keeps the ticket of one connection for the next.
+#[derive(Debug)]
+pub struct Returning {
+    endpoint: Endpoint,
+    config: quinn::ClientConfig,
+}
+
+impl Returning {
+    /// A device that has no ticket yet.
+    pub fn new(world: &World, device: &Device) -> Self {
+        let ca_pem = world.authority.certificate_pem();
+        Self {
+            endpoint: Endpoint::client(SocketAddr::from((LOOPBACK, 0))).unwrap(),
+            config: client_config(ca_pem, Some(&device.credentials), ordinary()),
+        }
+    }
+
+    /// Connects and says nothing before the handshake is over.
+    pub async fn connect(&self, gateway: SocketAddr) -> Link {
+        let connecting = self.begin(gateway);
+        let connected = tokio::time::timeout(PATIENCE, connecting).await;
+        self.link(connected.expect("a handshake ends").unwrap())
+    }
+
+    /// Begins a connection with its ticket. What is sent now is early data; whether that was taken is known
+    /// when the handshake is over.
+    pub fn connect_early(&self, gateway: SocketAddr) -> (Link, quinn::ZeroRttAccepted) {
+        let begun = self.begin(gateway).into_0rtt();
+        let (connection, accepted) = begun.expect("the last connection left a ticket");
+        (self.link(connection), accepted)
+    }
+
+    fn begin(&self, gateway: SocketAddr) -> quinn::Connecting {
+        self.endpoint
+            .connect_with(self.config.clone(), gateway, "localhost")
+            .unwrap()
+    }
+
+    fn link(&self, connection: quinn::Connection) -> Link {
+        Link {
+            connection,
+            _endpoint: self.endpoint.clone(),
+        }
+    }
 }
 
 impl Attempt {
@@ -154,6 +204,12 @@ impl Link {
             recv,
             unread: BytesMut::new(),
         })
+    }
+
+    /// Ends the connection from this side.
+    pub fn close(&self) {
+        let code = u32::from(CloseCode::NoError as u8);
+        self.connection.close(code.into(), b"done");
     }
 
     pub fn is_closed(&self) -> bool {
