@@ -121,7 +121,7 @@ async fn an_early_ping_is_on_disk_before_the_gateway_has_said_a_word_and_proves_
     let epoch = leave_with_a_ticket(&world, &returning).await;
     let before = seen(&world, &device).await;
 
-    let relay = Relay::start(world.addresses().devices, 1);
+    let relay = Relay::start(world.addresses().devices, 1).unwrap();
     relay.set_weather_down(silence());
     let (link, accepted) = returning.connect_early(relay.address());
     let mut live = say(&link, epoch, 2).await;
@@ -160,7 +160,7 @@ async fn an_early_ping_is_on_disk_before_the_gateway_has_said_a_word_and_proves_
 async fn a_full_handshake_takes_a_round_trip_before_the_ping_can_leave() {
     let world = World::start().await;
     let device = world.device(1);
-    let relay = Relay::start(world.addresses().devices, 1);
+    let relay = Relay::start(world.addresses().devices, 1).unwrap();
     relay.set_weather_down(silence());
     let returning = Returning::new(&world, &device);
     let talking = async {
@@ -310,7 +310,7 @@ async fn waits(first: v1::Hello, seq: u64, told: impl FnOnce(&v1::Welcome, u32))
     let returning = Returning::new(&world, &device);
     let epoch = leave_with_a_ticket(&world, &returning).await;
     let before = seen(&world, &device).await;
-    let relay = Relay::start(world.addresses().devices, 1);
+    let relay = Relay::start(world.addresses().devices, 1).unwrap();
     relay.set_weather_down(silence());
     let (link, accepted) = returning.connect_early(relay.address());
     let epoch_of_batch = first.epoch;

@@ -10,7 +10,7 @@ use waypost_proto::{
     session::{CloseCode, Lane},
     v1::gateway_frame::Kind,
 };
-use waypost_tests::{hello, ping, stored_seqs, world::World};
+use waypost_tests::{World, hello, ping, stored_seqs};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn devices_behind_a_nat_that_changes_their_ports_stay_with_their_workers() {
