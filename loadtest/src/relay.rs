@@ -9,14 +9,14 @@
 //!
 //! # Bounds
 //!
-//! At most [`QUEUE_DATAGRAMS`] are on their way and [`FLOWS`] addresses are served; more are dropped and
+//! At most `QUEUE_DATAGRAMS` are on their way and `FLOWS` addresses are served; more are dropped and
 //! counted in [`Counts::overflowed`]. A relay that is dropped stops.
 
 use std::{
     cmp::Reverse,
     collections::{BinaryHeap, HashMap, hash_map::Entry},
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
     sync::Arc,
     time::Duration,
@@ -129,12 +129,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Begins to relay to a gateway on this host, in fair weather. Must be called within a tokio runtime.
+    /// Begins to relay to a gateway, in fair weather. Devices are those of this host. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// When the system gives no socket.
     pub fn start(gateway: SocketAddr, seed: u64) -> io::Result<Self> {
-        let front = Arc::new(open_socket()?);
+        let front = Arc::new(open_socket(Ipv4Addr::LOCALHOST.into())?);
         let address = front.local_addr()?;
         let shared = Arc::new(Shared {
             gateway,
@@ -238,7 +238,12 @@ struct WayOut {
 
 impl WayOut {
     fn open(flow: usize, is_rebound: bool, shared: &Arc<Shared>) -> io::Result<Self> {
-        let socket = Arc::new(open_socket()?);
+        let near = match shared.gateway.ip() {
+            loopback if loopback.is_loopback() => loopback,
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = Arc::new(open_socket(near)?);
         let reader = tokio::spawn(read_answers(
             socket.clone(),
             flow,
@@ -511,8 +516,8 @@ impl Air {
     }
 }
 
-fn open_socket() -> io::Result<UdpSocket> {
-    let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+fn open_socket(near: IpAddr) -> io::Result<UdpSocket> {
+    let socket = std::net::UdpSocket::bind((near, 0))?;
     // What the kernel would drop is not counted here, so let it drop as little as it can.
     SockRef::from(&socket).set_recv_buffer_size(SOCKET_BUFFER_BYTES)?;
     socket.set_nonblocking(true)?;
