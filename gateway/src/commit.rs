@@ -385,9 +385,6 @@ impl Committer {
                     && record.goes_on_unchanged(&claim) =>
             {
                 let mut last_stored = self.last_stored.get(&device).copied();
-                let mut newly: Vec<u64> = seqs(&batch)
-                    .filter(|seq| !record.settled.contains(*seq))
-                    .collect();
                 let judgement = record.judge_unproven(
                     &batch.pings,
                     &batch.malformed,
@@ -398,7 +395,6 @@ impl Committer {
                 if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
-                newly.retain(|seq| record.settled.contains(*seq));
                 judged.touched_early.push(device);
                 self.metrics.resumption.early_batches.increment(1);
                 let moment = Moment {
@@ -406,8 +402,7 @@ impl Committer {
                     commit_ms,
                     position,
                 };
-                let settled = judged.settle(device, record, &batch, columns, judgement, moment);
-                Answer::SettledEarly(settled, newly)
+                Answer::Settled(judged.settle(device, record, &batch, columns, judgement, moment))
             }
             _ => Answer::Fenced,
         };
@@ -513,12 +508,6 @@ impl Judged {
             retry_after_ms: 0,
         }
     }
-}
-
-/// The numbers of a batch.
-fn seqs(batch: &DecodedBatch) -> impl Iterator<Item = u64> {
-    let malformed = batch.malformed.iter().map(|(seq, _)| *seq);
-    batch.pings.iter().map(|ping| ping.seq).chain(malformed)
 }
 
 /// When something came, and the commit that it went into.

@@ -57,8 +57,6 @@ pub enum Answer {
     Welcomed(Welcomed),
     /// To a batch or a heartbeat.
     Settled(Settled),
-    /// To early data, with the numbers that it settled.
-    SettledEarly(Settled, Vec<u64>),
     /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
     /// it before Hello is judged.
     Fenced,

@@ -228,8 +228,8 @@ struct Shell<'a> {
 enum EarlyBatch {
     /// It may say that it has to see it again, after Hello.
     Asked(Request),
-    /// What became of it, and the numbers that it settled. It is not told before Hello is answered.
-    Settled(Settled, Vec<u64>),
+    /// What became of it. It is not told before Hello is answered.
+    Settled(Settled),
 }
 
 type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
@@ -589,23 +589,18 @@ impl<'a> Shell<'a> {
         for (lane, answer) in answers {
             self.requests_in_flight[lane as usize] -= 1;
             match answer {
-                Answer::Welcomed(mut welcomed) => {
-                    if let Some(EarlyBatch::Settled(one, newly)) =
-                        self.early.take().map(|early| *early)
-                    {
-                        // Its own answer tells of these. Numbers that Welcome covers and that the device has not
-                        // sent on an earlier connection mean to it that another queue has used them.
-                        welcomed.settled = welcomed.settled.without(&newly);
-                        settled[Lane::Live as usize].push(one);
-                    }
+                Answer::Welcomed(welcomed) => {
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
+                    if let Some(EarlyBatch::Settled(one)) = self.early.take().map(|early| *early) {
+                        settled[Lane::Live as usize].push(one);
+                    }
                     for (lane, request) in waiting {
                         self.ask(lane, request, None).await?;
                     }
                 }
-                Answer::SettledEarly(one, newly) => {
-                    self.early = Some(Box::new(EarlyBatch::Settled(one, newly)));
+                Answer::Settled(one) if !self.session.is_welcomed() => {
+                    self.early = Some(Box::new(EarlyBatch::Settled(one)));
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
                 Answer::Fenced if self.early.is_some() => {

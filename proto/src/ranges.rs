@@ -89,44 +89,6 @@ impl RangeSet {
                 .is_some_and(|range| seq <= range.last)
     }
 
-    /// The same without these numbers. To be told and not to be continued: it may have more than
-    /// [`MAX_RANGES`] ranges.
-    #[must_use]
-    pub fn without(&self, seqs: &[u64]) -> Self {
-        let mut left_out: Vec<u64> = seqs.iter().copied().filter(|seq| 0 < *seq).collect();
-        left_out.sort_unstable();
-        let floor = SeqRange {
-            first: 1,
-            last: self.floor,
-        };
-        let mut kept = Vec::new();
-        for range in std::iter::once(&floor).chain(&self.above) {
-            let mut first = range.first;
-            let from = left_out.partition_point(|seq| *seq < first);
-            for &seq in left_out[from..]
-                .iter()
-                .take_while(|seq| **seq <= range.last)
-            {
-                if first < seq {
-                    let last = seq - 1;
-                    kept.push(SeqRange { first, last });
-                }
-                first = seq.saturating_add(1);
-            }
-            if first <= range.last {
-                let last = range.last;
-                kept.push(SeqRange { first, last });
-            }
-        }
-        let reaches_from_one = kept.first().is_some_and(|range| range.first == 1);
-        let floor = if reaches_from_one {
-            kept.remove(0).last
-        } else {
-            0
-        };
-        Self { floor, above: kept }
-    }
-
     /// Settles one number; 0 is not a sequence number and always a duplicate.
     pub fn insert(&mut self, seq: u64) -> Verdict {
         if self.contains(seq) {
@@ -236,23 +198,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn without_some_numbers_it_holds_all_others(
-            held in prop::collection::hash_set(1..100_u64, 0..80),
-            left_out in prop::collection::vec(0..110_u64, 0..30),
-        ) {
-            let mut set = RangeSet::default();
-            let held: HashSet<u64> = held
-                .into_iter()
-                .filter(|seq| set.insert(*seq) == Verdict::New)
-                .collect();
-            let rest = set.without(&left_out);
-            for seq in 1..120 {
-                let is_wanted = held.contains(&seq) && !left_out.contains(&seq);
-                prop_assert_eq!(rest.contains(seq), is_wanted, "{}", seq);
-            }
-        }
-
         #[test]
         fn agrees_with_a_hash_set(steps in prop::collection::vec(step(), 0..400)) {
             let mut set = RangeSet::default();

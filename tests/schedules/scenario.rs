@@ -315,7 +315,6 @@ impl Session {
                 tally.settled += 1;
                 (settled.receive_ms, settled.position)
             }
-            Answer::SettledEarly(..) => panic!("nobody here has sent early data"),
             Answer::Fenced => {
                 assert!(self.is_welcomed, "a batch was judged before its Hello");
                 assert!(self.is_foreign, "fenced in its own epoch");
