@@ -360,7 +360,7 @@ impl Committer {
 
     /// Stores early data whose Hello would change nothing, so that it can be judged now as well as after it;
     /// all else waits. Whoever sent it is not heard: no clock moves, nothing is published, and a device that
-    /// is not known stays so.
+    /// is not known stays so. The answer says what was settled before, for that is what Welcome has to tell.
     fn judge_early(
         &mut self,
         submission: Submission,
@@ -385,6 +385,7 @@ impl Committer {
                     && record.goes_on_unchanged(&claim) =>
             {
                 let mut last_stored = self.last_stored.get(&device).copied();
+                let settled_before = record.settled.clone();
                 let judgement = record.judge_unproven(
                     &batch.pings,
                     &batch.malformed,
@@ -402,7 +403,11 @@ impl Committer {
                     commit_ms,
                     position,
                 };
-                Answer::Settled(judged.settle(device, record, &batch, columns, judgement, moment))
+                let settled = judged.settle(device, record, &batch, columns, judgement, moment);
+                Answer::Settled(Settled {
+                    settled: settled_before,
+                    ..settled
+                })
             }
             _ => Answer::Fenced,
         };

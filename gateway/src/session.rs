@@ -228,7 +228,7 @@ struct Shell<'a> {
 enum EarlyBatch {
     /// It may say that it has to see it again, after Hello.
     Asked(Request),
-    /// What became of it. It is not told before Hello is answered.
+    /// What became of it, and what was settled before it. It is not told before Hello is answered.
     Settled(Settled),
 }
 
@@ -589,12 +589,23 @@ impl<'a> Shell<'a> {
         for (lane, answer) in answers {
             self.requests_in_flight[lane as usize] -= 1;
             match answer {
-                Answer::Welcomed(welcomed) => {
+                Answer::Welcomed(mut welcomed) => {
+                    let mut early = match self.early.take().map(|early| *early) {
+                        Some(EarlyBatch::Settled(one)) => Some(one),
+                        _ => None,
+                    };
+                    if let Some(one) = &mut early
+                        && one.epoch == welcomed.epoch
+                    {
+                        // A device that is told in Welcome of what it has not sent yet, as far as it knows,
+                        // takes itself for the copy of another. The early batch is the ack's to tell, and
+                        // this commit is where it became visible.
+                        std::mem::swap(&mut one.settled, &mut welcomed.settled);
+                        one.position = welcomed.position;
+                    }
                     let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
                     self.write(lane, &frame).await?;
-                    if let Some(EarlyBatch::Settled(one)) = self.early.take().map(|early| *early) {
-                        settled[Lane::Live as usize].push(one);
-                    }
+                    settled[Lane::Live as usize].extend(early);
                     for (lane, request) in waiting {
                         self.ask(lane, request, None).await?;
                     }

@@ -549,7 +549,9 @@ impl Files {
                 .allow_unknown_revocation_status();
         }
         let webpki = builder.build().map_err(|error| match error {
-            VerifierBuilderError::InvalidCrl(_) => malformed_lists(config.client_crl.as_deref()),
+            VerifierBuilderError::InvalidCrl(_) => {
+                malformed_lists(config.client_crl.clone().unwrap_or_default())
+            }
             other => unusable(rustls::Error::General(other.to_string())),
         })?;
         Ok(Arc::new(ClientVerifier { webpki }))
@@ -582,12 +584,12 @@ fn revocation_lists(
         .collect::<Result<Vec<_>, _>>()
         .ok()
         .filter(|lists| !lists.is_empty())
-        .ok_or_else(|| malformed_lists(Some(path)))
+        .ok_or_else(|| malformed_lists(path.to_owned()))
 }
 
-fn malformed_lists(path: Option<&Path>) -> TlsError {
+fn malformed_lists(path: PathBuf) -> TlsError {
     TlsError::Malformed {
-        path: path.unwrap_or(Path::new("")).to_owned(),
+        path,
         key: "client_crl",
         expected: "certificate revocation list",
     }

@@ -134,7 +134,12 @@ async fn an_early_ping_is_on_disk_before_the_gateway_has_said_a_word_and_proves_
 
     relay.set_weather_down(Weather::FAIR);
     assert!(accepted.await);
-    assert_eq!(live.welcome().await.epoch, epoch);
+    let welcome = live.welcome().await;
+    assert_eq!(
+        (welcome.epoch, welcome.durable_upto),
+        (epoch, 1),
+        "the early ping is the ack's to tell"
+    );
     let ack = live.ack().await;
     assert_eq!((ack.durable_upto, ack.accepted, ack.duplicate), (2, 1, 0));
     let after = seen(&world, &device).await;
