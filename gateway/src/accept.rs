@@ -76,10 +76,16 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
                 sessions.spawn(handshake::accept(newcomer, Arc::clone(&parts.sessions)));
                 yield_now().await;
             }
-            Err(Verdict::Refuse(limit)) => {
+            Err(verdict @ (Verdict::Refuse(limit) | Verdict::Ignore(limit))) => {
                 metrics.limits.reached.of(limit.as_label()).increment(1);
                 metrics.connections.refused.of("overloaded").increment(1);
-                incoming.refuse();
+                match verdict {
+                    Verdict::Ignore(_) => {
+                        metrics.limits.ignored.increment(1);
+                        incoming.ignore();
+                    }
+                    _ => incoming.refuse(),
+                }
             }
             Err(Verdict::Prove | Verdict::Accept) => {
                 metrics.limits.address_proofs.increment(1);

@@ -7,7 +7,11 @@
 //!
 //! From the cheapest answer to the dearest (13 to 330 µs of a core each):
 //!
-//! 1. All connections are taken, or all places for handshakes: the newcomer is refused and comes back.
+//! 0. More newcomers wait at a worker than it can look at soon: quinn drops what comes then
+//!    ([`crate::transport`]).
+//! 1. All connections are taken, or all places for handshakes: the newcomer is refused and comes back. Saying
+//!    so costs nearly twice as much as not saying it, so beyond `REFUSALS_PER_S` newcomers are ignored: they come
+//!    back as well, each time after twice as long.
 //! 2. Anybody can write anybody's address on a packet. While many handshakes are in progress, many are
 //!    begun, or many come from one address, a newcomer that has not shown that it gets what is sent to its
 //!    address is sent a Retry, which costs it one round trip and the gateway no memory. Not always:
@@ -88,6 +92,8 @@ pub enum Verdict {
     Prove,
     /// It must come back later, because this limit is reached.
     Refuse(Limit),
+    /// The same, and too many were told so a moment ago.
+    Ignore(Limit),
 }
 
 /// What there is too much of.
@@ -160,6 +166,8 @@ pub struct State {
     connections: usize,
     handshakes: usize,
     unproved: Bucket,
+    /// What may still be said of refusals.
+    refusals: Bucket,
     /// Keyed by what peers can choose, so hashed with a secret.
     addresses: HashMap<Network, Address>,
     swept_at: Option<Instant>,
@@ -175,6 +183,7 @@ impl State {
             connections: 0,
             handshakes: 0,
             unproved: Bucket::default(),
+            refusals: Bucket::default(),
             addresses: HashMap::new(),
             swept_at: None,
         }
@@ -222,6 +231,13 @@ impl State {
         if address.says_nothing(now) {
             self.addresses.remove(&network);
         }
+        let refusals = Rate::new(REFUSALS_PER_S, SECOND, REFUSALS_PER_S);
+        let verdict = match verdict {
+            Verdict::Refuse(limit) if self.refusals.take(&refusals, 1, now).is_err() => {
+                Verdict::Ignore(limit)
+            }
+            verdict => verdict,
+        };
         (verdict, network)
     }
 
@@ -358,6 +374,8 @@ impl Drop for Place {
     }
 }
 
+/// A tenth of a core.
+const REFUSALS_PER_S: u32 = 2_000;
 const SECOND: Duration = Duration::from_secs(1);
 /// What share of all handshakes one address may have: so that it takes many to keep others out, and a
 /// carrier's address still gets a thousand done in a second.
@@ -471,6 +489,30 @@ mod tests {
         state.shaken_hands(other, true);
         state.left(other, now);
         assert_eq!((state.connections, state.handshakes), (2, 1));
+    }
+
+    #[test]
+    fn refusals_have_a_rate_and_beyond_it_newcomers_are_ignored() {
+        let mut state = State::new(AdmissionConfig::default(), 0);
+        let now = Instant::now();
+        let told = (0..10_000)
+            .filter(|number| {
+                let verdict = judge(&mut state, nth(*number), true, now);
+                assert!(
+                    matches!(
+                        verdict,
+                        Verdict::Refuse(Limit::Connections) | Verdict::Ignore(Limit::Connections)
+                    ),
+                    "{verdict:?}"
+                );
+                verdict == Verdict::Refuse(Limit::Connections)
+            })
+            .count();
+        assert_eq!(told, REFUSALS_PER_S as usize);
+        assert_eq!(
+            judge(&mut state, HOME, true, now + SECOND),
+            Verdict::Refuse(Limit::Connections)
+        );
     }
 
     #[test]

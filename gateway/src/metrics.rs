@@ -190,6 +190,8 @@ impl FreshnessMetrics {
 pub struct LimitMetrics {
     /// How often a limit was reached, a label of [`LIMITS`].
     pub reached: ByLabel,
+    /// Newcomers that were refused without being told.
+    pub ignored: Counter,
     /// Newcomers that were sent a Retry, to prove their address.
     pub address_proofs: Counter,
     /// Addresses that admission remembers.
@@ -206,6 +208,10 @@ impl LimitMetrics {
                 "How often a limit of devices or of their addresses was reached.",
                 "limit",
                 &LIMITS,
+            ),
+            ignored: new_counter(
+                "waypost_newcomers_ignored_total",
+                "Newcomers over a limit that were not even told so, because too many were.",
             ),
             address_proofs: new_counter(
                 "waypost_address_proofs_total",

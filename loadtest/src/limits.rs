@@ -1,8 +1,8 @@
 //! `loadtest limits`: what this machine can do at most, and how much of it Waypost makes, in one run.
 //!
 //! In the order of a run: a gateway and an [`echo`] server start as processes of their own. A crew of client
-//! threads for each plays the same devices, one request outstanding on each of its wires; then it connects
-//! many more at once; then it keeps a pace. The processor time of either server is read around each round.
+//! threads for each connects the same devices, many at once; then it has one request outstanding on each of a
+//! fifth of its wires; then it keeps a pace on all of them. The processor time of either server is read around each round.
 //! Last comes the commit path against RocksDB alone. [`figures`] says it all.
 //! Knows the order, and what is compared with what. Must not know how anything is measured.
 //!
@@ -37,7 +37,7 @@ use crate::{local_gateway::LocalGateway, progress::Progress, report::Latencies};
 use self::{
     crew::{Crew, Papers},
     echo::{EchoArgs, EchoProcess},
-    figures::{Batches, Committed, Cost, Costs, Figures, Limits, Lone},
+    figures::{Batches, Committed, Cost, Costs, Figures, Limits, Lone, Memory},
     load::{BATCHES, Drive, LONE_PINGS, Load},
     pace::Pace,
     wire::Server,
@@ -147,6 +147,10 @@ struct Served {
     sparse: Costs,
     /// At Waypost and at the echo.
     sparse_latencies: [Latencies; 2],
+    /// Of Waypost and of the echo, for each connection that has said Hello and nothing more.
+    idle_bytes: [f64; 2],
+    /// Of the echo, for each connection at the end. Waypost's has grown by its store as well.
+    echo_used_bytes: f64,
 }
 
 /// How the devices come, to either server.
@@ -248,12 +252,19 @@ impl Sides {
     ) -> anyhow::Result<Served> {
         let busy = 0..plan.busy as usize;
         progress.begin("connecting", None);
+        let before = self.resident_bytes()?;
         self.waypost.crew.connect(busy.clone()).await?;
         self.echo.crew.connect(busy).await?;
+        let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
+        let each = |after: [u64; 2]| {
+            let grown = |at: usize| after[at].saturating_sub(before[at]) as f64;
+            [0, 1].map(|at| grown(at) / f64::from(plan.total))
+        };
+        let idle_bytes = each(self.resident_bytes()?);
         let lone = self.exchange(LONE_PINGS, plan, progress).await?;
         let batches = self.exchange(BATCHES, plan, progress).await?;
-        let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
         let (sparse, sparse_latencies) = self.keep_pace(plan, pings_per_s, progress).await?;
+        let [_, echo_used_bytes] = each(self.resident_bytes()?);
         Ok(Served {
             plan,
             lone,
@@ -262,7 +273,16 @@ impl Sides {
             storm_refusals,
             sparse,
             sparse_latencies,
+            idle_bytes,
+            echo_used_bytes,
         })
+    }
+
+    fn resident_bytes(&self) -> anyhow::Result<[u64; 2]> {
+        Ok([
+            processor::resident_bytes(self.waypost.process_id)?,
+            processor::resident_bytes(self.echo.process_id)?,
+        ])
     }
 
     /// The two sides in turn, each with the place for what it costs.
@@ -443,6 +463,11 @@ fn figures(
             committer_pings_per_s: lone_commits.committer_pings_per_s,
             waypost_of_rocksdb: lone_commits.waypost_of_rocksdb,
             group_requests: lone_commits.group_requests,
+            memory: Memory {
+                waypost_idle_bytes: served.idle_bytes[0],
+                echo_idle_bytes: served.idle_bytes[1],
+                echo_used_bytes: served.echo_used_bytes,
+            },
             fsync_ms: syncs.into(),
         },
     }

@@ -67,8 +67,21 @@ pub struct Limits {
     pub waypost_of_rocksdb: f64,
     /// Requests in one of these groups.
     pub group_requests: f64,
+    /// What a connection takes.
+    pub memory: Memory,
     /// What a sync of 64 KiB takes on the same disk.
     pub fsync_ms: Percentiles,
+}
+
+/// What one connection takes of a server's memory, in bytes: what the process has grown by, over all of them.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    /// Of the gateway, once Hello is answered and nothing else was said.
+    pub waypost_idle_bytes: f64,
+    /// Of the echo, after the same.
+    pub echo_idle_bytes: f64,
+    /// Of the echo in the end, after tens of pings on each.
+    pub echo_used_bytes: f64,
 }
 
 /// Requests with a hundred pings each.
@@ -247,9 +260,10 @@ impl fmt::Display for Line {
 }
 
 impl Figures {
-    fn lines(&self) -> [Line; 8] {
+    fn lines(&self) -> [Line; 9] {
         let limits = &self.limits;
         let (batches, lone, fsync) = (&limits.batches, &limits.lone, &limits.fsync_ms);
+        let memory = &limits.memory;
         let ack_goal_ms = LONE_P50_GOAL_MS + fsync.p50;
         [
             Line {
@@ -311,6 +325,21 @@ impl Figures {
                 goal: Goal::ratio(limits.storm_of_handshakes, STORM_GOAL),
             },
             Line {
+                what: "memory of a connection after its Hello".to_owned(),
+                waypost: kilobytes(memory.waypost_idle_bytes),
+                against: format!(
+                    "echo {}, in the end {}",
+                    kilobytes(memory.echo_idle_bytes),
+                    kilobytes(memory.echo_used_bytes)
+                ),
+                ratio: Some(memory.waypost_idle_bytes / memory.echo_idle_bytes),
+                goal: Some(Goal {
+                    wording: format!("at most {} more", kilobytes(OWN_MEMORY_GOAL_BYTES)),
+                    is_met: memory.waypost_idle_bytes
+                        <= memory.echo_idle_bytes + OWN_MEMORY_GOAL_BYTES,
+                }),
+            },
+            Line {
                 what: format!(
                     "commit path, lone pings, groups of {}",
                     Count::of(limits.group_requests)
@@ -367,6 +396,11 @@ fn rate(per_s: f64) -> String {
     }
 }
 
+/// Bytes, as people read it.
+fn kilobytes(bytes: f64) -> String {
+    format!("{:.1} KB", bytes / 1e3)
+}
+
 /// Bytes a second, as people read it.
 fn megabytes(bytes_per_s: f64) -> String {
     format!("{:.1} MB/s", bytes_per_s / 1e6)
@@ -377,6 +411,7 @@ const BATCHES_GOAL_PINGS_PER_S: f64 = 2e6;
 const LONE_CPU_GOAL_US: f64 = 32.0;
 const LONE_P50_GOAL_MS: f64 = 3.0;
 const STORM_GOAL: f64 = 0.8;
+const OWN_MEMORY_GOAL_BYTES: f64 = 3e3;
 const ROCKSDB_GOAL: f64 = 0.7;
 
 #[cfg(test)]
@@ -430,6 +465,11 @@ mod tests {
                 committer_pings_per_s: 300_000.0,
                 waypost_of_rocksdb: 0.75,
                 group_requests: 500.0,
+                memory: Memory {
+                    waypost_idle_bytes: 31_000.0,
+                    echo_idle_bytes: 29_000.0,
+                    echo_used_bytes: 41_000.0,
+                },
                 fsync_ms: percentiles,
             },
         }
@@ -487,6 +527,10 @@ mod tests {
             "{table}"
         );
         assert!(line("handshakes").ends_with("0.80, met"), "{table}");
+        assert!(
+            line("memory of a connection").ends_with("at most 3.0 KB more, met"),
+            "{table}"
+        );
         assert!(
             line("commit path, batches").ends_with("0.70, missed"),
             "{table}"

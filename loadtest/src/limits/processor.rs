@@ -1,10 +1,11 @@
-//! The processor time of another process, to the nanosecond.
+//! What another process uses: processor time to the nanosecond, and memory.
 //!
 //! Knows /proc. Must not know whose process it is.
 
 use std::{fs, io, time::Duration};
 
 use anyhow::Context;
+use rustix::param::page_size;
 
 /// What the threads of a process that live now have used since they began. Unlike `/proc/PID/stat`, which
 /// counts in hundredths of a second, it sees what a short round costs; it hardly depends on who else uses
@@ -26,6 +27,21 @@ pub(crate) fn used_by(process_id: u32) -> anyhow::Result<Duration> {
     Ok(used)
 }
 
+/// The memory that a process has in use, in bytes.
+///
+/// # Errors
+/// When there is no such process.
+pub(crate) fn resident_bytes(process_id: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{process_id}/statm");
+    let statm = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let pages: u64 = statm
+        .split_whitespace()
+        .nth(1)
+        .and_then(|pages| pages.parse().ok())
+        .with_context(|| format!("{path} is odd"))?;
+    Ok(pages * page_size() as u64)
+}
+
 /// The first number is the time on a processor, in nanoseconds.
 fn parse(account: &str) -> Option<Duration> {
     let running = account.split_whitespace().next()?;
@@ -40,6 +56,16 @@ mod tests {
     fn an_account_begins_with_the_time_on_a_processor() {
         assert_eq!(parse("1500 20 3\n"), Some(Duration::from_nanos(1_500)));
         assert_eq!(parse(""), None);
+    }
+
+    #[test]
+    fn memory_that_is_used_is_seen() {
+        let own = std::process::id();
+        let before = resident_bytes(own).unwrap();
+        let used = vec![1_u8; 64 << 20];
+        let after = resident_bytes(own).unwrap();
+        assert!(before + (32 << 20) < after, "{before} {after} {}", used[7]);
+        assert!(resident_bytes(u32::MAX).is_err());
     }
 
     #[test]
