@@ -45,7 +45,12 @@ impl Gather {
         if window < WINDOW {
             return;
         }
-        self.wait = if window < self.busy * LEAST_BUSY_SHARE {
+        let least_share = if self.wait.is_zero() {
+            SHARE_TO_BEGIN
+        } else {
+            SHARE_TO_GO_ON
+        };
+        self.wait = if window < self.busy * least_share {
             LONGEST
         } else {
             Duration::ZERO
@@ -59,10 +64,12 @@ impl Gather {
 pub(crate) const LONGEST: Duration = Duration::from_micros(900);
 /// What is decided holds for so long, and a sleep of this length means that there was nothing to gather.
 const WINDOW: Duration = Duration::from_millis(10);
-/// A worker lets packets gather while it is busy for more than one part in so many. A device that
-/// sends its next ping whenever the last one is on disk keeps it busy for less; 1,000 pings a second from
-/// others keep it busy for more.
-const LEAST_BUSY_SHARE: u32 = 12;
+/// A worker begins to let packets gather when it is busy for more than one part in so many. A device that sends
+/// its next ping whenever the last one is on disk keeps it busy for less; 1,000 pings a second from others keep
+/// it busy for more.
+const SHARE_TO_BEGIN: u32 = 12;
+/// And goes on while it is busy for more than one part in so many: gathering makes the same work less.
+const SHARE_TO_GO_ON: u32 = 24;
 
 #[cfg(test)]
 mod tests {
@@ -70,20 +77,25 @@ mod tests {
 
     const US: Duration = Duration::from_micros(1);
 
-    /// Lets a worker be woken every `period` for `work`, over a second. Returns the share of its sleeps in which
-    /// things gathered.
+    /// Lets a packet come every `period`, over a second. To be woken takes as long as to handle a packet, which is
+    /// half of `work`. Returns the share of the worker's sleeps in which things gathered.
     fn gathered(period: Duration, work: Duration) -> f64 {
         let begun = Instant::now();
         let mut now = begun;
+        let mut came = begun;
         let mut gather = Gather::new(now);
         let (mut sleeps, mut gathered) = (0, 0);
         while now < begun + Duration::from_secs(1) {
-            now += work;
+            now += work / 2;
+            while came <= now {
+                came += period;
+                now += work / 2;
+            }
             let wait = gather.before_sleep(now);
             assert!(wait <= LONGEST);
             sleeps += 1;
             gathered += i32::from(!wait.is_zero());
-            now += wait.max(period.saturating_sub(work));
+            now = (now + wait).max(came);
             gather.woken(now);
         }
         f64::from(gathered) / f64::from(sleeps)
@@ -103,7 +115,24 @@ mod tests {
     fn a_busy_worker_lets_packets_gather() {
         // 5,000 packets a second.
         assert!(0.9 < gathered(200 * US, 30 * US));
-        assert!(0.9 < gathered(1_000 * US, 900 * US));
+        assert!(0.9 < gathered(50 * US, 40 * US));
+    }
+
+    #[test]
+    fn a_device_that_waits_for_each_ack_is_let_go_again_when_the_crowd_has_gone() {
+        let mut now = Instant::now();
+        let mut gather = Gather::new(now);
+        let mut sleep = |work: Duration, pause: Duration| {
+            now += work;
+            let wait = gather.before_sleep(now);
+            now += wait.max(pause);
+            gather.woken(now);
+            wait
+        };
+        (0..1_000).for_each(|_| drop(sleep(100 * US, 100 * US)));
+        assert_eq!(sleep(100 * US, 100 * US), LONGEST, "a crowd");
+        (0..100).for_each(|_| drop(sleep(30 * US, 500 * US)));
+        assert_eq!(sleep(30 * US, 500 * US), Duration::ZERO);
     }
 
     #[test]

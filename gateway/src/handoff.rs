@@ -80,13 +80,21 @@ impl Bell {
     /// Wakes sessions whenever the bell has rung, for ever. To be run where they run, once.
     pub async fn serve(&self) {
         loop {
+            self.hear().await;
+        }
+    }
+
+    /// Waits until there is news in any mailbox, and wakes the sessions of all that have some.
+    pub async fn hear(&self) {
+        loop {
             let filled = std::mem::take(&mut *self.filled.lock());
-            if filled.is_empty() {
-                self.rung.notified().await;
+            if !filled.is_empty() {
+                for mailbox in filled {
+                    mailbox.arrived.notify_one();
+                }
+                return;
             }
-            for mailbox in filled {
-                mailbox.arrived.notify_one();
-            }
+            self.rung.notified().await;
         }
     }
 

@@ -316,17 +316,6 @@ mod tests {
         }
     }
 
-    /// Ours on top of what quinn keeps for a connection: its one task, and the little that it points to. The goal
-    /// is 3 KB for all of it.
-    #[test]
-    fn a_connection_is_one_task_of_less_than_three_kilobytes() {
-        fn size_bytes<Served>(_: impl FnOnce(Newcomer, Arc<SessionParts>) -> Served) -> usize {
-            size_of::<Served>()
-        }
-        let bytes = size_bytes(accept);
-        assert!(bytes < 2_500, "{bytes} bytes");
-    }
-
     #[test]
     fn nobody_can_fill_the_log_with_refusals_and_all_are_counted() {
         let (log, metrics) = (Log::default(), Metrics::new());

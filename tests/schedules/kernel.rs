@@ -1,12 +1,7 @@
 //! The smallest meetings of a session and the committer, small enough that every order can be tried.
 //! Knows the hand-off alone, without judging and storing.
 
-use std::{
-    future::{Future, poll_fn},
-    num::NonZeroUsize,
-    pin::pin,
-    sync::Arc,
-};
+use std::{num::NonZeroUsize, sync::Arc};
 
 use shuttle::{future, thread};
 use waypost_proto::{
@@ -25,10 +20,11 @@ pub(crate) fn a_request_meets_a_committer_that_stops() {
     let (handle, requests) = handoff::new(ONE, ONE, Clock::starting_at(1));
     let stopping = thread::spawn(move || drop(requests));
     future::block_on(async {
-        let bell = Arc::default();
+        let bell = Arc::<Bell>::default();
         let mailbox = Mailbox::new(&bell);
         if hand_over(&handle, &mailbox).await.is_ok() {
-            let answers = heard(&bell, mailbox.take()).await.answers;
+            bell.hear().await;
+            let answers = mailbox.take().await.answers;
             assert!(
                 matches!(answers[..], [(Lane::Live, Answer::Lost)]),
                 "{answers:?}"
@@ -42,7 +38,7 @@ pub(crate) fn a_request_meets_a_committer_that_stops() {
 pub(crate) fn two_answers_meet_a_session_that_waits() {
     Alarm::default().set();
     let (handle, mut requests) = handoff::new(TWO, TWO, Clock::starting_at(1));
-    let bell = Arc::default();
+    let bell = Arc::<Bell>::default();
     let mailbox = Mailbox::new(&bell);
     let mut group = Vec::new();
     future::block_on(async {
@@ -57,9 +53,11 @@ pub(crate) fn two_answers_meet_a_session_that_waits() {
         }
     });
     future::block_on(async {
-        let mut answers = heard(&bell, mailbox.take()).await.answers;
+        bell.hear().await;
+        let mut answers = mailbox.take().await.answers;
         if answers.len() < 2 {
-            answers.extend(heard(&bell, mailbox.take()).await.answers);
+            bell.hear().await;
+            answers.extend(mailbox.take().await.answers);
         }
         assert_eq!(answers.len(), 2);
     });
@@ -78,17 +76,6 @@ pub(crate) fn a_full_queue_meets_a_session_that_waits() {
     let mut group = Vec::new();
     future::block_on(async { requests.gather(&mut group).await });
     waiting.join().unwrap();
-}
-
-/// What a session waits for, on a worker that hears its bell meanwhile.
-async fn heard<T>(bell: &Arc<Bell>, waiting: impl Future<Output = T>) -> T {
-    let (mut serving, mut waiting) = (pin!(bell.serve()), pin!(waiting));
-    poll_fn(|context| {
-        // The bell first, as what it wakes is looked at next.
-        let _never = serving.as_mut().poll(context);
-        waiting.as_mut().poll(context)
-    })
-    .await
 }
 
 async fn hand_over(handle: &CommitHandle, mailbox: &Arc<Mailbox>) -> Result<(), Stopped> {

@@ -193,7 +193,8 @@ control!(
     Plan::sound,
     "announced as complete"
 );
-control!(answers_before_the_commit, Plan::sound, "durable");
+// Not durable, or durable and not yet visible: as it happens.
+control!(answers_before_the_commit, Plan::sound, "acknowledged");
 control!(
     publishes_before_the_commit,
     Plan::sound,
