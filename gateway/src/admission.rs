@@ -299,13 +299,19 @@ impl Admission {
         }
     }
 
-    /// Over how long the devices that are connected should come back after a planned stop.
+    /// Over how long the devices that are connected should come back after a stop. Zero if that is less than a
+    /// second, for devices that all wait a little by themselves are no storm.
     #[must_use]
     pub fn return_spread(&self) -> Duration {
         let state = self.state.lock();
         let connections = u32::try_from(state.connections).unwrap_or(u32::MAX);
         let one_each = SECOND.checked_div(state.config.returns_per_s);
-        one_each.unwrap_or_default().saturating_mul(connections)
+        let spread = one_each.unwrap_or_default().saturating_mul(connections);
+        if spread < SECOND {
+            Duration::ZERO
+        } else {
+            spread
+        }
     }
 
     /// Decides about a newcomer, and gives it its place if it is accepted.
@@ -621,7 +627,7 @@ mod tests {
             admission.return_spread()
         };
         assert_eq!(spread(20, 40), 2 * SECOND);
-        assert_eq!(spread(20, 0), Duration::ZERO);
+        assert_eq!(spread(20, 19), Duration::ZERO);
         assert_eq!(spread(0, 40), Duration::ZERO, "all at once");
     }
 
