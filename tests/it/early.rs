@@ -201,6 +201,8 @@ async fn a_first_flight_that_was_served_and_comes_again_changes_nothing() {
     live.welcome().await;
     assert_eq!(live.ack().await.durable_upto, 2);
     let before = seen(&world, &device).await;
+    // On a slow machine the handshake may be over before the early batch is looked at.
+    let early_before = world.metrics().await.value(EARLY_BATCHES);
 
     let recorded = spy.recorded();
     // While the connection lives these are its packets, seen before; once it is forgotten they begin another.
@@ -214,9 +216,13 @@ async fn a_first_flight_that_was_served_and_comes_again_changes_nothing() {
     assert_eq!((page.value(ACCEPTED), page.value(DUPLICATE)), (3.0, 0.0));
     assert_eq!(
         (page.value(EARLY_BATCHES), page.value(TAKEN_OVER)),
-        (1.0, 0.0)
+        (early_before, 0.0)
     );
-    assert_eq!(page.value(&handshakes("early_data")), 1.0);
+    let devices_let_in = ["full", "resumed", "early_data"]
+        .map(|kind| page.value(&handshakes(kind)))
+        .iter()
+        .sum::<f64>();
+    assert_eq!(devices_let_in, 2.0, "none but the device itself");
     assert_eq!(seen(&world, &device).await, before, "nobody was heard");
     let store = world.stop().await;
     assert_eq!(
