@@ -129,9 +129,13 @@ mod tests {
             gather.woken(now);
             wait
         };
-        (0..1_000).for_each(|_| drop(sleep(100 * US, 100 * US)));
+        for _ in 0..1_000 {
+            sleep(100 * US, 100 * US);
+        }
         assert_eq!(sleep(100 * US, 100 * US), LONGEST, "a crowd");
-        (0..100).for_each(|_| drop(sleep(30 * US, 500 * US)));
+        for _ in 0..100 {
+            sleep(30 * US, 500 * US);
+        }
         assert_eq!(sleep(30 * US, 500 * US), Duration::ZERO);
     }
 

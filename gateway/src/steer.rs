@@ -117,6 +117,8 @@ const fn program(workers: u8) -> [Instruction; 7] {
 pub(crate) fn attach(socket: &UdpSocket, workers: u8) -> io::Result<()> {
     let mut instructions =
         program(workers).map(|(code, jt, jf, k)| libc::sock_filter { code, jt, jf, k });
+    let size = size_of::<libc::sock_fprog>();
+    let size_bytes = libc::socklen_t::try_from(size).map_err(io::Error::other)?;
     let filter = libc::sock_fprog {
         len: 7,
         filter: instructions.as_mut_ptr(),
@@ -129,7 +131,7 @@ pub(crate) fn attach(socket: &UdpSocket, workers: u8) -> io::Result<()> {
             libc::SOL_SOCKET,
             libc::SO_ATTACH_REUSEPORT_CBPF,
             (&raw const filter).cast(),
-            size_of_val(&filter) as libc::socklen_t,
+            size_bytes,
         )
     };
     if result == 0 {
@@ -187,7 +189,7 @@ mod tests {
         let mut made: Vec<_> = (0..10_000)
             .map(|_| ids(0, 255, b"key").generate_cid())
             .collect();
-        made.sort_by(|one, other| one.cmp(other));
+        made.sort();
         assert!(made.windows(2).all(|pair| pair[0] != pair[1]));
     }
 
