@@ -1,7 +1,7 @@
 //! The workers: one pinned thread a core, each with a runtime and a QUIC endpoint of its own on the shared port.
 //!
 //! Knows threads and processors. Must not know what is served on an endpoint. A connection lives and dies on the
-//! worker that accepted it ([`crate::steer`]), so whatever serves it needs no lock that another worker holds,
+//! worker that accepted it (see `steer`), so whatever serves it needs no lock that another worker holds,
 //! and wakes nobody else.
 //!
 //! # Bounds

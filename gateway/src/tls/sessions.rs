@@ -7,9 +7,9 @@
 //!
 //! # Bounds
 //!
-//! [`Sessions::new`] says how many; each may be [`SESSION_BYTES`] long, and all together half of that in the
+//! [`Sessions::new`] says how many; each may be `SESSION_BYTES` long, and all together half of that in the
 //! mean. When there is no room, the oldest goes: its device does one full handshake more. Nothing is kept for
-//! longer than [`LIFETIME_S`].
+//! longer than `LIFETIME_S`.
 
 use std::sync::Arc;
 
