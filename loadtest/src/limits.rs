@@ -1,8 +1,8 @@
 //! `loadtest limits`: what this machine can do at most, and how much of it Waypost makes, in one run.
 //!
 //! In the order of a run: a gateway and an [`echo`] server start as processes of their own. A crew of client
-//! threads for each connects the same devices, many at once; then it has one request outstanding on each of a
-//! fifth of its wires; then it keeps a pace on all of them. The processor time of either server is read around each round.
+//! threads for each plays the same devices, one request outstanding on each of its wires; then it connects
+//! many more at once; then it keeps a pace on all of them. The processor time of either server is read around each round.
 //! Last comes the commit path against RocksDB alone. [`figures`] says it all.
 //! Knows the order, and what is compared with what. Must not know how anything is measured.
 //!
@@ -255,16 +255,16 @@ impl Sides {
         let before = self.resident_bytes()?;
         self.waypost.crew.connect(busy.clone()).await?;
         self.echo.crew.connect(busy).await?;
-        let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
-        let each = |after: [u64; 2]| {
+        let each = |after: [u64; 2], connections: u32| {
             let grown = |at: usize| after[at].saturating_sub(before[at]) as f64;
-            [0, 1].map(|at| grown(at) / f64::from(plan.total))
+            [0, 1].map(|at| grown(at) / f64::from(connections))
         };
-        let idle_bytes = each(self.resident_bytes()?);
+        let idle_bytes = each(self.resident_bytes()?, plan.busy);
         let lone = self.exchange(LONE_PINGS, plan, progress).await?;
         let batches = self.exchange(BATCHES, plan, progress).await?;
+        let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
         let (sparse, sparse_latencies) = self.keep_pace(plan, pings_per_s, progress).await?;
-        let [_, echo_used_bytes] = each(self.resident_bytes()?);
+        let [_, echo_used_bytes] = each(self.resident_bytes()?, plan.total);
         Ok(Served {
             plan,
             lone,
