@@ -3,6 +3,8 @@
 //! Knows certificate files, rustls and the alerts of a failed handshake. Must not know connections or
 //! what an identity may do.
 
+#[cfg(test)]
+mod fixture;
 pub mod sessions;
 
 use std::{
@@ -654,159 +656,12 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-    use waypost_proto::id::UserId;
 
-    use super::*;
-    use crate::pki::{Authority, Credentials, KeyPair, LOCAL_NAMES, Purpose, SanType, Validity};
-
-    const TRUST_DOMAIN: &str = "waypost.local";
-
-    /// What a client shows.
-    type Shown = (CertificateDer<'static>, PrivateKeyDer<'static>);
-
-    fn shown(credentials: &Credentials) -> Shown {
-        (credentials.certificate_der(), credentials.private_key_der())
-    }
-
-    /// A folder with an authority, the server's certificate and the configuration that names them.
-    struct Fixture {
-        dir: tempfile::TempDir,
-        authority: Authority,
-        config: TlsConfig,
-    }
-
-    impl Fixture {
-        fn new() -> Self {
-            let dir = tempfile::tempdir().unwrap();
-            let pki = dir.path().join("pki");
-            let authority = Authority::create(&pki, TRUST_DOMAIN).unwrap();
-            authority
-                .issue_server(&LOCAL_NAMES)
-                .unwrap()
-                .write(&pki, "server")
-                .unwrap();
-            let config = TlsConfig::default().under(dir.path());
-            Self {
-                dir,
-                authority,
-                config,
-            }
-        }
-
-        fn issue(&self, uris: &[&str], purpose: Purpose, validity: Validity) -> Shown {
-            let names = uris
-                .iter()
-                .map(|uri| SanType::URI((*uri).try_into().unwrap()))
-                .collect();
-            shown(
-                &self
-                    .authority
-                    .issue(names, purpose, validity, &KeyPair::generate().unwrap())
-                    .unwrap(),
-            )
-        }
-
-        /// The configuration with a list that revokes one certificate.
-        fn revoking(&self, credentials: &Credentials) -> TlsConfig {
-            let certificate = credentials.certificate_der();
-            let (_, certificate) = parse_x509_certificate(&certificate).unwrap();
-            let year = |year| rcgen::date_time_ymd(year, 1, 1);
-            let list = rcgen::CertificateRevocationListParams {
-                this_update: year(2_020),
-                next_update: year(2_100),
-                crl_number: 1.into(),
-                issuing_distribution_point: None,
-                revoked_certs: vec![rcgen::RevokedCertParams {
-                    serial_number: rcgen::SerialNumber::from_slice(certificate.raw_serial()),
-                    revocation_time: year(2_020),
-                    reason_code: None,
-                    invalidity_date: None,
-                }],
-                key_identifier_method: rcgen::KeyIdMethod::Sha256,
-            };
-            let pki = self.dir.path().join("pki");
-            let key = fs::read_to_string(pki.join("ca.key")).unwrap();
-            let issuer = rcgen::Issuer::from_ca_cert_pem(
-                self.authority.certificate_pem(),
-                KeyPair::from_pem(&key).unwrap(),
-            )
-            .unwrap();
-            let path = pki.join("revoked.pem");
-            fs::write(&path, list.signed_by(&issuer).unwrap().pem().unwrap()).unwrap();
-            TlsConfig {
-                client_crl: Some(path),
-                ..self.config.clone()
-            }
-        }
-
-        /// A device's certificate that names this authority and was signed with another key.
-        fn forged(&self) -> Shown {
-            let authority = self.authority.certificate_pem();
-            let forger =
-                rcgen::Issuer::from_ca_cert_pem(authority, KeyPair::generate().unwrap()).unwrap();
-            let key = KeyPair::generate().unwrap();
-            let certificate = rcgen::CertificateParams::default()
-                .signed_by(&key, &forger)
-                .unwrap();
-            (
-                certificate.der().clone(),
-                PrivateKeyDer::try_from(key.serialize_der()).unwrap(),
-            )
-        }
-
-        /// Connects over QUIC on the loopback, and says whom the gateway let in, or why not.
-        async fn handshake(&self, client: Option<Shown>, alpn: &[u8]) -> Result<DeviceId, Refusal> {
-            let server = device_server_config(&self.config).unwrap();
-            let server = quinn::ServerConfig::with_crypto(Arc::new(
-                QuicServerConfig::try_from(server).unwrap(),
-            ));
-            let server = quinn::Endpoint::server(server, (Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-
-            let mut roots = RootCertStore::empty();
-            roots
-                .add(
-                    CertificateDer::from_pem_slice(self.authority.certificate_pem().as_bytes())
-                        .unwrap(),
-                )
-                .unwrap();
-            let builder = rustls::ClientConfig::builder_with_provider(provider())
-                .with_protocol_versions(&[&rustls::version::TLS13])
-                .unwrap()
-                .with_root_certificates(roots);
-            let mut tls = match client {
-                Some((certificate, key)) => builder
-                    .with_client_auth_cert(vec![certificate], key)
-                    .unwrap(),
-                None => builder.with_no_client_auth(),
-            };
-            tls.alpn_protocols = vec![alpn.to_vec()];
-            let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-            client.set_default_client_config(quinn::ClientConfig::new(Arc::new(
-                QuicClientConfig::try_from(tls).unwrap(),
-            )));
-
-            let connecting = client
-                .connect(server.local_addr().unwrap(), "localhost")
-                .unwrap();
-            let accepting = async { server.accept().await.unwrap().await };
-            let (_outgoing, incoming) = tokio::join!(connecting, accepting);
-            let incoming =
-                incoming.map_err(|error| Refusal::from_connection_error(&error).unwrap())?;
-            let chain = incoming
-                .peer_identity()
-                .unwrap()
-                .downcast::<Vec<CertificateDer<'static>>>()
-                .unwrap();
-            device_of(&chain, TRUST_DOMAIN)
-        }
-    }
-
-    fn device() -> DeviceId {
-        DeviceId {
-            user: UserId([7; 16]),
-            device: 3,
-        }
-    }
+    use super::{
+        fixture::{Fixture, Shown, TRUST_DOMAIN, device, shown},
+        *,
+    };
+    use crate::pki::{Authority, LOCAL_NAMES, Purpose, Validity};
 
     #[tokio::test]
     async fn a_device_is_known_by_its_certificate() {
