@@ -1,21 +1,21 @@
 //! Who may speak to the gateway: TLS 1.3 with a client certificate, and the identity in it.
 //!
-//! Knows certificate files, rustls and the alerts of a failed handshake. Must not know connections or
+//! Knows certificate files and rustls. Must not know connections or
 //! what an identity may do.
 
 #[cfg(test)]
 mod fixture;
+mod refusal;
 pub mod sessions;
 
 use std::{
-    fmt, fs, io,
+    fs, io,
     path::{self, Path, PathBuf},
     sync::Arc,
 };
 
 use rustls::{
-    AlertDescription, CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore,
-    SignatureScheme,
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
     client::danger::HandshakeSignatureValid,
     crypto::{CryptoProvider, ring},
     pki_types::{
@@ -31,12 +31,13 @@ use serde::{Deserialize, Serialize};
 use waypost_proto::{
     ALPN,
     id::{DeviceId, Identity, IdentityError},
-    session::CloseCode,
 };
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
 use self::sessions::Sessions;
 use crate::metrics::Metrics;
+
+pub use self::refusal::Refusal;
 
 /// The files and the name that the gateway proves itself with and checks its peers against.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -282,146 +283,6 @@ impl RestoredCheck {
     }
 }
 
-/// Why a peer was turned away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Refusal {
-    /// It showed no certificate.
-    NoCertificate,
-    /// Its certificate is signed by nobody in `client_ca`.
-    UnknownAuthority,
-    /// Its certificate's time is over.
-    Expired,
-    /// Its certificate's time has not come, or the gateway's clock is behind.
-    NotYetValid,
-    /// Its authority has revoked its certificate.
-    Revoked,
-    /// Its certificate cannot be read, is broken, or is not for clients.
-    BadCertificate,
-    /// It offered no protocol, version or cipher that the gateway has.
-    NoSharedProtocol,
-    /// The handshake failed for a reason that has no name here.
-    OtherTls,
-    /// Its certificate has not exactly one URI.
-    NoUri,
-    /// Its URI belongs to another trust domain.
-    OtherTrustDomain,
-    /// Its URI names neither a device nor a checker.
-    NotAnIdentity,
-    /// It came to the device port and is not a device.
-    NotADevice,
-    /// It came to the freshness port and is not a checker.
-    NotAChecker,
-}
-
-impl Refusal {
-    /// The reason as a label value of metrics.
-    #[must_use]
-    pub fn as_label(self) -> &'static str {
-        match self {
-            Self::NoCertificate => "no_certificate",
-            Self::UnknownAuthority => "unknown_issuer",
-            Self::Expired => "expired",
-            Self::NotYetValid => "not_yet_valid",
-            Self::Revoked => "revoked",
-            Self::BadCertificate => "bad_certificate",
-            Self::NoSharedProtocol => "no_shared_protocol",
-            Self::OtherTls => "other",
-            Self::NoUri => "no_identity",
-            Self::OtherTrustDomain => "other_trust_domain",
-            Self::NotAnIdentity => "bad_identity",
-            Self::NotADevice => "not_a_device",
-            Self::NotAChecker => "not_a_checker",
-        }
-    }
-
-    /// The code that a connection is closed with for this, when TLS has not ended it.
-    #[must_use]
-    pub fn close_code(self) -> CloseCode {
-        match self {
-            Self::Revoked => CloseCode::Revoked,
-            _ => CloseCode::BadIdentity,
-        }
-    }
-
-    /// The reason for which the gateway's own side of TLS ended a connection; `None` when it did not.
-    #[must_use]
-    pub fn from_connection_error(error: &quinn::ConnectionError) -> Option<Self> {
-        let quinn::ConnectionError::TransportError(error) = error else {
-            return None;
-        };
-        // RFC 9001, 4.8: a TLS alert is the transport error 0x100 plus the alert's number.
-        let alert = u64::from(error.code)
-            .checked_sub(0x100)
-            .and_then(|alert| u8::try_from(alert).ok())?;
-        Some(match AlertDescription::from(alert) {
-            AlertDescription::CertificateRequired => Self::NoCertificate,
-            AlertDescription::UnknownCA => Self::UnknownAuthority,
-            // TLS has one alert for both ends of the validity; rustls' text is all that quinn keeps.
-            AlertDescription::CertificateExpired if error.reason.contains("not valid yet") => {
-                Self::NotYetValid
-            }
-            AlertDescription::CertificateExpired => Self::Expired,
-            AlertDescription::CertificateRevoked => Self::Revoked,
-            AlertDescription::BadCertificate
-            | AlertDescription::UnsupportedCertificate
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::DecryptError => Self::BadCertificate,
-            AlertDescription::NoApplicationProtocol
-            | AlertDescription::ProtocolVersion
-            | AlertDescription::HandshakeFailure => Self::NoSharedProtocol,
-            _ => Self::OtherTls,
-        })
-    }
-}
-
-impl Refusal {
-    /// The reason for which TLS over TCP ended a connection.
-    #[must_use]
-    pub fn from_tls_error(error: &rustls::Error) -> Self {
-        use rustls::Error;
-        match error {
-            Error::NoCertificatesPresented => Self::NoCertificate,
-            Error::InvalidCertificate(error) => match error {
-                CertificateError::UnknownIssuer => Self::UnknownAuthority,
-                CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-                    Self::Expired
-                }
-                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-                    Self::NotYetValid
-                }
-                CertificateError::Revoked => Self::Revoked,
-                _ => Self::BadCertificate,
-            },
-            Error::PeerIncompatible(_) | Error::NoApplicationProtocol => Self::NoSharedProtocol,
-            _ => Self::OtherTls,
-        }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NoCertificate => "it showed no certificate",
-            Self::UnknownAuthority => "its certificate is of an unknown authority",
-            Self::Expired => "its certificate has expired",
-            Self::NotYetValid => "its certificate is not valid yet",
-            Self::Revoked => "its certificate has been revoked",
-            Self::BadCertificate => "its certificate is broken or not one for clients",
-            Self::NoSharedProtocol => {
-                "it offered no protocol, version or cipher that the gateway has"
-            }
-            Self::OtherTls => "the TLS handshake failed",
-            Self::NoUri => "its certificate has not exactly one URI to name it",
-            Self::OtherTrustDomain => "its certificate belongs to another trust domain",
-            Self::NotAnIdentity => "its certificate's URI names neither a device nor a checker",
-            Self::NotADevice => "its certificate is not one of a device",
-            Self::NotAChecker => "its certificate is not one of a checker",
-        })
-    }
-}
-
-impl std::error::Error for Refusal {}
-
 /// Whom a certificate chain speaks for. The chain's signatures and dates are TLS' to check; this reads.
 ///
 /// # Errors
@@ -656,12 +517,13 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+    use waypost_proto::session::CloseCode;
 
     use super::{
         fixture::{Fixture, Shown, TRUST_DOMAIN, device, shown},
         *,
     };
-    use crate::pki::{Authority, LOCAL_NAMES, Purpose, Validity};
+    use crate::pki::{LOCAL_NAMES, Purpose, Validity};
 
     #[tokio::test]
     async fn a_device_is_known_by_its_certificate() {
@@ -670,76 +532,6 @@ mod tests {
         assert_eq!(
             fixture.handshake(Some(shown(&credentials)), ALPN).await,
             Ok(device())
-        );
-    }
-
-    #[tokio::test]
-    async fn every_refusal_has_its_reason() {
-        let fixture = Fixture::new();
-        let now_s = crate::clock::system_now_ms() / 1_000;
-        let over = Validity {
-            not_before_s: now_s - 86_400,
-            not_after_s: now_s - 60,
-        };
-        let to_come = Validity {
-            not_before_s: now_s + 3_600,
-            not_after_s: now_s + 86_400,
-        };
-        let holds = Validity::days(1);
-        let own = Identity::Device(device()).to_uri(TRUST_DOMAIN);
-        let own = own.as_str();
-        let client = |uris: &[&str], validity| Some(fixture.issue(uris, Purpose::Client, validity));
-        let other_dir = tempfile::tempdir().unwrap();
-        let other_authority = Authority::create(other_dir.path(), TRUST_DOMAIN).unwrap();
-        let of_other_authority = shown(&other_authority.issue_device(device()).unwrap());
-        let checker = shown(&fixture.authority.issue_checker("night").unwrap());
-
-        for (name, client, refusal) in [
-            ("none", None, Refusal::NoCertificate),
-            (
-                "other authority",
-                Some(of_other_authority),
-                Refusal::UnknownAuthority,
-            ),
-            ("forged", Some(fixture.forged()), Refusal::UnknownAuthority),
-            ("expired", client(&[own], over), Refusal::Expired),
-            (
-                "not yet valid",
-                client(&[own], to_come),
-                Refusal::NotYetValid,
-            ),
-            (
-                "a server's",
-                Some(fixture.issue(&[own], Purpose::Server, holds)),
-                Refusal::BadCertificate,
-            ),
-            ("without URI", client(&[], holds), Refusal::NoUri),
-            (
-                "two URIs",
-                client(&[own, "spiffe://waypost.local/checker/a"], holds),
-                Refusal::NoUri,
-            ),
-            (
-                "other domain",
-                client(&["spiffe://other/checker/a"], holds),
-                Refusal::OtherTrustDomain,
-            ),
-            (
-                "nobody",
-                client(&["spiffe://waypost.local/nobody"], holds),
-                Refusal::NotAnIdentity,
-            ),
-            ("checker", Some(checker), Refusal::NotADevice),
-        ] {
-            assert_eq!(
-                fixture.handshake(client, ALPN).await,
-                Err(refusal),
-                "{name}"
-            );
-        }
-        assert_eq!(
-            fixture.handshake(client(&[own], holds), b"h3").await,
-            Err(Refusal::NoSharedProtocol)
         );
     }
 
