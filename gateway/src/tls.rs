@@ -5,6 +5,7 @@
 
 #[cfg(test)]
 mod fixture;
+mod identity;
 mod refusal;
 pub mod sessions;
 
@@ -28,16 +29,15 @@ use rustls::{
     time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use serde::{Deserialize, Serialize};
-use waypost_proto::{
-    ALPN,
-    id::{DeviceId, Identity, IdentityError},
-};
-use x509_parser::{extensions::GeneralName, parse_x509_certificate};
+use waypost_proto::ALPN;
 
 use self::sessions::Sessions;
 use crate::metrics::Metrics;
 
-pub use self::refusal::Refusal;
+pub use self::{
+    identity::{checker_of, device_of, identity_of},
+    refusal::Refusal,
+};
 
 /// The files and the name that the gateway proves itself with and checks its peers against.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -283,54 +283,6 @@ impl RestoredCheck {
     }
 }
 
-/// Whom a certificate chain speaks for. The chain's signatures and dates are TLS' to check; this reads.
-///
-/// # Errors
-/// When the chain names nobody in the trust domain.
-pub fn identity_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<Identity, Refusal> {
-    let own = chain.first().ok_or(Refusal::NoCertificate)?;
-    let (_, certificate) = parse_x509_certificate(own).map_err(|_| Refusal::BadCertificate)?;
-    let names = certificate
-        .subject_alternative_name()
-        .map_err(|_| Refusal::BadCertificate)?;
-    let mut uris = names
-        .iter()
-        .flat_map(|names| &names.value.general_names)
-        .filter_map(|name| match name {
-            GeneralName::URI(uri) => Some(uri),
-            _ => None,
-        });
-    let (Some(uri), None) = (uris.next(), uris.next()) else {
-        return Err(Refusal::NoUri);
-    };
-    Identity::from_uri(uri, trust_domain).map_err(|error| match error {
-        IdentityError::OtherTrustDomain => Refusal::OtherTrustDomain,
-        IdentityError::NotAnIdentity => Refusal::NotAnIdentity,
-    })
-}
-
-/// The device that a certificate chain speaks for.
-///
-/// # Errors
-/// When it speaks for nobody, or for a checker.
-pub fn device_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<DeviceId, Refusal> {
-    match identity_of(chain, trust_domain)? {
-        Identity::Device(device) => Ok(device),
-        Identity::Checker(_) => Err(Refusal::NotADevice),
-    }
-}
-
-/// The checker that a certificate chain speaks for.
-///
-/// # Errors
-/// When it speaks for nobody, or for a device.
-pub fn checker_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<String, Refusal> {
-    match identity_of(chain, trust_domain)? {
-        Identity::Checker(name) => Ok(name),
-        Identity::Device(_) => Err(Refusal::NotAChecker),
-    }
-}
-
 /// The files of a [`TlsConfig`], read.
 struct Files {
     certificate_pem: Vec<u8>,
@@ -517,45 +469,13 @@ mod tests {
     use std::net::Ipv4Addr;
 
     use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-    use waypost_proto::session::CloseCode;
+    use waypost_proto::{id::Identity, session::CloseCode};
 
     use super::{
         fixture::{Fixture, Shown, TRUST_DOMAIN, device, shown},
         *,
     };
     use crate::pki::{LOCAL_NAMES, Purpose, Validity};
-
-    #[tokio::test]
-    async fn a_device_is_known_by_its_certificate() {
-        let fixture = Fixture::new();
-        let credentials = fixture.authority.issue_device(device()).unwrap();
-        assert_eq!(
-            fixture.handshake(Some(shown(&credentials)), ALPN).await,
-            Ok(device())
-        );
-    }
-
-    #[test]
-    fn a_checker_is_not_a_device_and_a_device_no_checker() {
-        let fixture = Fixture::new();
-        let checker = [fixture
-            .authority
-            .issue_checker("night")
-            .unwrap()
-            .certificate_der()];
-        assert_eq!(checker_of(&checker, TRUST_DOMAIN), Ok("night".to_owned()));
-        let device = [fixture
-            .authority
-            .issue_device(device())
-            .unwrap()
-            .certificate_der()];
-        assert_eq!(checker_of(&device, TRUST_DOMAIN), Err(Refusal::NotAChecker));
-        assert_eq!(identity_of(&[], TRUST_DOMAIN), Err(Refusal::NoCertificate));
-        assert_eq!(
-            identity_of(&[vec![0x30].into()], TRUST_DOMAIN),
-            Err(Refusal::BadCertificate)
-        );
-    }
 
     #[test]
     fn checkers_resume_nothing() {
