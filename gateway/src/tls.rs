@@ -1,13 +1,18 @@
 //! Who may speak to the gateway: TLS 1.3 with a client certificate, and the identity in it.
 //!
-//! Knows certificate files and rustls. Must not know connections or
-//! what an identity may do.
+//! Here are the settings of both ports and the files behind them. `verifier` says whether a peer's certificate
+//! holds, with the lists of `revocation`; `identity` whom it speaks for; `refusal` why a peer is turned away;
+//! and [`sessions`] keeps what devices resume.
+//!
+//! Knows certificate files and rustls. Must not know connections or what an identity may do.
 
 #[cfg(test)]
 mod fixture;
 mod identity;
 mod refusal;
+mod revocation;
 pub mod sessions;
+mod verifier;
 
 use std::{
     fs, io,
@@ -16,27 +21,21 @@ use std::{
 };
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme,
-    client::danger::HandshakeSignatureValid,
     crypto::{CryptoProvider, ring},
-    pki_types::{
-        CertificateDer, CertificateRevocationListDer, PrivateKeyDer, UnixTime, pem::PemObject,
-    },
-    server::{
-        NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::NoServerSessionStorage,
     time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use serde::{Deserialize, Serialize};
 use waypost_proto::ALPN;
 
-use self::sessions::Sessions;
+use self::{sessions::Sessions, verifier::ClientVerifier};
 use crate::metrics::Metrics;
 
 pub use self::{
     identity::{checker_of, device_of, identity_of},
     refusal::Refusal,
+    verifier::RestoredCheck,
 };
 
 /// The files and the name that the gateway proves itself with and checks its peers against.
@@ -210,7 +209,7 @@ fn device_tls_with(
     time: Arc<dyn TimeProvider>,
 ) -> Result<DeviceTls, TlsError> {
     let files = Files::load(config)?;
-    let verifier = files.client_verifier(config)?;
+    let verifier = Arc::new(ClientVerifier::new(&files, config)?);
     let mut server = server_config(&files, config, Arc::clone(&verifier), ALPN)?;
     server.time_provider = Arc::clone(&time);
     if let Some(sessions) = sessions {
@@ -242,7 +241,7 @@ pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConf
 /// When a file cannot be used; the error says which and what to do.
 pub fn freshness_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     let files = Files::load(config)?;
-    let verifier = files.client_verifier(config)?;
+    let verifier = Arc::new(ClientVerifier::new(&files, config)?);
     Ok(Arc::new(server_config(&files, config, verifier, b"h2")?))
 }
 
@@ -258,29 +257,6 @@ fn server_config(
     server.send_tls13_tickets = 0;
     server.max_early_data_size = 0;
     Ok(server)
-}
-
-/// The check of a certificate chain that comes out of a session instead of a handshake: rustls has checked
-/// it when the session began, and does not again.
-#[derive(Clone, Debug)]
-pub struct RestoredCheck {
-    verifier: Arc<ClientVerifier>,
-    time: Arc<dyn TimeProvider>,
-}
-
-impl RestoredCheck {
-    /// Checks signatures, dates and revocation as a full handshake would now.
-    ///
-    /// # Errors
-    /// When a full handshake would fail.
-    pub fn check(&self, chain: &[CertificateDer<'_>]) -> Result<(), Refusal> {
-        let (own, intermediates) = chain.split_first().ok_or(Refusal::NoCertificate)?;
-        let now = self.time.current_time().ok_or(Refusal::OtherTls)?;
-        match self.verifier.verify_client_cert(own, intermediates, now) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(Refusal::from_tls_error(&error)),
-        }
-    }
 }
 
 /// The files of a [`TlsConfig`], read.
@@ -308,17 +284,11 @@ impl Files {
             certificate_pem: read(&config.certificate, "certificate", "server")?,
             private_key_pem: read(&config.private_key, "private_key", "server")?,
             client_ca_pem: read(&config.client_ca, "client_ca", "init")?,
-            client_crl_pem: match &config.client_crl {
-                Some(path) => {
-                    Some(
-                        fs::read(path).map_err(|source| TlsError::NoRevocationLists {
-                            path: path.clone(),
-                            source,
-                        })?,
-                    )
-                }
-                None => None,
-            },
+            client_crl_pem: config
+                .client_crl
+                .as_deref()
+                .map(revocation::read)
+                .transpose()?,
         })
     }
 
@@ -347,30 +317,6 @@ impl Files {
             .with_single_cert(chain, key)
             .map_err(unusable)
     }
-
-    fn client_verifier(&self, config: &TlsConfig) -> Result<Arc<ClientVerifier>, TlsError> {
-        let unusable = |source| TlsError::UnusableAuthority {
-            path: config.client_ca.clone(),
-            source,
-        };
-        let mut roots = RootCertStore::empty();
-        for authority in certificates(&self.client_ca_pem, &config.client_ca, "client_ca")? {
-            roots.add(authority).map_err(unusable)?;
-        }
-        let mut builder = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
-        if let (Some(pem), Some(path)) = (&self.client_crl_pem, &config.client_crl) {
-            builder = builder
-                .with_crls(revocation_lists(pem, path)?)
-                .allow_unknown_revocation_status();
-        }
-        let webpki = builder.build().map_err(|error| match error {
-            VerifierBuilderError::InvalidCrl(_) => {
-                malformed_lists(config.client_crl.clone().unwrap_or_default())
-            }
-            other => unusable(rustls::Error::General(other.to_string())),
-        })?;
-        Ok(Arc::new(ClientVerifier { webpki }))
-    }
 }
 
 /// At least one certificate.
@@ -390,92 +336,10 @@ fn certificates(
         })
 }
 
-/// At least one revocation list.
-fn revocation_lists(
-    pem: &[u8],
-    path: &Path,
-) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-    CertificateRevocationListDer::pem_slice_iter(pem)
-        .collect::<Result<Vec<_>, _>>()
-        .ok()
-        .filter(|lists| !lists.is_empty())
-        .ok_or_else(|| malformed_lists(path.to_owned()))
-}
-
-fn malformed_lists(path: PathBuf) -> TlsError {
-    TlsError::Malformed {
-        path,
-        key: "client_crl",
-        expected: "certificate revocation list",
-    }
-}
-
-/// The usual verifier, with one answer made clearer: a certificate that names a known authority and
-/// is not signed by it is one of an unknown authority. Without this the peer and the log would be told
-/// of a decryption error, as for a client that does not have its own private key.
-#[derive(Debug)]
-struct ClientVerifier {
-    webpki: Arc<dyn ClientCertVerifier>,
-}
-
-impl ClientCertVerifier for ClientVerifier {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.webpki.root_hint_subjects()
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        intermediates: &[CertificateDer<'_>],
-        now: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        self.webpki
-            .verify_client_cert(end_entity, intermediates, now)
-            .map_err(|error| match error {
-                rustls::Error::InvalidCertificate(CertificateError::BadSignature) => {
-                    CertificateError::UnknownIssuer.into()
-                }
-                other => other,
-            })
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki
-            .verify_tls12_signature(message, certificate, signature)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.webpki
-            .verify_tls13_signature(message, certificate, signature)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.webpki.supported_verify_schemes()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
-    use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-    use waypost_proto::{id::Identity, session::CloseCode};
-
-    use super::{
-        fixture::{Fixture, Shown, TRUST_DOMAIN, device, shown},
-        *,
-    };
-    use crate::pki::{LOCAL_NAMES, Purpose, Validity};
+    use super::{fixture::Fixture, *};
+    use crate::pki::LOCAL_NAMES;
 
     #[test]
     fn checkers_resume_nothing() {
@@ -486,132 +350,6 @@ mod tests {
             (0, 0)
         );
         assert!(!server.ticketer.enabled());
-    }
-
-    /// Connects with a session of the first server to the second, which shares its sessions. Returns what
-    /// the second restored: the chain, and whether it took early data.
-    async fn resume(
-        fixture: &Fixture,
-        first: &DeviceTls,
-        second: &DeviceTls,
-        client: Shown,
-    ) -> Vec<CertificateDer<'static>> {
-        let mut roots = RootCertStore::empty();
-        let ca_pem = fixture.authority.certificate_pem();
-        roots
-            .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
-            .unwrap();
-        let mut tls = rustls::ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_client_auth_cert(vec![client.0], client.1)
-            .unwrap();
-        tls.alpn_protocols = vec![ALPN.to_vec()];
-        tls.enable_early_data = true;
-        let tls = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
-        let mut client = quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        client.set_default_client_config(tls);
-
-        let endpoint = |tls: &DeviceTls| {
-            let crypto = QuicServerConfig::try_from(tls.server.clone()).unwrap();
-            let config = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-            quinn::Endpoint::server(config, (Ipv4Addr::LOCALHOST, 0).into()).unwrap()
-        };
-        let (first, second) = (endpoint(first), endpoint(second));
-        let connect = |server: &quinn::Endpoint| {
-            client
-                .connect(server.local_addr().unwrap(), "localhost")
-                .unwrap()
-        };
-        let (outgoing, incoming) = tokio::join!(connect(&first), async {
-            first.accept().await.unwrap().await
-        });
-        let (outgoing, incoming) = (outgoing.unwrap(), incoming.unwrap());
-        // The ticket comes before what the server says.
-        incoming
-            .open_uni()
-            .await
-            .unwrap()
-            .write_all(b".")
-            .await
-            .unwrap();
-        outgoing.accept_uni().await.unwrap();
-
-        let connecting = connect(&second);
-        let (_early, _) = connecting.into_0rtt().expect("there is a ticket");
-        let (restored, _) = second
-            .accept()
-            .await
-            .unwrap()
-            .accept()
-            .unwrap()
-            .into_0rtt()
-            .unwrap();
-        let chain = restored
-            .peer_identity()
-            .expect("known before the handshake is over");
-        *chain.downcast::<Vec<CertificateDer<'static>>>().unwrap()
-    }
-
-    /// Two servers that share a clock and sessions.
-    fn sharing(
-        first: &TlsConfig,
-        second: &TlsConfig,
-    ) -> (DeviceTls, DeviceTls, Arc<sessions::tests::SetTime>) {
-        let now_s = crate::clock::system_now_ms() / 1_000;
-        let time = Arc::new(sessions::tests::SetTime(now_s.into()));
-        let sessions = Arc::new(Sessions::new(64, time.clone(), Metrics::new()));
-        let tls = |config| device_tls_with(config, Some(sessions.clone()), time.clone()).unwrap();
-        (tls(first), tls(second), time)
-    }
-
-    #[tokio::test]
-    async fn a_resumed_certificate_that_has_expired_is_refused() {
-        let fixture = Fixture::new();
-        let (first, second, time) = sharing(&fixture.config, &fixture.config);
-        let now_s = crate::clock::system_now_ms() / 1_000;
-        let an_hour = Validity {
-            not_before_s: now_s - 60,
-            not_after_s: now_s + 3_600,
-        };
-        let uri = Identity::Device(device()).to_uri(TRUST_DOMAIN);
-        let client = fixture.issue(&[&uri], Purpose::Client, an_hour);
-        let chain = resume(&fixture, &first, &second, client).await;
-        assert_eq!(second.check.check(&chain), Ok(()));
-        assert_eq!(device_of(&chain, TRUST_DOMAIN), Ok(device()));
-        time.advance(2 * 3_600);
-        assert_eq!(second.check.check(&chain), Err(Refusal::Expired));
-        assert_eq!(Refusal::Expired.close_code(), CloseCode::BadIdentity);
-    }
-
-    #[tokio::test]
-    async fn a_resumed_certificate_that_was_revoked_is_refused() {
-        let fixture = Fixture::new();
-        let revoked = fixture.authority.issue_device(device()).unwrap();
-        let other = fixture.authority.issue_device(device()).unwrap();
-        let with_list = fixture.revoking(&revoked);
-        let (first, second, _) = sharing(&fixture.config, &with_list);
-        // The control: TLS itself resumes it, and so does a server that knows no list.
-        let chain = resume(&fixture, &first, &second, shown(&revoked)).await;
-        assert_eq!(first.check.check(&chain), Ok(()));
-        assert_eq!(second.check.check(&chain), Err(Refusal::Revoked));
-        assert_eq!(Refusal::Revoked.close_code(), CloseCode::Revoked);
-        let chain = resume(&fixture, &first, &second, shown(&other)).await;
-        assert_eq!(second.check.check(&chain), Ok(()));
-    }
-
-    #[tokio::test]
-    async fn a_revoked_certificate_is_refused_in_a_full_handshake_too() {
-        let mut fixture = Fixture::new();
-        let credentials = fixture.authority.issue_device(device()).unwrap();
-        fixture.config = fixture.revoking(&credentials);
-        assert_eq!(
-            fixture.handshake(Some(shown(&credentials)), ALPN).await,
-            Err(Refusal::Revoked)
-        );
-        let error = rustls::Error::InvalidCertificate(CertificateError::Revoked);
-        assert_eq!(Refusal::from_tls_error(&error), Refusal::Revoked);
     }
 
     #[test]
