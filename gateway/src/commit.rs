@@ -206,16 +206,30 @@ impl Committer {
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
         let put_off = self.store.space().is_short.then_some(NO_ROOM);
-        for mut submission in group.drain(..) {
+        for submission in group.drain(..) {
+            let Submission {
+                device,
+                receive_ms,
+                request,
+                deferral,
+                early,
+                reply,
+            } = submission;
             // What was stored before is answered as ever, and the device is heard: its record takes the
             // same few bytes each time.
-            submission.deferral = put_off.or(submission.deferral);
-            match submission.early {
+            let deferral = put_off.or(deferral);
+            let moment = Moment {
+                receive_ms,
+                commit_ms,
+                position,
+            };
+            let answer = match early {
                 Some(claim) => {
-                    self.judge_early(submission, claim, position, commit_ms, &mut judged)
+                    self.judge_early(device, request, deferral, claim, moment, &mut judged)
                 }
-                None => self.judge(submission, position, commit_ms, &mut judged),
-            }
+                None => self.judge(device, request, deferral, moment, &mut judged),
+            };
+            judged.answers.push((reply, answer));
         }
         // Nothing that a checker sees comes of these, nor do their records say that anything was heard.
         for device in &judged.touched_early {
@@ -261,19 +275,17 @@ impl Committer {
     /// Applies one request to its device's record and to the write batch.
     fn judge(
         &mut self,
-        submission: Submission,
-        position: u64,
-        commit_ms: u64,
+        device: DeviceId,
+        request: Request,
+        deferral: Option<Deferral>,
+        moment: Moment,
         judged: &mut Judged,
-    ) {
-        let Submission {
-            device,
+    ) -> Answer {
+        let Moment {
             receive_ms,
-            request,
-            deferral,
-            early: _,
-            reply,
-        } = submission;
+            commit_ms,
+            position,
+        } = moment;
         let record = self.devices.entry(device).or_default();
         record.contact(receive_ms);
         record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
@@ -281,7 +293,7 @@ impl Committer {
             record.position = position;
             judged.touched.push(device);
         }
-        let answer = match request {
+        match request {
             Request::Hello(claim) => {
                 let gaps_before = record.gaps;
                 let admission = record.admit(claim);
@@ -330,11 +342,6 @@ impl Committer {
                     self.last_stored.insert(device, last_stored);
                 }
                 let retry_after_ms = deferral.map_or(0, |deferral| deferral.retry_after_ms);
-                let moment = Moment {
-                    receive_ms,
-                    commit_ms,
-                    position,
-                };
                 let settled = judged.settle(device, record, &batch, columns, judgement, moment);
                 Answer::Settled(Settled {
                     retry_after_ms,
@@ -354,8 +361,7 @@ impl Committer {
                 position,
                 retry_after_ms: 0,
             }),
-        };
-        judged.answers.push((reply, answer));
+        }
     }
 
     /// Stores early data whose Hello would change nothing, so that it can be judged now as well as after it;
@@ -363,22 +369,15 @@ impl Committer {
     /// is not known stays so. The answer says what was settled before, for that is what Welcome has to tell.
     fn judge_early(
         &mut self,
-        submission: Submission,
+        device: DeviceId,
+        request: Request,
+        deferral: Option<Deferral>,
         claim: Claim,
-        position: u64,
-        commit_ms: u64,
+        moment: Moment,
         judged: &mut Judged,
-    ) {
-        let Submission {
-            device,
-            receive_ms,
-            request,
-            deferral,
-            early: _,
-            reply,
-        } = submission;
+    ) -> Answer {
         let record = self.devices.get_mut(&device);
-        let answer = match (request, record) {
+        match (request, record) {
             (Request::Batch { batch, columns }, Some(record))
                 if deferral.is_none()
                     && batch.epoch == record.epoch
@@ -389,7 +388,7 @@ impl Committer {
                 let judgement = record.judge_unproven(
                     &batch.pings,
                     &batch.malformed,
-                    receive_ms,
+                    moment.receive_ms,
                     &self.policy,
                     &mut last_stored,
                 );
@@ -398,11 +397,6 @@ impl Committer {
                 }
                 judged.touched_early.push(device);
                 self.metrics.resumption.early_batches.increment(1);
-                let moment = Moment {
-                    receive_ms,
-                    commit_ms,
-                    position,
-                };
                 let settled = judged.settle(device, record, &batch, columns, judgement, moment);
                 Answer::Settled(Settled {
                     settled: settled_before,
@@ -410,8 +404,7 @@ impl Committer {
                 })
             }
             _ => Answer::Fenced,
-        };
-        judged.answers.push((reply, answer));
+        }
     }
 
     /// Opens the day's column family when the day changes, and drops the days that retention is over
