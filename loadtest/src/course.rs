@@ -305,7 +305,7 @@ impl Stage<'_> {
     }
 
     /// Waits until something is so, and goes on recording. False if it never is, or the run is stopped.
-    async fn until(&mut self, done: impl Fn(&Fleet) -> (u64, bool)) -> bool {
+    async fn until(&mut self, mut done: impl FnMut(&Fleet) -> (u64, bool)) -> bool {
         let mut ticks = ticks();
         let mut moved = (0, Instant::now());
         loop {
@@ -341,19 +341,17 @@ impl Stage<'_> {
         let (established_devices, total) = (*established_devices as u64, *storming_devices as u64);
         let scenario = self.scenario;
         let mut laps = scenario.pings(storming.clone(), self.start_ms);
-        self.send_a_lap(&mut laps);
         let enough = CancellationToken::new();
         let sender = self.send(established.clone(), 1, enough.clone());
         let _end = enough.clone().drop_guard();
 
-        self.begin("calm", None);
-        let is_calm = self
-            .until(|fleet| (fleet.acked(), fleet.open_in(storming.clone()) == 0))
-            .await;
+        self.begin("first lap", Some(total));
+        let is_served = self.send_a_lap_in_turn(&mut laps).await;
         ensure!(
-            is_calm || self.stop.is_cancelled(),
+            is_served || self.stop.is_cancelled(),
             "the devices that are to storm were not served before"
         );
+        self.begin("calm", None);
         let before = self.measured_for(storm.calm).await;
 
         self.fleet.begin_phase();
@@ -445,6 +443,27 @@ impl Stage<'_> {
         let end = Instant::now() + length;
         self.until(|fleet| (fleet.acked(), end <= Instant::now()))
             .await;
+    }
+
+    /// One ping of each storming device, a few at a time: all of them at once would be a storm before the storm,
+    /// and what is to be measured is the other one. False if they are not all answered.
+    async fn send_a_lap_in_turn(&mut self, laps: &mut impl Iterator<Item = DuePing>) -> bool {
+        let devices = self.scenario.group_sizes()[STORMING].1;
+        let mut lap = laps.take(devices).peekable();
+        let mut sent = 0;
+        self.until(|fleet| {
+            let mut open = fleet.open_in(STORMING..STORMING + 1);
+            let answered = sent - open;
+            while open < MOST_OPEN_PINGS
+                && let Some(due_ping) = lap.next()
+            {
+                fleet.send(due_ping.device, due_ping.ping, fleet.now_us());
+                open += 1;
+                sent += 1;
+            }
+            (answered, open == 0 && lap.peek().is_none())
+        })
+        .await
     }
 
     /// One ping of each storming device, due now.
