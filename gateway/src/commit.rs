@@ -1,8 +1,8 @@
 //! The committer: the one owner of dedup state and of writes.
 //!
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
-//! publishes it, and only then answers. There is no linger timer: the next group is what queued up
-//! during the last fsync.
+//! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
+//! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
 //! Knows device records and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
@@ -13,11 +13,15 @@
 use std::{
     collections::hash_map::Entry,
     num::NonZeroUsize,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use prost::Message;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
@@ -34,13 +38,14 @@ use crate::{
     clock::Clock,
     disk::Pulse,
     freshness::Freshness,
+    gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
     metrics::{Fates, Metrics},
     rate::{Bucket, Rate},
     store::{Batch, CommitError, Day, PingKey, Store, record},
 };
 
-pub use crate::handoff::{Answer, Bell, CommitHandle, Mail, Mailbox, Stopped};
+pub use crate::handoff::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped};
 
 /// Settings of the committer and of what it admits.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
@@ -105,6 +110,8 @@ pub struct Committer {
     position: u64,
     day: Option<Day>,
     pulse: Pulse,
+    /// Requests that were taken since the committer has last had nothing to do.
+    taken: Arc<AtomicUsize>,
     /// What may still be logged of losses.
     losses_said: Bucket,
 }
@@ -149,6 +156,7 @@ impl Committer {
             position: parts.position,
             day: None,
             pulse: Pulse::default(),
+            taken: Arc::default(),
             losses_said: Bucket::default(),
         };
         (handle, committer)
@@ -167,8 +175,19 @@ impl Committer {
     /// When the operating system gives no thread.
     pub fn spawn(self) -> std::io::Result<tokio::sync::oneshot::Receiver<Result<(), CommitError>>> {
         let (ended, receiver) = tokio::sync::oneshot::channel();
+        let taken = Arc::clone(&self.taken);
+        // Used by the committer's own thread alone, so the lock is never waited for.
+        let gather = Mutex::new(GatherRequests::new(Instant::now()));
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_time()
+            .on_thread_park(move || {
+                let taken = taken.swap(0, Ordering::Relaxed);
+                let wait = gather.lock().before_sleep(taken, Instant::now());
+                if !wait.is_zero() {
+                    // Nothing is queued, so all that this delays is what comes meanwhile.
+                    thread::sleep(wait);
+                }
+            })
             .build()?;
         thread::Builder::new()
             .name("committer".to_owned())
@@ -193,6 +212,7 @@ impl Committer {
                 self.rotate(gathered.drain_ms)?;
                 self.freshness.resolve(gathered.resolved_ms);
             } else {
+                self.taken.fetch_add(group.len(), Ordering::Relaxed);
                 self.commit(&mut group, gathered.resolved_ms)?;
             }
         }

@@ -1,6 +1,7 @@
-//! How long a worker lets packets gather before it looks at them.
+//! How long a worker lets packets gather before it looks at them, and the committer requests.
 //!
-//! Knows how busy a worker was. Must not know time, which is an argument, nor what a worker does.
+//! Knows how busy a thread was, or how much it was asked for. Must not know time, which is an argument, nor what
+//! the thread does.
 //!
 //! A worker that has nothing to do sleeps until a packet wakes it. When packets come every few hundred
 //! microseconds, falling asleep and waking for each costs more than what is done for it: a bare quinn server at
@@ -60,6 +61,51 @@ impl Gather {
     }
 }
 
+/// Decides for the committer, from how many requests it was handed a moment ago.
+#[derive(Debug)]
+pub struct GatherRequests {
+    window_began: Instant,
+    requests: usize,
+    sleeps: usize,
+    /// What was decided at the end of the last window.
+    wait: Duration,
+}
+
+impl GatherRequests {
+    /// Nothing has come before `now`.
+    #[must_use]
+    pub fn new(now: Instant) -> Self {
+        Self {
+            window_began: now,
+            requests: 0,
+            sleeps: 0,
+            wait: Duration::ZERO,
+        }
+    }
+
+    /// Nothing more is queued, and so many `requests` were since the last time. Returns how long the committer
+    /// should let others gather, at most half a millisecond, before it looks again.
+    pub fn before_sleep(&mut self, requests: usize, now: Instant) -> Duration {
+        self.requests = self.requests.saturating_add(requests);
+        self.sleeps += 1;
+        let window = now.saturating_duration_since(self.window_began);
+        if window < WINDOW {
+            return self.wait;
+        }
+        let is_crowd = CROWD_REQUESTS_PER_S * window.as_secs_f64() <= self.requests as f64;
+        let comes_together = self.sleeps.saturating_mul(LARGE_GROUP_REQUESTS) <= self.requests;
+        self.wait = if is_crowd && !comes_together {
+            LONGEST_FOR_REQUESTS
+        } else {
+            Duration::ZERO
+        };
+        self.window_began = now;
+        self.requests = 0;
+        self.sleeps = 0;
+        self.wait
+    }
+}
+
 /// The longest time for which anything may wait for company. The kernel's timers are late by up to 50 µs.
 pub(crate) const LONGEST: Duration = Duration::from_micros(900);
 /// What is decided holds for so long, and a sleep of this length means that there was nothing to gather.
@@ -70,6 +116,13 @@ const WINDOW: Duration = Duration::from_millis(10);
 const SHARE_TO_BEGIN: u32 = 12;
 /// And goes on while it is busy for more than one part in so many: gathering makes the same work less.
 const SHARE_TO_GO_ON: u32 = 24;
+/// With the commit itself about as long as a worker lets packets gather: an answer that is ready before its worker
+/// looks again has lost nothing.
+const LONGEST_FOR_REQUESTS: Duration = Duration::from_micros(500);
+/// So many requests a second are a crowd: more than one device, or a few, can bring that wait for each ack.
+const CROWD_REQUESTS_PER_S: f64 = 3_000.0;
+/// A group of so many costs hardly less for each if it is larger still.
+const LARGE_GROUP_REQUESTS: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -137,6 +190,45 @@ mod tests {
             sleep(30 * US, 500 * US);
         }
         assert_eq!(sleep(30 * US, 500 * US), Duration::ZERO);
+    }
+
+    /// Hands the committer `each` requests every `period`, over a second, and returns what it decided in the end.
+    fn gathered_requests(gather: &mut GatherRequests, each: usize, period: Duration) -> Duration {
+        let begun = gather.window_began;
+        let steps = 1_000_000 / u32::try_from(period.as_micros()).unwrap();
+        (1..=steps)
+            .map(|step| gather.before_sleep(each, begun + period * step))
+            .last()
+            .unwrap()
+    }
+
+    #[test]
+    fn requests_gather_while_there_is_a_crowd() {
+        let mut gather = GatherRequests::new(Instant::now());
+        assert_eq!(
+            gathered_requests(&mut gather, 1, 800 * US),
+            Duration::ZERO,
+            "one device that waits for each ack"
+        );
+        assert_eq!(
+            gathered_requests(&mut gather, 2, 250 * US),
+            LONGEST_FOR_REQUESTS
+        );
+        assert_eq!(
+            gathered_requests(&mut gather, 8, 1_000 * US),
+            LONGEST_FOR_REQUESTS,
+            "the same crowd in fewer groups"
+        );
+        assert_eq!(
+            gathered_requests(&mut gather, 100, 1_000 * US),
+            Duration::ZERO,
+            "a crowd that comes in large groups by itself"
+        );
+        assert_eq!(
+            gathered_requests(&mut gather, 1, 1_300 * US),
+            Duration::ZERO,
+            "the crowd has gone"
+        );
     }
 
     #[test]

@@ -35,7 +35,7 @@ mod durable;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;
-mod gather;
+pub mod gather;
 pub mod handoff;
 mod handshake;
 pub mod inspect;

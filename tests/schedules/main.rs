@@ -25,8 +25,9 @@ mod plan;
 mod store;
 mod sync;
 
-// The watch over the disk only looks on, and the rate is one of log lines: they are used as they are.
-use waypost_gateway::{disk, rate};
+// The watch over the disk only looks on, the rate is one of log lines, and requests gather in no schedule: these
+// are used as they are.
+use waypost_gateway::{disk, gather, rate};
 
 use std::{panic, sync::Arc, time::Instant};
 
