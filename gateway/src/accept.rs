@@ -10,10 +10,16 @@
 //!
 //! A handshake takes a third of a millisecond of its worker's time, during which nobody else is served. So in
 //! each turn of the worker at most one begins: between two of them every packet that has arrived is read, and
-//! every session that has something to do does it. In a storm of newcomers, those who are connected already
-//! wait for one handshake and not for all of them.
+//! every session that has something to do does it. And none begins while a turn takes longer than
+//! [`LONGEST_TURN`], for then earlier ones have yet to be finished. In a storm of newcomers, those who are connected
+//! already wait for a handshake or two and not for all of them, and no time is lost for the storm: as long as
+//! somebody knocks, there is always something to do.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use parking_lot::Mutex;
 use quinn::Endpoint;
@@ -72,9 +78,10 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
                     trust_domain: Arc::clone(&parts.trust_domain),
                     refusals: Arc::clone(&parts.refusals),
                     bell: Arc::clone(&bell),
+                    tasks: sessions.clone(),
                 };
                 sessions.spawn(handshake::accept(newcomer, Arc::clone(&parts.sessions)));
-                yield_now().await;
+                until_a_turn_is_short().await;
             }
             Err(verdict @ (Verdict::Refuse(limit) | Verdict::Ignore(limit))) => {
                 metrics.limits.reached.of(limit.as_label()).increment(1);
@@ -115,6 +122,22 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
     hearing.abort();
 }
 
+/// Lets everybody else have a turn, and again if that has taken long.
+async fn until_a_turn_is_short() {
+    loop {
+        // The committer has no core of its own: while all workers are busy it would wait for its share of one.
+        thread::yield_now();
+        let begun = Instant::now();
+        yield_now().await;
+        if begun.elapsed() <= LONGEST_TURN {
+            return;
+        }
+    }
+}
+
+/// While a worker takes longer than this to serve everybody once, no newcomer makes it longer still: two or three
+/// handshakes.
+const LONGEST_TURN: Duration = Duration::from_millis(1);
 /// How long a stopping endpoint lets its sessions finish before it closes on them; well within the time
 /// that a stop may take.
 const SESSIONS_TIMEOUT: Duration = Duration::from_secs(15);

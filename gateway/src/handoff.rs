@@ -12,7 +12,13 @@
 //! place and takes none of the last half of LIVE's: it has time until its handshake is over. A mailbox holds
 //! what its session has in flight, and a bell the mailboxes that got something since it was heard last.
 
-use std::{num::NonZeroUsize, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    num::NonZeroUsize,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
 
 use waypost_proto::{
     device::{Claim, Deferral},
@@ -90,7 +96,7 @@ impl Bell {
             let filled = std::mem::take(&mut *self.filled.lock());
             if !filled.is_empty() {
                 for mailbox in filled {
-                    mailbox.arrived.notify_one();
+                    mailbox.wake();
                 }
                 return;
             }
@@ -123,7 +129,6 @@ impl Drop for Rings {
 #[derive(Debug)]
 pub struct Mailbox {
     inbox: Mutex<Inbox>,
-    arrived: Notify,
     hello_answered: Notify,
     bell: Arc<Bell>,
 }
@@ -144,6 +149,17 @@ struct Inbox {
     is_taken_over: bool,
     /// Hellos that were handed over and not answered.
     waiting_hellos: usize,
+    /// The session, while it waits for what may come here.
+    session: Option<Waker>,
+}
+
+impl Inbox {
+    fn wait(&mut self, context: &Context<'_>) {
+        match &mut self.session {
+            Some(session) => session.clone_from(context.waker()),
+            None => self.session = Some(context.waker().clone()),
+        }
+    }
 }
 
 impl Mailbox {
@@ -152,26 +168,33 @@ impl Mailbox {
     pub fn new(bell: &Arc<Bell>) -> Arc<Self> {
         Arc::new(Self {
             inbox: Mutex::default(),
-            arrived: Notify::default(),
             hello_answered: Notify::default(),
             bell: Arc::clone(bell),
         })
     }
 
-    /// Waits until there is something, and takes all of it.
+    /// Waits until there is something, and takes all of it. Only its session may wait, for one thing at a time.
     pub async fn take(&self) -> Mail {
-        loop {
-            let mail = {
-                let mut inbox = self.inbox.lock();
-                Mail {
-                    answers: std::mem::take(&mut inbox.answers),
-                    is_call: std::mem::take(&mut inbox.is_call),
-                }
-            };
-            if mail.is_call || !mail.answers.is_empty() {
-                return mail;
-            }
-            self.arrived.notified().await;
+        poll_fn(|context| self.poll_take(context)).await
+    }
+
+    fn poll_take(&self, context: &Context<'_>) -> Poll<Mail> {
+        let mut inbox = self.inbox.lock();
+        if !inbox.is_call && inbox.answers.is_empty() {
+            inbox.wait(context);
+            return Poll::Pending;
+        }
+        Poll::Ready(Mail {
+            answers: std::mem::take(&mut inbox.answers),
+            is_call: std::mem::take(&mut inbox.is_call),
+        })
+    }
+
+    /// Wakes the session if it waits. If not, it looks into its mailbox before it does.
+    fn wake(&self) {
+        let session = self.inbox.lock().session.take();
+        if let Some(session) = session {
+            session.wake();
         }
     }
 
@@ -179,7 +202,7 @@ impl Mailbox {
     /// thing to wait for costs it less than one for each of these.
     pub fn call(&self) {
         self.inbox.lock().is_call = true;
-        self.arrived.notify_one();
+        self.wake();
     }
 
     /// Tells the session, and calls it, that a newer connection of its device has taken over.
@@ -196,9 +219,15 @@ impl Mailbox {
 
     /// Waits until a newer connection has taken over, and leaves everything in the mailbox.
     pub async fn taken_over(&self) {
-        while !self.is_taken_over() {
-            self.arrived.notified().await;
-        }
+        poll_fn(|context| {
+            let mut inbox = self.inbox.lock();
+            if inbox.is_taken_over {
+                return Poll::Ready(());
+            }
+            inbox.wait(context);
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Waits until no Hello of the session waits for its answer.
@@ -292,7 +321,48 @@ pub struct CommitHandle {
 #[error("the committer has stopped")]
 pub struct Stopped;
 
+/// Why a request was not queued at once.
+#[derive(Debug)]
+pub enum NotQueued {
+    /// There is no room, or it is of BACKFILL and may have to wait for a Hello.
+    HasToWait(Request),
+    /// The committer has stopped.
+    Stopped,
+}
+
+impl From<Stopped> for NotQueued {
+    fn from(Stopped: Stopped) -> Self {
+        Self::Stopped
+    }
+}
+
 impl CommitHandle {
+    /// Queues a Hello, or a request of LIVE, if there is room: the usual case, which needs no future.
+    ///
+    /// # Errors
+    /// The request, when it would have to wait, for [`Self::submit`]; or when the committer has stopped.
+    pub fn try_submit(
+        &self,
+        device: DeviceId,
+        lane: Lane,
+        request: Request,
+        deferral: Option<Deferral>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<(), NotQueued> {
+        let is_hello = matches!(request, Request::Hello(_));
+        if !is_hello && lane != Lane::Live {
+            return Err(NotQueued::HasToWait(request));
+        }
+        match self.live.try_reserve() {
+            Ok(place) => {
+                let reply = Reply::new(mailbox, lane, is_hello);
+                let submission = self.received(device, request, deferral, reply);
+                Ok(send(&self.live, place, submission)?)
+            }
+            Err(_) => Err(NotQueued::HasToWait(request)),
+        }
+    }
+
     /// Queues a request; waits while the lane's queue is full, and with a batch of BACKFILL while a Hello
     /// of the session waits for its answer.
     ///
@@ -317,22 +387,31 @@ impl CommitHandle {
             &self.backfill
         };
         let place = queue.reserve().await.map_err(|_| Stopped)?;
-        // Once there is a place, so that what waited for one does not lie about when it was received.
-        let receive_ms = self.clock.now_ms();
-        place.send(Submission {
+        let reply = Reply::new(mailbox, lane, is_hello);
+        send(
+            queue,
+            place,
+            self.received(device, request, deferral, reply),
+        )
+    }
+
+    /// A request that is received now: once there is a place, so that what waited for one does not lie about
+    /// when that was.
+    fn received(
+        &self,
+        device: DeviceId,
+        request: Request,
+        deferral: Option<Deferral>,
+        reply: Reply,
+    ) -> Submission {
+        Submission {
             device,
-            receive_ms,
+            receive_ms: self.clock.now_ms(),
             request,
             deferral,
             early: None,
-            reply: Reply::new(mailbox, lane, is_hello),
-        });
-        // What is sent into a queue whose other end is gone is neither refused nor dropped: it lies there
-        // until the last handle goes, and nobody would answer it.
-        if queue.is_closed() {
-            return Err(Stopped);
+            reply,
         }
-        Ok(())
     }
 
     /// Queues a batch of LIVE that came as early data, if there is room to spare. False if there is not; it
@@ -451,6 +530,20 @@ impl Requests {
             resolved_ms: self.resolved_ms,
         })
     }
+}
+
+fn send(
+    queue: &mpsc::Sender<Submission>,
+    place: mpsc::Permit<'_, Submission>,
+    submission: Submission,
+) -> Result<(), Stopped> {
+    place.send(submission);
+    // What is sent into a queue whose other end is gone is neither refused nor dropped: it lies there
+    // until the last handle goes, and nobody would answer it.
+    if queue.is_closed() {
+        return Err(Stopped);
+    }
+    Ok(())
 }
 
 fn request_len(request: &Request) -> usize {

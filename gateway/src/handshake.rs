@@ -14,6 +14,7 @@ use parking_lot::Mutex;
 use quinn::{Incoming, crypto::rustls::HandshakeData};
 use rustls::pki_types::CertificateDer;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 use waypost_proto::{id::DeviceId, session::CloseCode};
 
@@ -37,9 +38,12 @@ pub(crate) struct Newcomer {
     pub(crate) refusals: Arc<Mutex<Bucket>>,
     /// Rung when the committer has answers for this worker's sessions.
     pub(crate) bell: Arc<Bell>,
+    /// The tasks of this worker's connections.
+    pub(crate) tasks: TaskTracker,
 }
 
-/// From the first packet to the end of the session.
+/// From the first packet to the beginning of the session, which has a task of its own: a connection lives for
+/// days, and need not hold all that time what a handshake takes.
 pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     let Newcomer {
         incoming,
@@ -48,6 +52,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
         trust_domain,
         refusals,
         bell,
+        tasks,
     } = newcomer;
     let metrics = &parts.metrics;
     let remote = incoming.remote_address();
@@ -92,7 +97,6 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     match entered {
         Ok(allowance) => {
             debug!(%device, %remote, "connected");
-            let metrics = metrics.clone();
             metrics
                 .connections
                 .handshake_duration
@@ -100,8 +104,12 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
             metrics.connections.accepted.increment(1);
             metrics.resumption.handshakes.of(kind).increment(1);
             metrics.connections.open.increment(1.0);
-            session::serve(connection, device, allowance, bell, parts, early).await;
-            metrics.connections.open.decrement(1.0);
+            tasks.spawn(async move {
+                let session = Arc::clone(&parts);
+                session::serve(connection, device, allowance, bell, session, early).await;
+                parts.metrics.connections.open.decrement(1.0);
+                drop(place);
+            });
         }
         Err(too_many) => {
             debug!(%device, %remote, "turned away: {too_many}");

@@ -27,7 +27,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use quinn::{Connection, ReadError, RecvStream, SendStream};
+use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -37,14 +37,16 @@ use waypost_proto::{
     frame::{FrameReader, encode_frame},
     id::DeviceId,
     ping::RejectCode,
-    session::{CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation, batch_len},
+    session::{
+        CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation, Welcomed, batch_len,
+    },
     v1,
 };
 
 use crate::{
     admission::Admission,
     allowance::{Allowance, Allowances},
-    commit::{Answer, Bell, CommitHandle, Mail, Mailbox, Stopped},
+    commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
     metrics::Metrics,
     takeover::Takeovers,
     tls::RestoredCheck,
@@ -131,7 +133,12 @@ pub(crate) async fn serve(
         None => Mailbox::new(&bell),
     };
     let mut shell = Shell::new(&connection, device, &allowance, &mailbox, &parts);
-    let end = match shell.take_over_early(early).await {
+    let begun = match early {
+        // What happens once, or hardly ever, is kept out of the memory that the task takes all its life.
+        Some(early) => Box::pin(shell.take_over_early(early)).await,
+        None => Ok(()),
+    };
+    let end = match begun {
         Ok(()) => shell.run().await,
         Err(end) => end,
     };
@@ -220,6 +227,8 @@ struct Shell<'a> {
     /// A request of BACKFILL that waits for a place at the committer. Nothing more of that lane is read
     /// meanwhile, and LIVE goes on: its pings are the news.
     waiting_backfill: Option<Submitting>,
+    /// Waits for the next stream, from one turn to the next: it costs more to begin waiting than to go on.
+    accepting: Pin<Box<AcceptBi<'a>>>,
     /// The batch of early data, until Hello is answered. Boxed, for most sessions have none.
     early: Option<Box<EarlyBatch>>,
 }
@@ -233,6 +242,9 @@ enum EarlyBatch {
 }
 
 type Submitting = Pin<Box<dyn Future<Output = Result<(), Stopped>> + Send>>;
+
+/// What is left to do and has to wait, which is rare: so its memory is taken only then.
+type Rest<'a> = Pin<Box<dyn Future<Output = Result<(), End>> + Send + 'a>>;
 
 /// What woke the session.
 enum Wake {
@@ -267,15 +279,13 @@ impl<'a> Shell<'a> {
             is_draining: false,
             held_until: None,
             waiting_backfill: None,
+            accepting: Box::pin(connection.accept_bi()),
             early: None,
         }
     }
 
     /// Goes on where early data has left off. Only now is the device heard, and charged for it.
-    async fn take_over_early(&mut self, early: Option<Box<Early>>) -> Result<(), End> {
-        let Some(mut early) = early else {
-            return Ok(());
-        };
+    async fn take_over_early(&mut self, mut early: Box<Early>) -> Result<(), End> {
         let Some(stream) = early.stream.take() else {
             return Ok(());
         };
@@ -291,7 +301,9 @@ impl<'a> Shell<'a> {
         }
         for step in early.steps {
             let held_for = self.charge();
-            self.follow(0, step?, held_for).await?;
+            if let Some(rest) = self.follow(0, step?, held_for)? {
+                rest.await?;
+            }
         }
         self.work_through(0, true).await
     }
@@ -302,7 +314,7 @@ impl<'a> Shell<'a> {
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
             let result = match self.wake(silent_until).await {
-                Wake::Draining => self.begin_draining().await,
+                Wake::Draining => Box::pin(self.begin_draining()).await,
                 Wake::Mail(mail) => self.open_mail(mail).await,
                 Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
                 Wake::Read(at, Ok(None)) => self.finished(at),
@@ -330,7 +342,7 @@ impl<'a> Shell<'a> {
                 return end;
             }
             if self.is_draining && self.requests_in_flight == [0; 2] {
-                self.flush().await;
+                Box::pin(self.flush()).await;
                 return End::ours(CloseCode::ShuttingDown, "the gateway is stopping");
             }
         }
@@ -342,7 +354,7 @@ impl<'a> Shell<'a> {
                 return Err(End::taken_over());
             }
             if !self.is_draining && self.parts.draining.is_cancelled() {
-                self.begin_draining().await?;
+                Box::pin(self.begin_draining()).await?;
             }
         }
         let was_full = self.is_full();
@@ -361,7 +373,7 @@ impl<'a> Shell<'a> {
         self.session.go_away(rand::random_range(0..=spread_ms));
         let lane = self.streams.iter().find_map(|stream| stream.lane);
         match lane.zip(self.session.farewell()) {
-            Some((lane, frame)) => self.write(lane, &frame).await,
+            Some((lane, frame)) => self.write(lane, encoded(&frame)).await,
             None => Ok(()),
         }
     }
@@ -381,22 +393,26 @@ impl<'a> Shell<'a> {
             .min()
             .filter(|_| may_read);
         let (streams, waiting) = (&mut self.streams, &mut self.waiting_backfill);
+        let (connection, accepting) = (self.connection, &mut self.accepting);
         let accepts = !self.is_draining && held_until.is_none();
         tokio::select! {
             biased;
             // Before all that a busy device could keep ready for ever. The current session of a device is called
             // instead, so that hundreds of thousands need not wait at one place.
-            () = self.parts.draining.cancelled(), if !self.is_draining && !self.is_current => Wake::Draining,
+            () = async { self.parts.draining.cancelled().await }, if !self.is_draining && !self.is_current => Wake::Draining,
             mail = self.mailbox.take() => Wake::Mail(mail),
             submitted = async { waiting.as_mut().expect("guarded").await }, if waiting.is_some() => Wake::Submitted(submitted),
             (at, read) = read_any(streams, reads_backfill), if may_read => Wake::Read(at, read),
             () = async { sleep_until(held_until.expect("guarded")).await }, if held_until.is_some() => Wake::Released,
-            opened = self.connection.accept_bi(), if accepts => match opened {
-                Ok((send, recv)) => Wake::Opened(send, recv),
+            opened = accepting.as_mut(), if accepts => match opened {
+                Ok((send, recv)) => {
+                    accepting.set(connection.accept_bi());
+                    Wake::Opened(send, recv)
+                }
                 Err(error) => Wake::Gone(error),
             },
             // Else the end of the connection shows in what is accepted.
-            error = self.connection.closed(), if !accepts => Wake::Gone(error),
+            error = connection.closed(), if !accepts => Wake::Gone(error),
             () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => Wake::Deadline,
         }
     }
@@ -457,6 +473,8 @@ impl<'a> Shell<'a> {
     fn opened(&mut self, send: SendStream, recv: RecvStream) {
         // That it holds back what follows is enough: there is nothing to put off yet.
         let _wait = self.charge();
+        // Most have one, all their life.
+        self.streams.reserve_exact(1);
         self.streams.push(Stream {
             send,
             recv,
@@ -490,16 +508,11 @@ impl<'a> Shell<'a> {
     /// bytes can hold many frames, and a short frame many pings. `is_moving` says that there is news of the
     /// stream, from which its next deadline counts.
     async fn work_through(&mut self, at: usize, mut is_moving: bool) -> Result<(), End> {
-        while !self.is_full()
-            && self.held_until.is_none()
-            && (self.waiting_backfill.is_none() || self.streams[at].lane != Some(Lane::Backfill))
-            && let Some(frame) = self.streams[at]
-                .reader
-                .next::<v1::DeviceFrame>()
-                .map_err(Violation::from)?
-        {
+        while let Some((step, held_for)) = self.next_step(at)? {
             is_moving = true;
-            self.handle_frame(at, frame).await?;
+            if let Some(rest) = self.follow(at, step, held_for)? {
+                rest.await?;
+            }
         }
         let stream = &mut self.streams[at];
         if !stream.reader.is_inside_frame() {
@@ -513,30 +526,42 @@ impl<'a> Shell<'a> {
         Ok(())
     }
 
-    async fn handle_frame(&mut self, at: usize, frame: v1::DeviceFrame) -> Result<(), End> {
+    /// What follows from the next complete frame of a stream, and how long the device is held back for it. None if
+    /// there is no such frame, or no room for what may follow.
+    fn next_step(&mut self, at: usize) -> Result<Option<(Step, Option<Duration>)>, End> {
+        let stream = &mut self.streams[at];
+        let lane = stream.lane;
+        let waits = self.waiting_backfill.is_some() && lane == Some(Lane::Backfill);
+        if waits || self.held_until.is_some() || self.is_full() {
+            return Ok(None);
+        }
+        let reader = &mut self.streams[at].reader;
+        let Some(frame) = reader.next().map_err(Violation::from)? else {
+            return Ok(None);
+        };
         count(&self.parts.metrics, &frame);
         let held_for = self.charge();
-        let step = self.session.handle_frame(self.streams[at].lane, frame)?;
-        self.follow(at, step, held_for).await
+        let step = self.session.handle_frame(lane, frame)?;
+        Ok(Some((step, held_for)))
     }
 
-    /// Does what follows from a frame of a stream.
-    async fn follow(
+    /// Does what follows from a frame of a stream. What has to wait is left for the caller.
+    fn follow(
         &mut self,
         at: usize,
         step: Step,
         held_for: Option<Duration>,
-    ) -> Result<(), End> {
+    ) -> Result<Option<Rest<'_>>, End> {
         match step {
             Step::Ask(lane, request) => {
                 self.bind(at, lane);
                 let deferral = self.deferral(&request, held_for);
-                self.ask(lane, request, deferral).await
+                self.ask(lane, request, deferral)
             }
-            Step::Answer(lane, frame) => self.write(lane, &frame).await,
+            Step::Answer(lane, frame) => Ok(Some(Box::pin(self.write(lane, encoded(&frame))))),
             Step::Wait(lane) => {
                 self.bind(at, lane);
-                Ok(())
+                Ok(None)
             }
         }
     }
@@ -553,12 +578,13 @@ impl<'a> Shell<'a> {
         }
     }
 
-    async fn ask(
+    /// Hands a request to the committer, which mostly has room for it.
+    fn ask(
         &mut self,
         lane: Lane,
         request: Request,
         deferral: Option<Deferral>,
-    ) -> Result<(), End> {
+    ) -> Result<Option<Rest<'_>>, End> {
         self.requests_in_flight[lane as usize] += 1;
         if lane == Lane::Backfill && !matches!(request, Request::Hello(_)) {
             let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(self.mailbox));
@@ -570,8 +596,24 @@ impl<'a> Shell<'a> {
             };
             // It is polled with everything else that may wake the session.
             self.waiting_backfill = Some(Box::pin(submitting));
-            return Ok(());
+            return Ok(None);
         }
+        let commit = &self.parts.commit;
+        match commit.try_submit(self.device, lane, request, deferral, self.mailbox) {
+            Ok(()) => Ok(None),
+            Err(NotQueued::HasToWait(request)) => Ok(Some(Box::pin(
+                self.ask_when_there_is_room(lane, request, deferral),
+            ))),
+            Err(NotQueued::Stopped) => Err(End::ours(CloseCode::StorageFailed, Stopped)),
+        }
+    }
+
+    async fn ask_when_there_is_room(
+        &mut self,
+        lane: Lane,
+        request: Request,
+        deferral: Option<Deferral>,
+    ) -> Result<(), End> {
         // While a full queue or a disk that hangs keeps us here, the device may go or come anew.
         tokio::select! {
             biased;
@@ -589,26 +631,9 @@ impl<'a> Shell<'a> {
         for (lane, answer) in answers {
             self.requests_in_flight[lane as usize] -= 1;
             match answer {
-                Answer::Welcomed(mut welcomed) => {
-                    let mut early = match self.early.take().map(|early| *early) {
-                        Some(EarlyBatch::Settled(one)) => Some(one),
-                        _ => None,
-                    };
-                    if let Some(one) = &mut early
-                        && one.epoch == welcomed.epoch
-                    {
-                        // A device that is told in Welcome of what it has not sent yet, as far as it knows,
-                        // takes itself for the copy of another. The early batch is the ack's to tell, and
-                        // this commit is where it became visible.
-                        std::mem::swap(&mut one.settled, &mut welcomed.settled);
-                        one.position = welcomed.position;
-                    }
-                    let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
-                    self.write(lane, &frame).await?;
+                Answer::Welcomed(welcomed) => {
+                    let early = Box::pin(self.welcome(lane, welcomed)).await?;
                     settled[Lane::Live as usize].extend(early);
-                    for (lane, request) in waiting {
-                        self.ask(lane, request, None).await?;
-                    }
                 }
                 Answer::Settled(one) if !self.session.is_welcomed() => {
                     self.early = Some(Box::new(EarlyBatch::Settled(one)));
@@ -616,8 +641,9 @@ impl<'a> Shell<'a> {
                 Answer::Settled(one) => settled[lane as usize].push(one),
                 Answer::Fenced if self.early.is_some() => {
                     if let Some(EarlyBatch::Asked(request)) = self.early.take().map(|early| *early)
+                        && let Some(rest) = self.ask(lane, request, None)?
                     {
-                        self.ask(lane, request, None).await?;
+                        rest.await?;
                     }
                 }
                 Answer::Fenced => {
@@ -636,8 +662,9 @@ impl<'a> Shell<'a> {
         }
         for (lane, settled) in Lane::ALL.into_iter().zip(settled) {
             let received_ms = settled.first().map(|first| first.receive_ms);
-            if let Some(frame) = self.session.handle_settled(settled) {
-                self.write(lane, &frame).await?;
+            let ack = self.session.handle_settled(settled);
+            if let Some(ack) = ack.map(|ack| encoded(&ack)) {
+                self.write(lane, ack).await?;
                 let waited_ms = self
                     .parts
                     .clock
@@ -652,19 +679,53 @@ impl<'a> Shell<'a> {
         Ok(())
     }
 
-    async fn write(&mut self, lane: Lane, frame: &v1::GatewayFrame) -> Result<(), End> {
-        let frame_timeout = self.parts.config.frame_timeout;
+    /// Answers Hello, and asks what has waited for that. Returns what became of early data, if there was any.
+    async fn welcome(
+        &mut self,
+        lane: Lane,
+        mut welcomed: Welcomed,
+    ) -> Result<Option<Settled>, End> {
+        let mut early = match self.early.take().map(|early| *early) {
+            Some(EarlyBatch::Settled(one)) => Some(one),
+            _ => None,
+        };
+        if let Some(one) = &mut early
+            && one.epoch == welcomed.epoch
+        {
+            // A device that is told in Welcome of what it has not sent yet, as far as it knows, takes itself
+            // for the copy of another. The early batch is the ack's to tell, and this commit is where it
+            // became visible.
+            std::mem::swap(&mut one.settled, &mut welcomed.settled);
+            one.position = welcomed.position;
+        }
+        let (frame, waiting) = self.session.handle_welcomed(&welcomed)?;
+        self.write(lane, encoded(&frame)).await?;
+        for (lane, request) in waiting {
+            if let Some(rest) = self.ask(lane, request, None)? {
+                rest.await?;
+            }
+        }
+        Ok(early)
+    }
+
+    async fn write(&mut self, lane: Lane, frame: Bytes) -> Result<(), End> {
+        let (frame_timeout, device) = (self.parts.config.frame_timeout, self.device);
         // The device may have reset its side; then nobody wants the answer.
         let Some(stream) = self.stream_of(lane) else {
             return Ok(());
         };
-        let mut bytes = BytesMut::new();
-        encode_frame(frame, &mut bytes);
-        match timeout(frame_timeout, stream.send.write_chunk(bytes.freeze())).await {
+        let mut writing = pin!(stream.send.write_chunk(frame));
+        // There is room for an answer, most of the time, and then no clock is needed.
+        let at_once = poll_fn(|context| Poll::Ready(writing.as_mut().poll(context))).await;
+        let written = match at_once {
+            Poll::Ready(written) => Ok(written),
+            Poll::Pending => Box::pin(timeout(frame_timeout, writing)).await,
+        };
+        match written {
             Ok(Ok(())) => Ok(()),
             // A stopped stream loses its acks and nothing else; a lost connection shows up by itself.
             Ok(Err(error)) => {
-                debug!(device = %self.device, %error, "an answer could not be written");
+                debug!(%device, %error, "an answer could not be written");
                 Ok(())
             }
             Err(_) => Err(End::ours(
@@ -755,6 +816,12 @@ impl<'a> Shell<'a> {
     }
 }
 
+fn encoded(frame: &v1::GatewayFrame) -> Bytes {
+    let mut bytes = BytesMut::with_capacity(ANSWER_BYTES);
+    encode_frame(frame, &mut bytes);
+    bytes.freeze()
+}
+
 fn new_session(parts: &SessionParts) -> Session {
     let limits = Limits {
         frame_bytes: parts.config.frame_bytes.get(),
@@ -839,5 +906,25 @@ const LONGEST_HOLD: Duration = Duration::from_secs(1);
 /// ranges in its next Welcome.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// Holds the usual answer, an ack without refusals, without growing.
+const ANSWER_BYTES: usize = 96;
+
 /// Most bytes taken from a stream at once, so that one lane cannot hold up the other.
 const READ_BYTES: usize = 16_384;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The size of what an async function of six arguments makes.
+    fn future_bytes<A, B, C, D, E, F, Made>(_: impl Fn(A, B, C, D, E, F) -> Made) -> usize {
+        size_of::<Made>()
+    }
+
+    #[test]
+    fn what_a_connection_holds_all_its_life_is_small() {
+        // Hundreds of thousands hold one each. What happens rarely belongs into a box of its own.
+        let bytes = future_bytes(serve);
+        assert!(bytes <= 2_048, "{bytes}");
+    }
+}

@@ -28,7 +28,7 @@ const CONTROLS: [(&str, &str, &str, &str); 11] = [
         "does_not_look_whether_the_committer_is_gone",
         "handoff.rs",
         "if queue.is_closed() {",
-        "if false {",
+        "if queue.max_capacity() == 0 {",
     ),
     (
         "backfill_does_not_wait_for_hello",

@@ -10,7 +10,7 @@ use waypost_proto::{
 };
 
 use crate::{
-    as_it_is::handoff::{self, Answer, Bell, CommitHandle, Mailbox, Rings, Stopped},
+    as_it_is::handoff::{self, Answer, Bell, CommitHandle, Mailbox, NotQueued, Rings, Stopped},
     clock::Clock,
     sync::Alarm,
 };
@@ -83,9 +83,15 @@ async fn hand_over(handle: &CommitHandle, mailbox: &Arc<Mailbox>) -> Result<(), 
         user: UserId([1; 16]),
         device: 1,
     };
-    handle
-        .submit(device, Lane::Live, Request::Heartbeat, None, mailbox)
-        .await
+    match handle.try_submit(device, Lane::Live, Request::Heartbeat, None, mailbox) {
+        Ok(()) => Ok(()),
+        Err(NotQueued::HasToWait(request)) => {
+            handle
+                .submit(device, Lane::Live, request, None, mailbox)
+                .await
+        }
+        Err(NotQueued::Stopped) => Err(Stopped),
+    }
 }
 
 const ONE: NonZeroUsize = NonZeroUsize::MIN;

@@ -32,7 +32,7 @@ use crate::{
     clock::Clock,
     commit::{CommitConfig, CommitParts, Committer},
     freshness::Freshness,
-    handoff::{Answer, Bell, CommitHandle, Mailbox},
+    handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
     plan::{Plan, Tally},
     store::Store,
     sync::Alarm,
@@ -226,9 +226,15 @@ async fn session(
         }
         let is_hello = matches!(request, Request::Hello(_));
         let before_ms = world.clock.now_ms();
-        let result = handle
-            .submit(session.device, lane, request, None, &mailbox)
-            .await;
+        let result = match handle.try_submit(session.device, lane, request, None, &mailbox) {
+            Ok(()) => Ok(()),
+            Err(NotQueued::HasToWait(request)) => {
+                handle
+                    .submit(session.device, lane, request, None, &mailbox)
+                    .await
+            }
+            Err(NotQueued::Stopped) => Err(Stopped),
+        };
         let after_ms = world.clock.now_ms();
         if result.is_err() {
             assert!(world.is_committer_gone(), "refused by a sound committer");
