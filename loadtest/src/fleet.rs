@@ -33,6 +33,7 @@ use waypost_proto::{id::DeviceId, outbox::Event, ping::Ping};
 
 use crate::{
     device::{Device, DeviceConfig, Observer},
+    give_way::give_way,
     ledger::DeviceLedger,
     link::{Handshake, KEEP_ALIVE_INTERVAL, LinkError, Links},
     progress::Progress,
@@ -69,9 +70,22 @@ pub struct CrewConfig {
     pub devices: usize,
     /// Whether they resume their sessions and send early data.
     pub resumes: bool,
-    /// Whether they have a thread of their own, so that what they measure is not how long they waited for
-    /// the processors behind the others.
-    pub is_apart: bool,
+    /// Where their work is done.
+    pub threads: CrewThreads,
+}
+
+/// Where the work of a group is done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CrewThreads {
+    /// With that of all others.
+    #[default]
+    Shared,
+    /// On a thread of their own, so that what they measure is not how long they waited for the processors behind
+    /// the others.
+    Apart,
+    /// On threads that run when nobody else wants to: they stand for machines elsewhere, whose work must not take
+    /// the processors from a gateway on this one.
+    GivingWay,
 }
 
 impl Default for FleetConfig {
@@ -108,22 +122,33 @@ impl Default for Pace {
 struct Crew {
     devices: Range<usize>,
     links: Arc<Links>,
-    apart: Option<OwnRuntime>,
+    own: Option<OwnRuntime>,
 }
 
-/// A runtime with one thread. It may be dropped anywhere.
+/// A runtime for one group. It may be dropped anywhere.
 #[derive(Debug)]
 struct OwnRuntime(Option<Runtime>);
 
 impl OwnRuntime {
-    fn start() -> anyhow::Result<Self> {
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .thread_name("apart")
+    /// None for devices that need none.
+    fn start(threads: CrewThreads) -> anyhow::Result<Option<Self>> {
+        let mut builder = Builder::new_multi_thread();
+        match threads {
+            CrewThreads::Shared => return Ok(None),
+            CrewThreads::Apart => builder.worker_threads(1).thread_name("apart"),
+            CrewThreads::GivingWay => builder
+                .worker_threads(thread::available_parallelism().map_or(1, NonZeroUsize::get))
+                .thread_name("giving-way")
+                .on_thread_start(|| {
+                    // Where it is not allowed, they do not give way, and the figures are the worse for it.
+                    _ = give_way();
+                }),
+        };
+        let runtime = builder
             .enable_all()
             .build()
             .context("no thread to be had")?;
-        Ok(Self(Some(runtime)))
+        Ok(Some(Self(Some(runtime))))
     }
 
     fn enter(&self) -> Option<EnterGuard<'_>> {
@@ -226,11 +251,8 @@ impl Fleet {
         let mut made = Vec::with_capacity(devices.len());
         let mut crews = Vec::with_capacity(plans.len());
         for (group, (range, plan)) in (0..).zip(plans) {
-            let apart = match plan.is_apart {
-                true => Some(OwnRuntime::start()?),
-                false => None,
-            };
-            let entered = apart.as_ref().and_then(OwnRuntime::enter);
+            let own = OwnRuntime::start(plan.threads)?;
+            let entered = own.as_ref().and_then(OwnRuntime::enter);
             let links = Links::open(target.devices, GATEWAY_NAME, root.clone(), config.sockets)?;
             let links = Arc::new(if plan.resumes {
                 links.resuming()
@@ -262,7 +284,7 @@ impl Fleet {
             crews.push(Crew {
                 devices: range,
                 links,
-                apart,
+                own,
             });
         }
         Ok(Self {
@@ -366,7 +388,7 @@ impl Fleet {
     /// When the system gives no socket.
     pub fn rebind(&self) -> anyhow::Result<()> {
         self.crews.iter().try_for_each(|crew| {
-            let _entered = crew.apart.as_ref().and_then(OwnRuntime::enter);
+            let _entered = crew.own.as_ref().and_then(OwnRuntime::enter);
             crew.links.rebind()
         })
     }

@@ -16,6 +16,7 @@ mod course;
 pub mod device;
 pub mod findings;
 pub mod fleet;
+mod give_way;
 pub mod group;
 pub mod ledger;
 pub mod limits;
