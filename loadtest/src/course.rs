@@ -186,10 +186,10 @@ impl Stage<'_> {
                 self.fleet.connected(),
                 joined.as_secs_f64(),
             ))),
-            Course::Wake { .. } => {
+            Course::Wake { round_trip, .. } => {
                 let kinds = [Handshake::Full, Handshake::Resumed, Handshake::EarlyData];
                 let by_handshake = kinds.map(|kind| self.fleet.latencies_after(0, kind));
-                let findings = WakeFindings::new(&latencies(0), &by_handshake);
+                let findings = WakeFindings::new(&latencies(0), &by_handshake, round_trip);
                 Some(Findings::Wake(findings))
             }
             Course::Backlog { fresh_within } => Some(Findings::Backlog(BacklogFindings::new(

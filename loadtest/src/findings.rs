@@ -111,6 +111,8 @@ pub struct WakeKind {
     pub p50_ms: f64,
     /// All but the slowest hundredth.
     pub p99_ms: f64,
+    /// The half of them again, in round trips to the gateway; none if it was not put away from the devices.
+    pub p50_round_trips: Option<f64>,
 }
 
 /// How fast everybody was fresh again, and when the old pings were through.
@@ -211,11 +213,20 @@ impl StormFindings {
 
 impl WakeFindings {
     /// `by_handshake` in the order full, resumed, early data.
-    pub(crate) fn new(all: &Latencies, by_handshake: &[Latencies; 3]) -> Self {
-        let [full, resumed, early_data] = by_handshake.each_ref().map(|latencies| WakeKind {
-            wakes: latencies.count(),
-            p50_ms: latencies.quantile_ms(0.5),
-            p99_ms: latencies.quantile_ms(0.99),
+    pub(crate) fn new(
+        all: &Latencies,
+        by_handshake: &[Latencies; 3],
+        round_trip: Duration,
+    ) -> Self {
+        let [full, resumed, early_data] = by_handshake.each_ref().map(|latencies| {
+            let p50_ms = latencies.quantile_ms(0.5);
+            let round_trip_ms = round_trip.as_secs_f64() * 1e3;
+            WakeKind {
+                wakes: latencies.count(),
+                p50_ms,
+                p99_ms: latencies.quantile_ms(0.99),
+                p50_round_trips: (0.0 < round_trip_ms).then(|| p50_ms / round_trip_ms),
+            }
         });
         Self {
             wakes: all.count(),
@@ -371,9 +382,12 @@ impl Findings {
             .into_iter()
             .filter(|(_, kind)| 0 < kind.wakes)
             .map(|(name, kind)| {
+                let round_trips = kind
+                    .p50_round_trips
+                    .map_or_else(String::new, |many| format!(", {many:.1} round trips"));
                 tile(
                     name,
-                    format!("p50 {}", Ms(kind.p50_ms)),
+                    format!("p50 {}{round_trips}", Ms(kind.p50_ms)),
                     format!("p99 {}, {} wakes", Ms(kind.p99_ms), Count(kind.wakes)),
                 )
             })

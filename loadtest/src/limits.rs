@@ -252,19 +252,22 @@ impl Sides {
     ) -> anyhow::Result<Served> {
         let busy = 0..plan.busy as usize;
         progress.begin("connecting", None);
-        let before = self.resident_bytes()?;
+        let [_, echo_before] = self.resident_bytes()?;
         self.waypost.crew.connect(busy.clone()).await?;
         self.echo.crew.connect(busy).await?;
-        let each = |after: [u64; 2], connections: u32| {
-            let grown = |at: usize| after[at].saturating_sub(before[at]) as f64;
-            [0, 1].map(|at| grown(at) / f64::from(connections))
-        };
-        let idle_bytes = each(self.resident_bytes()?, plan.busy);
         let lone = self.exchange(LONE_PINGS, plan, progress).await?;
         let batches = self.exchange(BATCHES, plan, progress).await?;
+        // By now whatever a server takes for itself, it has taken.
+        let before = self.resident_bytes()?;
         let (handshakes, storm_refusals) = self.shake_hands(plan, progress).await?;
+        let after = self.resident_bytes()?;
+        let idle_bytes = [0, 1].map(|at| {
+            let grown = after[at].saturating_sub(before[at]);
+            grown as f64 / f64::from(plan.total - plan.busy)
+        });
         let (sparse, sparse_latencies) = self.keep_pace(plan, pings_per_s, progress).await?;
-        let [_, echo_used_bytes] = each(self.resident_bytes()?, plan.total);
+        let [_, echo_after] = self.resident_bytes()?;
+        let echo_used_bytes = echo_after.saturating_sub(echo_before) as f64 / f64::from(plan.total);
         Ok(Served {
             plan,
             lone,

@@ -197,6 +197,10 @@ struct WakeArgs {
     /// Make a full handshake each time, for comparison: no session is resumed, nothing travels early
     #[arg(long)]
     full_handshakes: bool,
+    /// Put the gateway this far away, there and back, with a relay in between, and report latencies in round trips
+    /// as well
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    round_trip: Duration,
     #[command(flatten)]
     seed: SeedArgs,
     #[command(flatten)]
@@ -467,7 +471,14 @@ fn prepare(command: Command) -> anyhow::Result<(Scenario, CommonArgs)> {
         Command::Wake(args) => {
             let (devices, seed) = (args.devices.get(), args.seed.number());
             let resumes = !args.full_handshakes;
-            let scenario = Scenario::wake(devices, args.every, args.duration, resumes, seed);
+            let scenario = Scenario::wake(
+                devices,
+                args.every,
+                args.duration,
+                resumes,
+                args.round_trip,
+                seed,
+            );
             (scenario, args.common)
         }
         Command::Backlog(args) => {

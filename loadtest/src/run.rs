@@ -13,13 +13,13 @@ use crate::{
     checker::{Checker, Watch},
     course::{Played, Stage},
     findings::Findings,
-    fleet::{CrewConfig, Fleet, FleetConfig, Pace},
+    fleet::{CrewConfig, CrewThreads, Fleet, FleetConfig, Pace},
     group::Presence,
     ledger::DeviceLedger,
     local_gateway::LocalGateway,
     progress::Progress,
     recorder::{Recorder, Watched},
-    relay::Relay,
+    relay::{Relay, Weather},
     report::Report,
     scenario::{Course, STORMING, Scenario},
     scrape::UseWatch,
@@ -121,13 +121,21 @@ async fn load(
     };
     let usage = target.admin.map(UseWatch::start);
 
-    let relay = match scenario.course {
-        Course::Lossy(weather) => {
+    let weather = match scenario.course {
+        Course::Lossy(weather) => Some(weather),
+        Course::Wake { round_trip, .. } if !round_trip.is_zero() => Some(Weather {
+            delay: round_trip / 2,
+            ..Weather::FAIR
+        }),
+        _ => None,
+    };
+    let relay = match weather {
+        Some(weather) => {
             let relay = Relay::start(target.devices, scenario.seed().unwrap_or_default())?;
             relay.set_weather(weather);
             Some(relay)
         }
-        _ => None,
+        None => None,
     };
     let near = Target {
         devices: relay.as_ref().map_or(target.devices, Relay::address),
@@ -148,12 +156,13 @@ async fn load(
             .map(|((_, devices), presence)| CrewConfig {
                 devices: *devices,
                 resumes: presence == Presence::Wakes && scenario.resumes(),
-                is_apart: false,
+                threads: CrewThreads::Shared,
             })
             .collect(),
     };
-    if is_storm && let Some(established) = config.crews.first_mut() {
-        established.is_apart = true;
+    if is_storm && let [established, storming] = &mut config.crews[..] {
+        established.threads = CrewThreads::Apart;
+        storming.threads = CrewThreads::GivingWay;
     }
     let fleet = Arc::new(Fleet::enrol(&devices, &near, &config, progress).await?);
     let watch = checker.as_ref().map(Checker::watch);

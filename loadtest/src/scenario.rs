@@ -56,6 +56,9 @@ pub enum Course {
     Wake {
         /// Whether they resume their sessions, and send the ping as early data.
         resumes: bool,
+        /// How long a datagram takes to the gateway and its answer back, made longer by a relay if it is not zero:
+        /// then latencies can be counted in round trips.
+        round_trip: Duration,
     },
     /// All devices return at once with what they have kept.
     Backlog {
@@ -221,6 +224,7 @@ impl Scenario {
         every: Duration,
         duration: Duration,
         resumes: bool,
+        round_trip: Duration,
         seed: u64,
     ) -> Self {
         let how = if resumes {
@@ -228,8 +232,15 @@ impl Scenario {
         } else {
             " with a full handshake"
         };
+        let far = match round_trip {
+            Duration::ZERO => String::new(),
+            _ => format!(
+                ", a round trip of {} away",
+                humantime::format_duration(round_trip)
+            ),
+        };
         let title = format!(
-            "wake: {} devices connect{how}, send a ping and leave, each {}, {}, seed {seed}",
+            "wake: {} devices connect{how}, send a ping and leave, each {}{far}, {}, seed {seed}",
             Count(devices.into()),
             humantime::format_duration(every),
             length(Some(duration)),
@@ -241,7 +252,10 @@ impl Scenario {
             group,
             duration,
             seed,
-            Course::Wake { resumes },
+            Course::Wake {
+                resumes,
+                round_trip,
+            },
         )
     }
 
@@ -411,7 +425,7 @@ impl Scenario {
     #[must_use]
     pub fn resumes(&self) -> bool {
         match self.course {
-            Course::Wake { resumes } => resumes,
+            Course::Wake { resumes, .. } => resumes,
             _ => true,
         }
     }
