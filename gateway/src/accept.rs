@@ -17,7 +17,6 @@
 
 use std::{
     sync::Arc,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -125,8 +124,6 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
 /// Lets everybody else have a turn, and again if that has taken long.
 async fn until_a_turn_is_short() {
     loop {
-        // The committer has no core of its own: while all workers are busy it would wait for its share of one.
-        thread::yield_now();
         let begun = Instant::now();
         yield_now().await;
         if begun.elapsed() <= LONGEST_TURN {
