@@ -36,7 +36,7 @@ pub struct DevicesConfig {
     pub listen: SocketAddr,
     /// How many threads serve devices, each on a core of its own; 0 for one per core that the process may use.
     pub workers: u8,
-    /// How many connections may be open or shaking hands. Each takes about 45 KB of memory.
+    /// How many connections may be open or shaking hands. Each takes about 40 KB of memory.
     pub connections: usize,
     /// How long a handshake may take.
     #[serde(with = "humantime_serde")]
