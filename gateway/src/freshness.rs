@@ -3,6 +3,7 @@
 //! Knows users, clocks and positions. Must not know where commits come from, who reads, or what the time
 //! is; has no task of its own. What is published here is durable already.
 
+mod changes;
 mod index;
 
 use std::collections::BTreeMap;
@@ -15,7 +16,7 @@ use waypost_proto::{
 };
 
 use self::index::{BLOCK, Index};
-pub use self::index::{Head, LastSeen, Reader, Step};
+pub use self::index::{Head, LastSeen, Reader, Step, Update};
 
 /// The freshness of every user, and the head that readers wait for.
 #[derive(Debug)]
@@ -105,6 +106,12 @@ impl Freshness {
         self.index.read().users().len()
     }
 
+    /// How many changes are kept, one for each user and what readers that lag still count.
+    #[must_use]
+    pub fn changes(&self) -> usize {
+        self.index.read().changes()
+    }
+
     /// These users as they were at one head; none for a user that was never seen.
     #[must_use]
     pub fn get(&self, users: &[UserId]) -> (Vec<Option<LastSeen>>, Head) {
@@ -162,18 +169,20 @@ impl Freshness {
     /// A reader that is handed the state of every user and then what changes.
     #[must_use]
     pub fn reader_from_start(&self) -> Reader {
-        self.index.read().reader_from_start()
+        self.index.write().reader_from_start()
     }
 
     /// A reader that is handed every user changed after `position`, once, and then what changes.
     #[must_use]
     pub fn reader_after(&self, position: u64) -> Reader {
-        self.index.read().reader_after(position)
+        self.index.write().reader_after(position)
     }
 
-    /// Lets a reader that does not get level by following do so in one pass over all users.
+    /// Lets a reader that does not get level by following do so in a sweep, which ends however fast users
+    /// change. Does nothing while one is under way.
     pub fn sweep(&self, reader: &mut Reader) {
-        self.index.read().sweep(reader);
+        let target = self.index.read().sweep_target();
+        reader.sweep(target);
     }
 
     /// Appends to `entries` the next few that the reader has not had and that are `wanted`. Looks at a
@@ -182,8 +191,10 @@ impl Freshness {
         &self,
         reader: &mut Reader,
         wanted: impl Fn(&LastSeen) -> bool,
-        entries: &mut Vec<LastSeen>,
+        entries: &mut Vec<Update>,
     ) -> Step {
+        reader.make_room(BLOCK);
+        entries.reserve(BLOCK);
         self.index.read().read(reader, wanted, entries)
     }
 }

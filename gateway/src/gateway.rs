@@ -364,6 +364,7 @@ async fn sample(
             .queued_backfill
             .set(commit.depth(Lane::Backfill) as f64);
         metrics.freshness.users.set(freshness.users() as f64);
+        metrics.freshness.changes.set(freshness.changes() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);
     }
     // The committer finishes when every handle is gone.

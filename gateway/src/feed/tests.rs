@@ -535,6 +535,66 @@ async fn a_slow_reader_gets_newer_values_and_not_more_of_them() {
 }
 
 #[tokio::test]
+async fn a_reader_that_stands_still_keeps_its_stream_and_learns_what_it_missed() {
+    let harness = Harness::start();
+    let mut slow = harness.watch(&Bytes::new()).await;
+    slow.header().await;
+    let everybody: Vec<_> = (0..=u8::MAX).collect();
+    let mut commit = 0;
+    // Until what lies between the two ends is full.
+    while !harness.metric("waypost_freshness_lagging_watchers 1") {
+        commit += 1;
+        harness.publish(commit, &everybody);
+        sleep(Duration::from_millis(1)).await;
+    }
+    // Another one does not notice.
+    let mut other = harness.watch(&Bytes::new()).await;
+    other.header().await;
+    let (entries, position, _) = other.snapshot().await;
+    assert_eq!((entries.len(), position), (everybody.len(), commit));
+    for _ in 0..100 {
+        commit += 1;
+        harness.publish(commit, &everybody);
+        let (entries, _) = other.until(commit).await;
+        assert_eq!(
+            entries,
+            everybody
+                .iter()
+                .map(|&n| entry(n, commit))
+                .collect::<Vec<_>>()
+        );
+    }
+
+    // Everybody changes in every commit, so the position says how many values there have been.
+    let mut values = BTreeMap::new();
+    let mut is_in_snapshot = true;
+    let mut missed = 0;
+    loop {
+        match slow.next().await.unwrap() {
+            Kind::Entry(entry) => {
+                let before = values.insert(entry.user, entry.position);
+                if is_in_snapshot {
+                    assert_eq!((before, entry.coalesced), (None, 0));
+                } else {
+                    let coalesced = u64::from(entry.coalesced);
+                    assert_eq!(before.unwrap_or(0) + coalesced + 1, entry.position);
+                    missed += coalesced;
+                }
+            }
+            Kind::SnapshotEnd(_) => is_in_snapshot = false,
+            Kind::Progress(progress) if progress.position == commit => break,
+            Kind::Progress(_) => {}
+            other => panic!("{other:?} for a slow reader"),
+        }
+    }
+    assert!(values.len() == everybody.len() && values.values().all(|&value| value == commit));
+    assert!(50 * 256 <= missed, "{missed} values were overtaken");
+    let counted = format!("waypost_freshness_coalesced_total {missed}");
+    until(|| harness.metric(&counted)).await;
+    until(|| harness.metric("waypost_freshness_lagging_watchers 0")).await;
+}
+
+#[tokio::test]
 async fn only_named_checkers_are_answered() {
     let harness = Harness::start();
     for (uri, words) in [

@@ -12,6 +12,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use metrics::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, watch},
     time::{Instant, sleep_until},
@@ -29,7 +30,7 @@ use super::{
 };
 use crate::{
     clock::Clock,
-    freshness::{Freshness, Head, LastSeen, Reader, Step},
+    freshness::{Freshness, Head, LastSeen, Reader, Step, Update},
     metrics::Metrics,
 };
 
@@ -70,6 +71,23 @@ struct Progressing {
     resolved_ms: u64,
     level_at: Instant,
     progress_due: Instant,
+    lagging: Option<Lagging>,
+}
+
+/// Counts a stream among those that lag, until it is dropped.
+struct Lagging(Gauge);
+
+impl Lagging {
+    fn new(lagging: &Gauge) -> Self {
+        lagging.increment(1.0);
+        Self(lagging.clone())
+    }
+}
+
+impl Drop for Lagging {
+    fn drop(&mut self) {
+        self.0.decrement(1.0);
+    }
 }
 
 impl Watcher {
@@ -94,18 +112,18 @@ impl Watcher {
         let mut send_after = Instant::now();
         loop {
             self.wait(sleep_until(send_after)).await?;
-            let room = self.room().await?;
+            let room = self.room_to_go_on(&mut at).await?;
             // First the head, then what belongs to it: a commit in between is told of again.
             heads.mark_unchanged();
             let step = self.read(&mut at, &mut entries);
-            let mut events: Vec<WatchEvent> = wire::entries(&entries)
+            let mut events: Vec<WatchEvent> = wire::updates(&entries)
                 .map(|entry| event(Kind::Entry(entry)))
                 .collect();
             if !entries.is_empty() {
-                self.metrics
-                    .freshness
-                    .entries_sent
-                    .increment(entries.len() as u64);
+                let metrics = &self.metrics.freshness;
+                metrics.entries_sent.increment(entries.len() as u64);
+                let coalesced = entries.iter().map(|update| u64::from(update.coalesced));
+                metrics.coalesced.increment(coalesced.sum());
                 if step != Step::Behind {
                     send_after = Instant::now() + GATHER;
                 }
@@ -157,6 +175,7 @@ impl Watcher {
             resolved_ms: 0,
             level_at: now,
             progress_due: now,
+            lagging: None,
         })
     }
 
@@ -186,7 +205,7 @@ impl Watcher {
     }
 
     /// Reads a message's worth.
-    fn read(&self, at: &mut Progressing, entries: &mut Vec<LastSeen>) -> Step {
+    fn read(&self, at: &mut Progressing, entries: &mut Vec<Update>) -> Step {
         // All known users are in this state.
         let wants_known = self.selector.wants_state(State::Active);
         let wanted = |seen: &LastSeen| wants_known && self.selector.wants_user(&seen.user);
@@ -209,6 +228,7 @@ impl Watcher {
             Step::Level(Head { resolved_ms, .. }) => {
                 at.resolved_ms = resolved_ms;
                 at.level_at = now;
+                at.lagging = None;
                 if let Some(count) = at.snapshot_count.take() {
                     let position = at.reader.settled();
                     let token = self.tokens.issue(position, self.scope);
@@ -219,9 +239,8 @@ impl Watcher {
                     })));
                 }
             }
-            Step::Behind
-                if !at.reader.is_sweeping() && at.level_at + self.progress_interval <= now =>
-            {
+            Step::Behind if at.level_at + self.progress_interval <= now => {
+                self.lags(at);
                 self.freshness.sweep(&mut at.reader);
             }
             Step::Behind => {}
@@ -249,6 +268,25 @@ impl Watcher {
             () = self.cancel.cancelled() => Err(Ended::ShuttingDown),
             room = self.messages.reserve() => room.map_err(|_| Ended::ReaderGone),
         }
+    }
+
+    /// Waits for room for the next message. Whoever waits for long lags.
+    async fn room_to_go_on(
+        &self,
+        at: &mut Progressing,
+    ) -> Result<mpsc::Permit<'_, Result<WatchResponse, Status>>, Ended> {
+        tokio::select! {
+            biased;
+            room = self.room() => return room,
+            () = sleep_until(at.level_at + self.progress_interval) => {}
+        }
+        self.lags(at);
+        self.room().await
+    }
+
+    fn lags(&self, at: &mut Progressing) {
+        at.lagging
+            .get_or_insert_with(|| Lagging::new(&self.metrics.freshness.lagging));
     }
 
     async fn wait(&self, until: impl Future<Output = ()>) -> Result<(), Ended> {

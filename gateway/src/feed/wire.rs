@@ -10,7 +10,7 @@ use waypost_proto::{
 };
 
 use super::token::Scope;
-use crate::freshness::{LastSeen, Silence};
+use crate::freshness::{LastSeen, Silence, Update};
 
 /// Users in one Get.
 const MAX_GET_USERS: usize = 1_000;
@@ -122,16 +122,22 @@ pub(super) fn page_token(next: Option<Silence>) -> Bytes {
 
 /// The entries of these users, with one allocation for all their ids.
 pub(super) fn entries(seen: &[LastSeen]) -> impl Iterator<Item = v1::Entry> {
-    let mut ids = BytesMut::with_capacity(seen.len() * 16);
+    let mut ids = ids(seen.iter());
     seen.iter()
-        .for_each(|seen| ids.extend_from_slice(&seen.user.0));
-    let mut ids = ids.freeze();
-    seen.iter().map(move |seen| active(ids.split_to(16), seen))
+        .map(move |seen| active(ids.split_to(16), seen, 0))
+}
+
+/// The entries of what a stream is handed, with one allocation for all their ids.
+pub(super) fn updates(updates: &[Update]) -> impl Iterator<Item = v1::Entry> {
+    let mut ids = ids(updates.iter().map(|update| &update.seen));
+    updates
+        .iter()
+        .map(move |update| active(ids.split_to(16), &update.seen, update.coalesced))
 }
 
 /// The entry of one user.
 pub(super) fn entry(seen: &LastSeen) -> v1::Entry {
-    active(Bytes::copy_from_slice(&seen.user.0), seen)
+    active(Bytes::copy_from_slice(&seen.user.0), seen, 0)
 }
 
 /// The entry of a user that this store has never heard of.
@@ -144,7 +150,13 @@ pub(super) fn never_seen(user: &UserId) -> v1::Entry {
     }
 }
 
-fn active(user: Bytes, seen: &LastSeen) -> v1::Entry {
+fn ids<'a>(seen: impl ExactSizeIterator<Item = &'a LastSeen>) -> Bytes {
+    let mut ids = BytesMut::with_capacity(seen.len() * 16);
+    seen.for_each(|seen| ids.extend_from_slice(&seen.user.0));
+    ids.freeze()
+}
+
+fn active(user: Bytes, seen: &LastSeen, coalesced: u32) -> v1::Entry {
     v1::Entry {
         user,
         last_contact_ms: seen.clocks.last_contact_ms,
@@ -153,7 +165,7 @@ fn active(user: Bytes, seen: &LastSeen) -> v1::Entry {
         durable_ms: seen.clocks.durable_ms,
         state: State::Active.into(),
         position: seen.position,
-        coalesced: 0,
+        coalesced,
     }
 }
 

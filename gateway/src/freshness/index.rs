@@ -1,25 +1,40 @@
 //! Users by id and by the position of their last change, and readers that walk through them.
 //!
 //! Plain data without locks, tasks or time. Knows how a reader of any speed gets every user's latest
-//! value; must not know who reads.
+//! value, and how many values it missed; must not know who reads.
 //!
 //! There is no log of values. A change is an element `(position, user)`, and it is void as soon as the
 //! user has moved to a later position, so a reader that falls behind finds fewer and newer values, never
 //! a longer queue. That has a price: a user who changes faster than a reader advances moves away from
 //! it again and again. Therefore passing a position does not mean that all contacts up to it were handed
-//! out; only [`Step::Level`] means that. A reader that does not get level by following can sweep: one
-//! pass over all users, in their own order, which ends after a fixed number of steps however fast they
-//! change. A snapshot is a sweep from the beginning.
+//! out; only [`Step::Level`] means that. A reader that does not get level by following can sweep: first it
+//! notes who changed since it was level, without handing anything out, and then it hands out the users
+//! that it noted. Both end after a fixed number of steps, however fast users change.
+//!
+//! A value that a newer one overtook is counted by whoever missed it. Every change bears a number, so the
+//! count is the difference between the number of the value that is handed out and that of the one before.
+//! The latter is what a reader remembers, and only of users whose changes it has passed void, or handed
+//! out ahead of its place: one that is level remembers nothing.
+//!
+//! # Bounds
+//!
+//! The list of changes is bounded in [`super::changes`], by the users and the places at which readers lag.
+//! A reader remembers at most 12 bytes for each user, in maps and lists that may be twice as large as what
+//! is in them, gives the room back when it is level, and makes it before it takes a lock. A step looks at
+//! no more than a block, and a commit at four changes for each of its own: nothing holds a lock for as
+//! long as it takes to walk all users or all changes.
 
+use std::sync::{Arc, Weak};
+
+use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 use waypost_proto::{device::Clocks, id::UserId};
+
+use super::changes::{Change, Changes, Place};
 
 /// How many changes or users one [`Index::read`] looks at, and so how long it holds a lock and how many
 /// entries it hands out at most. Some tens of microseconds.
 pub(super) const BLOCK: usize = 512;
-
-/// The list of changes may be this much longer than twice the users before it is compacted.
-const SLACK: usize = 1024;
 
 /// How far the state has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +56,16 @@ pub struct LastSeen {
     pub position: u64,
 }
 
+/// What a reader is handed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Update {
+    /// The newest value.
+    pub seen: LastSeen,
+    /// How many values of this user the reader did not get since the one before, because this one overtook
+    /// them. A value of a snapshot has none before. A reader that resumed counts what changed since it did.
+    pub coalesced: u32,
+}
+
 /// What a reader knows after a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -53,27 +78,47 @@ pub enum Step {
 /// Where one reader stands.
 #[derive(Debug)]
 pub struct Reader {
-    /// The first change not passed. All before it have been handed out or are void.
-    next: Change,
+    /// The head when it began to read. Changes up to here are not counted.
+    start: u64,
+    /// The first change not passed.
+    next: Place,
+    /// Nothing at or below this position will be handed out.
+    settled: u64,
+    /// The number of the change that was handed out last, for users of whom that is not the last change
+    /// before `next`.
+    had: FxHashMap<u32, u32>,
     sweep: Option<Sweep>,
-    /// For each block of users the head when the last sweep read it: what a sweep handed out from
-    /// beyond its start is not handed out again by following. Empty unless a sweep was needed.
-    passed: Vec<u64>,
+    /// `next`, or the place after `start` if that is later.
+    counts_from: Arc<Mutex<Place>>,
+}
+
+/// How a reader that does not follow gets level.
+#[derive(Debug)]
+enum Sweep {
+    Users(UserSweep),
+    Changes(ChangeSweep),
 }
 
 /// A pass over all users.
 #[derive(Debug)]
-struct Sweep {
+struct UserSweep {
+    /// How far the state had come when the pass began.
     start: Head,
     next_user: u32,
     /// Users from here on have come after the start; they need not be reached.
     end_user: u32,
+    /// A snapshot hands out everybody. Otherwise it is those who changed between `next` and the reader's
+    /// start; whoever has changed since is left to follow, so that all changes since are counted.
+    is_snapshot: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Change {
-    position: u64,
-    user: u32,
+/// A pass over the changes up to the start, and then over those who changed.
+#[derive(Debug)]
+struct ChangeSweep {
+    /// How far the state had come when the pass began.
+    start: Head,
+    /// Users that were noted and are not yet handed out.
+    owed: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -81,16 +126,20 @@ pub(super) struct Index {
     block: usize,
     head: Head,
     users: Vec<LastSeen>,
+    /// For each user the number of its last change.
+    ordinals: Vec<u32>,
     by_id: FxHashMap<UserId, u32>,
-    /// Ascending. Holds exactly one element that is not void for each user.
-    changes: Vec<Change>,
+    /// Holds exactly one element that is not void for each user.
+    changes: Changes,
+    /// From where each reader counts.
+    readers: Vec<Weak<Mutex<Place>>>,
 }
 
 impl Reader {
     /// No entry at or below this position will be handed out.
     #[must_use]
     pub fn settled(&self) -> u64 {
-        self.next.position - 1
+        self.settled
     }
 
     /// Whether a sweep is under way.
@@ -99,12 +148,54 @@ impl Reader {
         self.sweep.is_some()
     }
 
-    fn is_news(&self, change: Change, block: usize) -> bool {
-        self.next <= change
-            && self
-                .passed
-                .get(change.user as usize / block)
-                .is_none_or(|&at| at < change.position)
+    /// Makes room for what one step may have to remember, and gives back what is not needed any more.
+    /// Called before a lock is taken, since it may have to move all that is remembered.
+    pub(super) fn make_room(&mut self, block: usize) {
+        if self.had.is_empty() && 8 * block < self.had.capacity() {
+            self.had = FxHashMap::default();
+        }
+        self.had.reserve(block);
+        if let Some(Sweep::Changes(sweep)) = &mut self.sweep {
+            sweep.owed.reserve(block);
+        }
+    }
+
+    /// Begins a sweep up to this head, of this many users, unless one is under way. Copies what the reader
+    /// remembers, so it is done without a lock.
+    pub(super) fn sweep(&mut self, (head, users): (Head, u32)) {
+        if self.sweep.is_some() {
+            return;
+        }
+        self.sweep = Some(if self.next.position <= self.start {
+            // The list holds no void changes for it from before its start.
+            Sweep::Users(UserSweep {
+                start: head,
+                next_user: 0,
+                end_user: users,
+                is_snapshot: false,
+            })
+        } else {
+            Sweep::Changes(ChangeSweep {
+                start: head,
+                owed: self.had.keys().copied().collect(),
+            })
+        });
+    }
+
+    fn move_to(&mut self, next: Place) {
+        // A reader from beyond the head stays there: nothing it has not had can be below.
+        self.next = self.next.max(next);
+        *self.counts_from.lock() = self.next.max(Place::after(self.start));
+    }
+
+    /// Remembers which value it had last of a user whose change it passes without handing it out. Whether
+    /// it did not know that before.
+    fn note(&mut self, change: &Change) -> bool {
+        let before = self.had.len();
+        self.had
+            .entry(change.at.user)
+            .or_insert(change.ordinal.wrapping_sub(1));
+        before < self.had.len()
     }
 }
 
@@ -114,8 +205,10 @@ impl Index {
             block,
             head: Head::default(),
             users: Vec::new(),
+            ordinals: Vec::new(),
             by_id: FxHashMap::default(),
-            changes: Vec::new(),
+            changes: Changes::new(block),
+            readers: Vec::new(),
         }
     }
 
@@ -132,15 +225,21 @@ impl Index {
             seen.position = seen.position.max(position);
             self.head.position = self.head.position.max(position);
         }
-        let mut changes: Vec<Change> = (0..)
+        let mut places: Vec<Place> = (0..)
             .zip(&self.users)
-            .map(|(user, seen)| Change {
+            .map(|(user, seen)| Place {
                 position: seen.position,
                 user,
             })
             .collect();
-        changes.sort_unstable();
-        self.changes = changes;
+        places.sort_unstable();
+        for at in places {
+            self.changes.push(Change {
+                at,
+                ordinal: 0,
+                previous: 0,
+            });
+        }
         self.resolve(resolved_ms);
     }
 
@@ -152,25 +251,36 @@ impl Index {
         changes: &[(UserId, Clocks)],
     ) {
         debug_assert!(self.head.position < position, "positions ascend");
-        let first = self.changes.len();
+        let mut changed = Vec::with_capacity(changes.len());
         for &(id, clocks) in changes {
             let user = self.place(id);
             let seen = &mut self.users[user as usize];
             seen.clocks = seen.clocks.newest(clocks);
             // Two devices of one user in one commit are one change.
             if seen.position != position {
-                seen.position = position;
-                self.changes.push(Change { position, user });
+                let previous = std::mem::replace(&mut seen.position, position);
+                let ordinal = &mut self.ordinals[user as usize];
+                *ordinal = ordinal.wrapping_add(1);
+                changed.push(Change {
+                    at: Place { position, user },
+                    ordinal: *ordinal,
+                    previous,
+                });
             }
         }
-        self.changes[first..].sort_unstable();
+        changed.sort_unstable_by_key(|change| change.at);
+        changed.iter().for_each(|&change| self.changes.push(change));
         self.head.position = position;
         self.resolve(resolved_ms);
-        if 2 * self.users.len() + SLACK < self.changes.len() {
-            let users = &self.users;
-            self.changes
-                .retain(|change| users[change.user as usize].position == change.position);
-        }
+        let (users, readers) = (&self.users, &self.readers);
+        self.changes.forget(
+            changed.len(),
+            |change| users[change.at.user as usize].position != change.at.position,
+            || {
+                let readers = readers.iter().filter_map(Weak::upgrade);
+                readers.map(|counts_from| *counts_from.lock()).collect()
+            },
+        );
     }
 
     /// All contacts up to `resolved_ms` are in the state. Never goes back.
@@ -186,40 +296,47 @@ impl Index {
         &self.users
     }
 
+    /// How many changes are kept.
+    pub(super) fn changes(&self) -> usize {
+        self.changes.len()
+    }
+
     pub(super) fn find(&self, user: &UserId) -> Option<&LastSeen> {
         self.by_id.get(user).map(|&at| &self.users[at as usize])
     }
 
     /// A reader that is handed the state of every user, then changes.
-    pub(super) fn reader_from_start(&self) -> Reader {
-        let mut reader = self.reader_after(0);
-        self.sweep(&mut reader);
+    pub(super) fn reader_from_start(&mut self) -> Reader {
+        let mut reader = self.reader_after(self.head.position);
+        reader.settled = 0;
+        reader.sweep = Some(Sweep::Users(UserSweep {
+            start: self.head,
+            next_user: 0,
+            end_user: self.next_user(),
+            is_snapshot: true,
+        }));
         reader
     }
 
     /// A reader that is handed what changed after `position`.
-    pub(super) fn reader_after(&self, position: u64) -> Reader {
-        let next = Change {
-            position: position.saturating_add(1),
-            user: 0,
-        };
-        Reader {
-            next,
+    pub(super) fn reader_after(&mut self, position: u64) -> Reader {
+        let mut reader = Reader {
+            start: self.head.position,
+            next: Place::after(position),
+            settled: position,
+            had: FxHashMap::default(),
             sweep: None,
-            passed: Vec::new(),
-        }
+            counts_from: Arc::new(Mutex::new(Place::after(position))),
+        };
+        reader.move_to(reader.next);
+        self.readers.retain(|reader| 0 < reader.strong_count());
+        self.readers.push(Arc::downgrade(&reader.counts_from));
+        reader
     }
 
-    /// Lets a reader that cannot get level by following do so in one pass over all users.
-    pub(super) fn sweep(&self, reader: &mut Reader) {
-        reader
-            .passed
-            .resize(self.users.len().div_ceil(self.block), 0);
-        reader.sweep = Some(Sweep {
-            start: self.head,
-            next_user: 0,
-            end_user: self.next_user(),
-        });
+    /// What a sweep that begins now must reach: the head, and the users that there are.
+    pub(super) fn sweep_target(&self) -> (Head, u32) {
+        (self.head, self.next_user())
     }
 
     /// Hands out the next few entries that the reader has not had and that are `wanted`.
@@ -227,81 +344,150 @@ impl Index {
         &self,
         reader: &mut Reader,
         wanted: impl Fn(&LastSeen) -> bool,
-        entries: &mut Vec<LastSeen>,
+        entries: &mut Vec<Update>,
     ) -> Step {
         match reader.sweep.take() {
-            Some(sweep) => self.read_sweeping(reader, sweep, wanted, entries),
-            None => self.read_following(reader, wanted, entries),
+            None => self.follow(reader, wanted, entries),
+            Some(Sweep::Users(sweep)) => self.sweep_users(reader, sweep, wanted, entries),
+            Some(Sweep::Changes(sweep)) if reader.next.position <= sweep.start.position => {
+                self.note_owed(reader, sweep, wanted)
+            }
+            Some(Sweep::Changes(sweep)) => self.hand_out_owed(reader, sweep, wanted, entries),
         }
     }
 
-    fn read_following(
+    fn follow(
         &self,
         reader: &mut Reader,
         wanted: impl Fn(&LastSeen) -> bool,
-        entries: &mut Vec<LastSeen>,
+        entries: &mut Vec<Update>,
     ) -> Step {
-        let first = self.changes.partition_point(|change| *change < reader.next);
-        for &change in self.changes[first..].iter().take(self.block) {
-            let seen = &self.users[change.user as usize];
-            let is_void = seen.position != change.position;
-            if !is_void && reader.is_news(change, self.block) && wanted(seen) {
-                entries.push(*seen);
+        let mut changes = self.changes.starting_at(reader.next);
+        for change in changes.by_ref().take(self.block) {
+            let seen = &self.users[change.at.user as usize];
+            if seen.position != change.at.position {
+                if reader.start < change.at.position && wanted(seen) {
+                    reader.note(change);
+                }
+                continue;
+            }
+            let before = change.ordinal.wrapping_sub(1);
+            let had = reader.had.remove(&change.at.user).unwrap_or(before);
+            // A sweep may have handed it out already.
+            if had != change.ordinal && wanted(seen) {
+                entries.push(Update {
+                    seen: *seen,
+                    coalesced: before.wrapping_sub(had),
+                });
             }
         }
-        match self.changes.get(first + self.block) {
-            Some(&next) => {
-                reader.next = next;
+        let step = match changes.next() {
+            Some(next) => {
+                reader.move_to(next.at);
                 Step::Behind
             }
             None => {
-                // A reader from beyond the head stays there: nothing it has not had can be below.
-                reader.next = reader.next.max(self.after_head(self.head));
-                reader.passed.clear();
+                debug_assert!(reader.had.is_empty(), "level, and something is left");
+                reader.move_to(Place::after(self.head.position));
                 Step::Level(self.head)
             }
-        }
+        };
+        reader.settled = reader.next.position - 1;
+        step
     }
 
-    fn read_sweeping(
+    fn sweep_users(
         &self,
         reader: &mut Reader,
-        mut sweep: Sweep,
+        mut sweep: UserSweep,
         wanted: impl Fn(&LastSeen) -> bool,
-        entries: &mut Vec<LastSeen>,
+        entries: &mut Vec<Update>,
     ) -> Step {
-        if sweep.next_user < sweep.end_user {
-            let first = sweep.next_user as usize;
-            // Whole blocks, also where the last one has grown since: `passed` speaks for all of it.
-            for (user, seen) in (sweep.next_user..)
-                .zip(&self.users[first..])
-                .take(self.block)
-            {
-                let change = Change {
-                    position: seen.position,
-                    user,
-                };
-                if reader.is_news(change, self.block) && wanted(seen) {
-                    entries.push(*seen);
+        let first = sweep.next_user as usize;
+        for (user, seen) in (sweep.next_user..sweep.end_user)
+            .zip(&self.users[first..])
+            .take(self.block)
+        {
+            sweep.next_user = user + 1;
+            let at = Place {
+                position: seen.position,
+                user,
+            };
+            let has_moved = reader.start < at.position;
+            let is_due = sweep.is_snapshot || (reader.next <= at && !has_moved);
+            if is_due && wanted(seen) {
+                entries.push(Update {
+                    seen: *seen,
+                    coalesced: 0,
+                });
+                if has_moved {
+                    reader.had.insert(user, self.ordinals[user as usize]);
                 }
-                sweep.next_user = user + 1;
             }
-            reader.passed[first / self.block] = self.head.position;
         }
         if sweep.next_user < sweep.end_user {
-            reader.sweep = Some(sweep);
+            reader.sweep = Some(Sweep::Users(sweep));
             return Step::Behind;
         }
         // Whoever was at or below the start has been handed out where it stood, or has moved beyond.
-        reader.next = reader.next.max(self.after_head(sweep.start));
-        Step::Level(sweep.start)
+        reader.move_to(Place::after(reader.start));
+        reader.settled = reader.next.position - 1;
+        if sweep.is_snapshot {
+            Step::Level(sweep.start)
+        } else {
+            Step::Behind
+        }
     }
 
-    fn after_head(&self, head: Head) -> Change {
-        Change {
-            position: head.position + 1,
-            user: 0,
+    fn note_owed(
+        &self,
+        reader: &mut Reader,
+        mut sweep: ChangeSweep,
+        wanted: impl Fn(&LastSeen) -> bool,
+    ) -> Step {
+        let end = Place::after(sweep.start.position);
+        let mut changes = self
+            .changes
+            .starting_at(reader.next)
+            .take_while(|change| change.at < end);
+        for change in changes.by_ref().take(self.block) {
+            if wanted(&self.users[change.at.user as usize]) && reader.note(change) {
+                sweep.owed.push(change.at.user);
+            }
         }
+        let next = changes.next().map_or(end, |change| change.at);
+        reader.move_to(next);
+        reader.sweep = Some(Sweep::Changes(sweep));
+        Step::Behind
+    }
+
+    fn hand_out_owed(
+        &self,
+        reader: &mut Reader,
+        mut sweep: ChangeSweep,
+        wanted: impl Fn(&LastSeen) -> bool,
+        entries: &mut Vec<Update>,
+    ) -> Step {
+        let first = sweep.owed.len().saturating_sub(self.block);
+        for user in sweep.owed.drain(first..) {
+            let (seen, ordinal) = (&self.users[user as usize], self.ordinals[user as usize]);
+            let had = reader.had.insert(user, ordinal).unwrap_or(ordinal);
+            if had != ordinal && wanted(seen) {
+                entries.push(Update {
+                    seen: *seen,
+                    coalesced: ordinal.wrapping_sub(had).wrapping_sub(1),
+                });
+            }
+            if seen.position < reader.next.position {
+                reader.had.remove(&user);
+            }
+        }
+        if !sweep.owed.is_empty() {
+            reader.sweep = Some(Sweep::Changes(sweep));
+            return Step::Behind;
+        }
+        reader.settled = reader.next.position - 1;
+        Step::Level(sweep.start)
     }
 
     fn place(&mut self, user: UserId) -> u32 {
@@ -313,9 +499,11 @@ impl Index {
                 clocks: Clocks::default(),
                 position: 0,
             });
+            self.ordinals.push(0);
         }
         at
     }
+
     fn next_user(&self) -> u32 {
         u32::try_from(self.users.len()).expect("memory holds fewer than 2^32 users")
     }
@@ -325,12 +513,16 @@ impl Index {
 mod tests {
     use std::collections::{BTreeMap, HashSet};
 
-    use proptest::prelude::*;
+    use proptest::{prelude::*, test_runner::TestRunner};
 
     use super::*;
 
     /// Small, so that a few users are many blocks.
     const BLOCK: usize = 3;
+
+    /// What may be in the list of changes beyond twice the users and the readers that lag: blocks that are
+    /// not full, and a commit.
+    const FEW_BLOCKS: usize = 10 * BLOCK;
 
     fn user(n: u8) -> UserId {
         UserId([n; 16])
@@ -364,10 +556,17 @@ mod tests {
         ]
     }
 
-    /// What is true: every user's value after each commit.
+    /// What is true: every user's value after each commit, and the number of its change.
     #[derive(Default)]
     struct Model {
-        commits: Vec<BTreeMap<UserId, (u64, u64)>>,
+        commits: Vec<BTreeMap<UserId, Value>>,
+    }
+
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    struct Value {
+        contact_ms: u64,
+        position: u64,
+        changes: u64,
     }
 
     impl Model {
@@ -375,7 +574,7 @@ mod tests {
             self.commits.len() as u64
         }
 
-        fn at(&self, position: u64) -> BTreeMap<UserId, (u64, u64)> {
+        fn at(&self, position: u64) -> BTreeMap<UserId, Value> {
             position
                 .checked_sub(1)
                 .map(|at| self.commits[usize::try_from(at).unwrap()].clone())
@@ -384,10 +583,12 @@ mod tests {
 
         fn publish(&mut self, changes: &[(u8, u64)]) {
             let mut now = self.at(self.head());
+            let position = self.head() + 1;
             for &(n, at_ms) in changes {
-                let (contact, position) = now.entry(user(n)).or_default();
-                *contact = at_ms.max(*contact);
-                *position = self.commits.len() as u64 + 1;
+                let value = now.entry(user(n)).or_default();
+                value.contact_ms = at_ms.max(value.contact_ms);
+                value.changes += u64::from(value.position != position);
+                value.position = position;
             }
             self.commits.push(now);
         }
@@ -396,9 +597,16 @@ mod tests {
     /// A reader and what it was handed.
     struct Checked {
         reader: Reader,
-        start: u64,
-        view: BTreeMap<UserId, (u64, u64)>,
+        /// The position that it resumed after.
+        after: u64,
+        /// For each user the number of the change from which on it counts.
+        counts_from: BTreeMap<UserId, u64>,
+        is_in_snapshot: bool,
+        began: u64,
+        view: BTreeMap<UserId, Value>,
         handed: HashSet<(UserId, u64)>,
+        /// Values handed out of those that are counted, and values that were overtaken.
+        counted: BTreeMap<UserId, u64>,
     }
 
     impl Checked {
@@ -408,29 +616,49 @@ mod tests {
             let mut entries = Vec::new();
             let step = index.read(&mut self.reader, |_| true, &mut entries);
             prop_assert!(entries.len() <= BLOCK);
-            prop_assert!(is_sweeping || entries.is_sorted_by_key(|seen| seen.position));
+            prop_assert!(is_sweeping || entries.is_sorted_by_key(|update| update.seen.position));
             let now = model.at(model.head());
-            for seen in entries {
+            for Update { seen, coalesced } in entries {
                 prop_assert!(settled < seen.position, "below what was settled");
+                let value = now[&seen.user];
                 prop_assert_eq!(
-                    now[&seen.user],
+                    (value.contact_ms, value.position),
                     (seen.clocks.last_contact_ms, seen.position)
                 );
                 prop_assert!(
                     self.handed.insert((seen.user, seen.position)),
                     "handed out twice"
                 );
-                self.view
-                    .insert(seen.user, (seen.clocks.last_contact_ms, seen.position));
+                self.view.insert(seen.user, value);
+                if self.is_in_snapshot {
+                    prop_assert_eq!(coalesced, 0, "coalesced in a snapshot");
+                    self.counts_from.insert(seen.user, value.changes);
+                } else if seen.position <= self.began {
+                    prop_assert_eq!(coalesced, 0, "coalesced before it resumed");
+                } else {
+                    *self.counted.entry(seen.user).or_default() += 1 + u64::from(coalesced);
+                    let from = self
+                        .counts_from
+                        .get(&seen.user)
+                        .copied()
+                        .unwrap_or_default();
+                    prop_assert_eq!(
+                        from + self.counted[&seen.user],
+                        value.changes,
+                        "coalesced is wrong"
+                    );
+                }
             }
             prop_assert!(settled <= self.reader.settled());
             if let Step::Level(head) = step {
+                self.is_in_snapshot = false;
                 prop_assert!(self.reader.settled() == head.position);
-                for (user, (contact, position)) in model.at(head.position) {
-                    if self.start < position {
+                for (user, value) in model.at(head.position) {
+                    if self.after < value.position {
                         let viewed = self.view.get(&user);
                         prop_assert!(
-                            viewed.is_some_and(|&(c, p)| contact <= c && position <= p),
+                            viewed.is_some_and(|viewed| value.contact_ms <= viewed.contact_ms
+                                && value.position <= viewed.position),
                             "level without {user}"
                         );
                     }
@@ -440,55 +668,96 @@ mod tests {
         }
     }
 
-    proptest! {
-        #[test]
-        fn every_reader_gets_every_change_once_and_is_level_only_when_it_has(
-            events in prop::collection::vec(event(), 1..120)
-        ) {
-            let mut index = Index::new(BLOCK);
-            let mut model = Model::default();
-            let mut readers: Vec<Checked> = Vec::new();
-            for event in events {
-                match event {
-                    Event::Publish(changes) => {
-                        model.publish(&changes);
-                        let changes: Vec<_> =
-                            changes.iter().map(|&(n, at_ms)| (user(n), heard(at_ms))).collect();
-                        index.publish(model.head(), 0, &changes);
-                    }
-                    Event::Start | Event::Resume(_) => {
-                        let (reader, start) = match event {
-                            Event::Resume(back) => {
-                                let start = model.head().saturating_sub(back);
-                                (index.reader_after(start), start)
-                            }
-                            _ => (index.reader_from_start(), 0),
-                        };
-                        let (view, handed) = Default::default();
-                        readers.push(Checked { reader, start, view, handed });
-                    }
-                    Event::Read(which) if !readers.is_empty() => {
-                        let which = which % readers.len();
-                        readers[which].read(&index, &model)?;
-                    }
-                    Event::Sweep(which) if !readers.is_empty() => {
-                        let which = which % readers.len();
-                        index.sweep(&mut readers[which].reader);
-                    }
-                    Event::Read(_) | Event::Sweep(_) => {}
+    /// Lets readers of any speed read while users change. Without their places, the list of changes
+    /// forgets what they count.
+    fn run(events: Vec<Event>, are_places_known: bool) -> Result<(), TestCaseError> {
+        let mut index = Index::new(BLOCK);
+        let mut model = Model::default();
+        let mut readers: Vec<Checked> = Vec::new();
+        for event in events {
+            match event {
+                Event::Publish(changes) => {
+                    model.publish(&changes);
+                    let changes: Vec<_> = changes
+                        .iter()
+                        .map(|&(n, at_ms)| (user(n), heard(at_ms)))
+                        .collect();
+                    index.publish(model.head(), 0, &changes);
                 }
-                prop_assert!(index.changes.len() <= 2 * index.users.len() + SLACK);
+                Event::Start | Event::Resume(_) => {
+                    let began = model.head();
+                    let (reader, after) = match event {
+                        Event::Resume(back) => {
+                            let after = began.saturating_sub(back);
+                            (index.reader_after(after), after)
+                        }
+                        _ => (index.reader_from_start(), 0),
+                    };
+                    if !are_places_known {
+                        index.readers.clear();
+                    }
+                    let now = model.at(began).into_iter();
+                    readers.push(Checked {
+                        is_in_snapshot: reader.is_sweeping(),
+                        reader,
+                        after,
+                        counts_from: now.map(|(user, value)| (user, value.changes)).collect(),
+                        began,
+                        view: BTreeMap::new(),
+                        handed: HashSet::new(),
+                        counted: BTreeMap::new(),
+                    });
+                }
+                Event::Read(which) if !readers.is_empty() => {
+                    let which = which % readers.len();
+                    readers[which].read(&index, &model)?;
+                }
+                Event::Sweep(which) if !readers.is_empty() => {
+                    let which = which % readers.len();
+                    readers[which].reader.sweep(index.sweep_target());
+                }
+                Event::Read(_) | Event::Sweep(_) => {}
             }
-            for reader in &mut readers {
-                while reader.read(&index, &model)? != Step::Level(index.head()) {}
-                let changed: BTreeMap<_, _> = model
-                    .at(model.head())
-                    .into_iter()
-                    .filter(|(_, (_, position))| reader.start < *position)
-                    .collect();
-                prop_assert_eq!(&reader.view, &changed);
+            let places = 1 + readers.len();
+            prop_assert!(index.changes() <= 2 * index.users().len() * places + FEW_BLOCKS);
+        }
+        for reader in &mut readers {
+            while reader.read(&index, &model)? != Step::Level(index.head()) {}
+            let changed: BTreeMap<_, _> = model
+                .at(model.head())
+                .into_iter()
+                .filter(|(_, value)| reader.after < value.position)
+                .collect();
+            prop_assert_eq!(&reader.view, &changed);
+            for (user, value) in changed {
+                let from = reader.counts_from.get(&user).copied().unwrap_or_default();
+                let counted = reader.counted.get(&user).copied().unwrap_or_default();
+                prop_assert_eq!(from + counted, value.changes, "some are not counted");
             }
         }
+        Ok(())
+    }
+
+    proptest! {
+        #[test]
+        fn every_reader_gets_every_change_once_or_counted_and_is_level_only_when_it_has(
+            events in prop::collection::vec(event(), 1..200)
+        ) {
+            run(events, true)?;
+        }
+    }
+
+    /// The control: the same readers, when the list of changes does not know where they stand.
+    #[test]
+    fn a_list_that_forgets_what_readers_have_not_passed_is_found_out() {
+        let mut runner = TestRunner::deterministic();
+        let events = prop::collection::vec(event(), 1..200);
+        let failure = runner.run(&events, |events| run(events, false));
+        let failure = failure.unwrap_err().to_string();
+        assert!(
+            failure.contains("coalesced is wrong") || failure.contains("some are not counted"),
+            "{failure}"
+        );
     }
 
     #[test]
@@ -507,7 +776,7 @@ mod tests {
             );
             index.publish(position, 10 * position, &everybody);
         }
-        index.sweep(&mut reader);
+        reader.sweep(index.sweep_target());
         entries.clear();
         let mut position = 200;
         let head = loop {
@@ -525,6 +794,8 @@ mod tests {
             }
         );
         assert_eq!(entries.len(), everybody.len());
+        // All but the first value of each, and none of those that were handed out before.
+        assert!(entries.iter().all(|update| update.coalesced > 0));
     }
 
     #[test]
@@ -534,11 +805,11 @@ mod tests {
         for position in 2..10_000 {
             index.publish(position, 0, &[(user(1), heard(position))]);
         }
-        assert!(index.changes.len() <= 2 * 2 + SLACK);
+        assert!(index.changes() <= 2 * 2 + FEW_BLOCKS);
         let mut entries = Vec::new();
         let mut reader = index.reader_after(0);
         while index.read(&mut reader, |_| true, &mut entries) == Step::Behind {}
-        let positions: Vec<_> = entries.iter().map(|seen| seen.position).collect();
+        let positions: Vec<_> = entries.iter().map(|update| update.seen.position).collect();
         assert_eq!(positions, [1, 9_999]);
     }
 
@@ -563,7 +834,10 @@ mod tests {
             })
         );
         assert_eq!(
-            entries.iter().map(|seen| seen.user).collect::<Vec<_>>(),
+            entries
+                .iter()
+                .map(|update| update.seen.user)
+                .collect::<Vec<_>>(),
             [user(41)]
         );
     }

@@ -18,8 +18,14 @@ pub struct FreshnessMetrics {
     pub users: Gauge,
     /// Open Watch streams.
     pub watchers: Gauge,
+    /// Open Watch streams that have not been level for a progress interval.
+    pub lagging: Gauge,
+    /// Changes that are kept: one for each user, and what streams that lag still count.
+    pub changes: Gauge,
     /// Entries sent on Watch streams.
     pub entries_sent: Counter,
+    /// Values that Watch streams did not get because newer ones overtook them.
+    pub coalesced: Counter,
     /// Tokens that could not be resumed, by reason, a label of [`RESETS`].
     pub resets: ByLabel,
     /// Checkers that were turned away, by reason, a label of [`REFUSALS`].
@@ -35,9 +41,21 @@ impl FreshnessMetrics {
                 "Users with a known last sign of life.",
             ),
             watchers: new_gauge("waypost_freshness_watchers", "Open Watch streams."),
+            lagging: new_gauge(
+                "waypost_freshness_lagging_watchers",
+                "Open Watch streams that have not been level for a progress interval.",
+            ),
+            changes: new_gauge(
+                "waypost_freshness_changes",
+                "Changes that are kept: one for each user, and what streams that lag still count.",
+            ),
             entries_sent: new_counter(
                 "waypost_freshness_entries_sent_total",
                 "Entries sent on Watch streams.",
+            ),
+            coalesced: new_counter(
+                "waypost_freshness_coalesced_total",
+                "Values that Watch streams did not get because newer ones overtook them.",
             ),
             resets: by_label(
                 "waypost_freshness_resets_total",
