@@ -8,11 +8,15 @@
 //! At most [`FreshnessConfig::max_connections`] are open; more are closed at once, and those that are
 //! still shaking hands have bounds of their own. At most [`FreshnessConfig::max_watchers`] streams are
 //! open; more are refused with RESOURCE_EXHAUSTED. Two lists of the silent are made at a time; further
-//! ones wait, as many as the connections allow calls. A stream that is read slowly holds two messages, and what HTTP/2 and the kernel buffer for any connection,
-//! however much happens meanwhile.
+//! ones wait, as many as the connections allow calls.
+//!
+//! A stream that is read slowly holds two messages of some 130 KB at most, what HTTP/2 and the kernel
+//! buffer for any connection, and what it remembers of each user to get level again (see
+//! [`crate::freshness`]), however much happens meanwhile. It is not closed for being slow.
 
 pub mod client;
 mod listener;
+mod message;
 mod service;
 mod token;
 mod watcher;
@@ -32,6 +36,7 @@ use tonic::transport::Server;
 use tracing::{error, info};
 use waypost_proto::id::is_checker_name;
 
+pub use self::message::Message;
 use self::{
     listener::Door, rpc::freshness_server::FreshnessServer, service::Service, token::Tokens,
 };
@@ -48,7 +53,8 @@ use crate::{clock::Clock, freshness::Freshness, metrics::Metrics};
     clippy::restriction
 )]
 pub mod rpc {
-    include!("gen/waypost.v1.rs");
+    include!("gen/client/waypost.v1.rs");
+    include!("gen/server/waypost.v1.rs");
 }
 
 /// Where checkers connect, and who may.

@@ -22,19 +22,37 @@ fn generated_code_matches_the_schema() {
         .compile_fds(descriptors.clone())
         .expect("messages generate");
 
-    let service = tempfile_dir("service");
+    let client = tempfile_dir("client");
     tonic_prost_build::configure()
         .extern_path(".waypost.v1", "::waypost_proto::v1")
-        .out_dir(&service)
+        .build_server(false)
+        .out_dir(&client)
+        .compile_fds(descriptors.clone())
+        .expect("the client generates");
+
+    let server = tempfile_dir("server");
+    tonic_prost_build::configure()
+        .extern_path(".waypost.v1", "::waypost_proto::v1")
+        // The server sends what it has encoded once for many streams.
+        .extern_path(".waypost.v1.WatchResponse", "crate::feed::Message")
+        .build_client(false)
+        .out_dir(&server)
         .compile_fds(descriptors)
-        .expect("the service generates");
+        .expect("the server generates");
 
     let changed: Vec<_> = [
         (
             messages.join("waypost.v1.rs"),
             proto.join("src/gen/waypost.v1.rs"),
         ),
-        (service.join("waypost.v1.rs"), gateway.join("waypost.v1.rs")),
+        (
+            client.join("waypost.v1.rs"),
+            gateway.join("client/waypost.v1.rs"),
+        ),
+        (
+            server.join("waypost.v1.rs"),
+            gateway.join("server/waypost.v1.rs"),
+        ),
     ]
     .into_iter()
     .filter(|(fresh, committed)| {

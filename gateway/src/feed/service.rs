@@ -12,13 +12,12 @@ use tonic::{Request, Response, Status};
 use tracing::debug;
 use waypost_proto::{
     id::UserId,
-    v1::{
-        GetRequest, GetResponse, ListStaleRequest, ListStaleResponse, WatchRequest, WatchResponse,
-    },
+    v1::{GetRequest, GetResponse, ListStaleRequest, ListStaleResponse, WatchRequest},
 };
 
 use super::{
     listener::Peer,
+    message::Message,
     rpc,
     token::Tokens,
     watcher::Watcher,
@@ -45,7 +44,7 @@ pub(super) struct Service {
 
 #[tonic::async_trait]
 impl rpc::freshness_server::Freshness for Service {
-    type WatchStream = ReceiverStream<Result<WatchResponse, Status>>;
+    type WatchStream = ReceiverStream<Result<Message, Status>>;
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
         self.admit(&request)?;

@@ -3,15 +3,17 @@
 //! Knows the order of events on a stream, which is the contract:
 //!
 //! - An entry is read only when there is room to send it. A checker that reads slowly therefore gets
-//!   newer values, not more of them, and costs no memory.
+//!   newer values, not more of them, and no queue grows for it.
 //! - Entries and progress travel in one queue. `resolved_ms` is announced only after every user's state
 //!   of that moment has been put into it, and a position only when no entry at or below it can come.
+//! - A stream that is level passes on each commit in the words that were found for it once, for all streams.
+//!   One that is behind reads the users themselves, and gets its own words for newer and fewer values.
 //! - Whoever cannot be brought level by following the changes within a progress interval, because users
 //!   change faster than it reads, is brought level by a sweep; so `resolved_ms` moves on under any load.
 
 use std::{sync::Arc, time::Duration};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use metrics::Gauge;
 use tokio::{
     sync::{OwnedSemaphorePermit, mpsc, watch},
@@ -20,17 +22,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use waypost_proto::v1::{
-    Header, Progress, Reset, SnapshotEnd, State, WatchEvent, WatchResponse, reset::Reason,
-    watch_event::Kind,
+    Header, Progress, Reset, SnapshotEnd, State, reset::Reason, watch_event::Kind,
 };
 
 use super::{
+    message::Message,
     token::{Scope, Tokens},
     wire::{self, Selector},
 };
 use crate::{
     clock::Clock,
-    freshness::{Freshness, Head, LastSeen, Reader, Step, Update},
+    freshness::{Commit, Freshness, Head, LastSeen, Reader, Step, Update},
     metrics::Metrics,
 };
 
@@ -53,7 +55,7 @@ pub(super) struct Watcher {
     pub(super) metrics: Metrics,
     pub(super) progress_interval: Duration,
     pub(super) cancel: CancellationToken,
-    pub(super) messages: mpsc::Sender<Result<WatchResponse, Status>>,
+    pub(super) messages: mpsc::Sender<Result<Message, Status>>,
     pub(super) _room: OwnedSemaphorePermit,
 }
 
@@ -115,23 +117,21 @@ impl Watcher {
             let room = self.room_to_go_on(&mut at).await?;
             // First the head, then what belongs to it: a commit in between is told of again.
             heads.mark_unchanged();
-            let step = self.read(&mut at, &mut entries);
-            let mut events: Vec<WatchEvent> = wire::updates(&entries)
-                .map(|entry| event(Kind::Entry(entry)))
-                .collect();
-            if !entries.is_empty() {
-                let metrics = &self.metrics.freshness;
-                metrics.entries_sent.increment(entries.len() as u64);
-                let coalesced = entries.iter().map(|update| u64::from(update.coalesced));
-                metrics.coalesced.increment(coalesced.sum());
-                if step != Step::Behind {
-                    send_after = Instant::now() + GATHER;
+            let mut message = Message::default();
+            let (step, count) = match self.freshness.read_recent(&mut at.reader) {
+                Some((commits, head)) => {
+                    let count = self.forward(&commits, &mut message);
+                    (Step::Level(head), count)
                 }
+                None => self.read(&mut at, &mut entries, &mut message),
+            };
+            self.metrics.freshness.entries_sent.increment(count);
+            if count != 0 && step != Step::Behind {
+                send_after = Instant::now() + GATHER;
             }
-            entries.clear();
-            self.say_how_far(&mut at, step, &mut events);
-            if !events.is_empty() {
-                room.send(Ok(WatchResponse { events }));
+            message.push(wire::encode(self.say_how_far(&mut at, step, count)));
+            if !message.is_empty() {
+                room.send(Ok(message));
             } else if step == Step::Behind {
                 tokio::task::yield_now().await;
             } else {
@@ -150,15 +150,15 @@ impl Watcher {
             .filter(|read| *read != Ok(0));
         let incarnation = self.tokens.incarnation();
         let position = resume.and_then(Result::ok).unwrap_or_default();
-        let mut events = vec![event(Kind::Header(Header {
+        let mut events = vec![Kind::Header(Header {
             incarnation,
             position,
-        }))];
+        })];
         if let Some(Err(reason)) = resume {
             self.metrics.freshness.resets.of(label(reason)).increment(1);
-            events.push(event(Kind::Reset(Reset {
+            events.push(Kind::Reset(Reset {
                 reason: reason.into(),
-            })));
+            }));
         }
         self.send(events).await?;
         let (reader, snapshot_count) = match resume {
@@ -189,8 +189,8 @@ impl Watcher {
         for users in self.selector.users().chunks(ENTRIES_PER_MESSAGE) {
             let (seen, _) = self.freshness.get(users);
             let never_seen = users.iter().zip(seen).filter(|(_, seen)| seen.is_none());
-            let events: Vec<WatchEvent> = never_seen
-                .map(|(user, _)| event(Kind::Entry(wire::never_seen(user))))
+            let events: Vec<_> = never_seen
+                .map(|(user, _)| Kind::Entry(wire::never_seen(user)))
                 .collect();
             if !events.is_empty() {
                 count += events.len() as u64;
@@ -204,25 +204,63 @@ impl Watcher {
         Ok(count)
     }
 
-    /// Reads a message's worth.
-    fn read(&self, at: &mut Progressing, entries: &mut Vec<Update>) -> Step {
-        // All known users are in this state.
-        let wants_known = self.selector.wants_state(State::Active);
-        let wanted = |seen: &LastSeen| wants_known && self.selector.wants_user(&seen.user);
-        for _ in 0..READS_PER_TURN {
-            let step = self.freshness.read(&mut at.reader, wanted, entries);
-            if step != Step::Behind || ENTRIES_PER_MESSAGE <= entries.len() {
-                return step;
+    /// Passes on what commits changed, in words that all streams share. How many entries that is.
+    fn forward(&self, commits: &[Arc<Commit>], message: &mut Message) -> u64 {
+        let mut count = 0;
+        for commit in commits {
+            // Asked for only when something of it is wanted.
+            let encoded = || commit.encoded(wire::encode_commit);
+            if self.selector.wants_all(State::Active) {
+                count += commit.seen().len();
+                message.push(encoded().bytes.clone());
+                continue;
             }
+            let mut selected = BytesMut::new();
+            for (at, seen) in commit.seen().iter().enumerate() {
+                if self.wants(seen) {
+                    count += 1;
+                    selected.extend_from_slice(encoded().of(at));
+                }
+            }
+            message.push(selected.freeze());
         }
-        Step::Behind
+        count as u64
     }
 
-    /// Adds what may be said after the entries of this step, and never before.
-    fn say_how_far(&self, at: &mut Progressing, step: Step, events: &mut Vec<WatchEvent>) {
+    /// Reads a message's worth. How many entries that is.
+    fn read(
+        &self,
+        at: &mut Progressing,
+        entries: &mut Vec<Update>,
+        message: &mut Message,
+    ) -> (Step, u64) {
+        let wanted = |seen: &LastSeen| self.wants(seen);
+        let mut step = Step::Behind;
+        for _ in 0..READS_PER_TURN {
+            step = self.freshness.read(&mut at.reader, wanted, entries);
+            if step != Step::Behind || ENTRIES_PER_MESSAGE <= entries.len() {
+                break;
+            }
+        }
+        let coalesced = entries.iter().map(|update| u64::from(update.coalesced));
+        self.metrics.freshness.coalesced.increment(coalesced.sum());
+        message.push(wire::encode(wire::updates(entries)));
+        let count = entries.len() as u64;
+        entries.clear();
+        (step, count)
+    }
+
+    fn wants(&self, seen: &LastSeen) -> bool {
+        // All known users are in this state.
+        self.selector.wants_state(State::Active) && self.selector.wants_user(&seen.user)
+    }
+
+    /// What may be said after the `count` entries of this step, and never before.
+    fn say_how_far(&self, at: &mut Progressing, step: Step, count: u64) -> Vec<Kind> {
+        let mut events = Vec::new();
         let now = Instant::now();
-        if let Some(count) = &mut at.snapshot_count {
-            *count += events.len() as u64;
+        if let Some(snapshot_count) = &mut at.snapshot_count {
+            *snapshot_count += count;
         }
         match step {
             Step::Level(Head { resolved_ms, .. }) => {
@@ -232,11 +270,11 @@ impl Watcher {
                 if let Some(count) = at.snapshot_count.take() {
                     let position = at.reader.settled();
                     let token = self.tokens.issue(position, self.scope);
-                    events.push(event(Kind::SnapshotEnd(SnapshotEnd {
+                    events.push(Kind::SnapshotEnd(SnapshotEnd {
                         count,
                         position,
                         token,
-                    })));
+                    }));
                 }
             }
             Step::Behind if at.level_at + self.progress_interval <= now => {
@@ -248,21 +286,24 @@ impl Watcher {
         if at.snapshot_count.is_none() && at.progress_due <= now {
             at.progress_due = now + self.progress_interval;
             let position = at.reader.settled();
-            events.push(event(Kind::Progress(Progress {
+            events.push(Kind::Progress(Progress {
                 resolved_ms: at.resolved_ms,
                 position,
                 lag_ms: self.clock.now_ms().saturating_sub(at.resolved_ms),
                 token: self.tokens.issue(position, self.scope),
-            })));
+            }));
         }
+        events
     }
 
-    async fn send(&self, events: Vec<WatchEvent>) -> Result<(), Ended> {
-        self.room().await?.send(Ok(WatchResponse { events }));
+    async fn send(&self, events: Vec<Kind>) -> Result<(), Ended> {
+        let mut message = Message::default();
+        message.push(wire::encode(events));
+        self.room().await?.send(Ok(message));
         Ok(())
     }
 
-    async fn room(&self) -> Result<mpsc::Permit<'_, Result<WatchResponse, Status>>, Ended> {
+    async fn room(&self) -> Result<mpsc::Permit<'_, Result<Message, Status>>, Ended> {
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err(Ended::ShuttingDown),
@@ -274,7 +315,7 @@ impl Watcher {
     async fn room_to_go_on(
         &self,
         at: &mut Progressing,
-    ) -> Result<mpsc::Permit<'_, Result<WatchResponse, Status>>, Ended> {
+    ) -> Result<mpsc::Permit<'_, Result<Message, Status>>, Ended> {
         tokio::select! {
             biased;
             room = self.room() => return room,
@@ -307,10 +348,6 @@ async fn news(heads: &mut watch::Receiver<Head>, progress_due: Instant) {
         Ok(()) = heads.changed() => {}
         () = sleep_until(progress_due) => {}
     }
-}
-
-fn event(kind: Kind) -> WatchEvent {
-    WatchEvent { kind: Some(kind) }
 }
 
 fn label(reason: Reason) -> &'static str {

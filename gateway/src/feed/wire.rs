@@ -6,11 +6,11 @@ use bytes::{Bytes, BytesMut};
 use tonic::Status;
 use waypost_proto::{
     id::UserId,
-    v1::{self, State},
+    v1::{self, State, watch_event::Kind},
 };
 
 use super::token::Scope;
-use crate::freshness::{LastSeen, Silence, Update};
+use crate::freshness::{Encoded, LastSeen, Silence, Update};
 
 /// Users in one Get.
 const MAX_GET_USERS: usize = 1_000;
@@ -20,6 +20,12 @@ const MAX_STALE_USERS: u32 = 1_000;
 
 /// Users that one Watch can select by name; who wants more watches all.
 const MAX_WATCH_USERS: usize = 10_000;
+
+/// The number of `WatchResponse.events` in the schema.
+const EVENTS_TAG: u32 = 1;
+
+/// An entry takes about this many bytes in a message.
+const ENTRY_BYTES: usize = 64;
 
 /// Which entries a Watch gets.
 #[derive(Debug)]
@@ -65,6 +71,11 @@ impl Selector {
     /// Whether users in this state are selected.
     pub(super) fn wants_state(&self, state: State) -> bool {
         self.states.is_empty() || self.states.contains(&state)
+    }
+
+    /// Whether all users are selected, in this state.
+    pub(super) fn wants_all(&self, state: State) -> bool {
+        self.users.is_none() && self.wants_state(state)
     }
 
     /// Whether this user is selected, whatever its state.
@@ -127,12 +138,41 @@ pub(super) fn entries(seen: &[LastSeen]) -> impl Iterator<Item = v1::Entry> {
         .map(move |seen| active(ids.split_to(16), seen, 0))
 }
 
-/// The entries of what a stream is handed, with one allocation for all their ids.
-pub(super) fn updates(updates: &[Update]) -> impl Iterator<Item = v1::Entry> {
+/// What a stream is handed, as events.
+pub(super) fn updates(updates: &[Update]) -> impl Iterator<Item = Kind> {
     let mut ids = ids(updates.iter().map(|update| &update.seen));
     updates
         .iter()
-        .map(move |update| active(ids.split_to(16), &update.seen, update.coalesced))
+        .map(move |update| Kind::Entry(active(ids.split_to(16), &update.seen, update.coalesced)))
+}
+
+/// Events as they stand in a message.
+pub(super) fn encode(events: impl IntoIterator<Item = Kind>) -> Bytes {
+    let mut bytes = BytesMut::new();
+    events
+        .into_iter()
+        .for_each(|kind| encode_event(kind, &mut bytes));
+    bytes.freeze()
+}
+
+/// What a commit changed, as events in a message.
+pub(super) fn encode_commit(seen: &[LastSeen]) -> Encoded {
+    let mut bytes = BytesMut::with_capacity(seen.len() * ENTRY_BYTES);
+    let ends = entries(seen)
+        .map(|entry| {
+            encode_event(Kind::Entry(entry), &mut bytes);
+            bytes.len()
+        })
+        .collect();
+    Encoded {
+        bytes: bytes.freeze(),
+        ends,
+    }
+}
+
+fn encode_event(kind: Kind, bytes: &mut BytesMut) {
+    let event = v1::WatchEvent { kind: Some(kind) };
+    prost::encoding::message::encode(EVENTS_TAG, &event, bytes);
 }
 
 /// The entry of one user.
@@ -185,4 +225,61 @@ fn user_ids(ids: &[Bytes], limit: usize) -> Result<Vec<UserId>, Status> {
             ))),
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+    use waypost_proto::device::Clocks;
+
+    use super::{super::message::Message, *};
+
+    #[test]
+    fn what_is_put_together_of_parts_is_the_message_of_the_schema() {
+        let seen: Vec<_> = (1..=3)
+            .map(|n| LastSeen {
+                user: UserId([n; 16]),
+                clocks: Clocks {
+                    last_contact_ms: 1 << (20 * n),
+                    ..Clocks::default()
+                },
+                position: u64::from(n),
+            })
+            .collect();
+        let update = Update {
+            seen: seen[0],
+            coalesced: 300,
+        };
+        let header = Kind::Header(v1::Header {
+            incarnation: Bytes::from_static(b"store"),
+            position: 7,
+        });
+        let commit = encode_commit(&seen);
+        let (first, second) = (commit.of(0), commit.of(1));
+        assert!(commit.bytes.starts_with(&[first, second].concat()));
+        let second = Bytes::copy_from_slice(second);
+
+        let mut message = Message::default();
+        message.push(encode([header.clone()]));
+        message.push(commit.bytes);
+        message.push(second);
+        message.push(Bytes::new());
+        message.push(encode(updates(&[update])));
+
+        let overtaken = v1::Entry {
+            coalesced: 300,
+            ..entry(&seen[0])
+        };
+        let mut kinds = vec![header];
+        kinds.extend([0, 1, 2, 1].map(|n: usize| Kind::Entry(entry(&seen[n]))));
+        kinds.push(Kind::Entry(overtaken));
+        let events = kinds
+            .into_iter()
+            .map(|kind| v1::WatchEvent { kind: Some(kind) });
+        let response = v1::WatchResponse {
+            events: events.collect(),
+        };
+        assert_eq!(message.encoded_len(), response.encoded_len());
+        assert_eq!(message.encode_to_vec(), response.encode_to_vec());
+    }
 }

@@ -19,10 +19,10 @@
 //! # Bounds
 //!
 //! The list of changes is bounded in [`super::changes`], by the users and the places at which readers lag.
-//! A reader remembers at most 12 bytes for each user, in maps and lists that may be twice as large as what
-//! is in them, gives the room back when it is level, and makes it before it takes a lock. A step looks at
-//! no more than a block, and a commit at four changes for each of its own: nothing holds a lock for as
-//! long as it takes to walk all users or all changes.
+//! A reader remembers at most some 30 bytes for each user, unused room included, gives the room back when it
+//! is level, and makes it before it takes a lock. A step looks at no more than a block, and a commit at four
+//! changes for each of its own: nothing holds a lock for as long as it takes to walk all users or all
+//! changes.
 
 use std::sync::{Arc, Weak};
 
@@ -30,11 +30,21 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 use waypost_proto::{device::Clocks, id::UserId};
 
-use super::changes::{Change, Changes, Place};
+use super::{
+    changes::{Change, Changes, Place},
+    recent::{Commit, Recent},
+};
 
 /// How many changes or users one [`Index::read`] looks at, and so how long it holds a lock and how many
 /// entries it hands out at most. Some tens of microseconds.
 pub(super) const BLOCK: usize = 512;
+
+/// The blocks of values of recent commits that are kept for readers that are level.
+const RECENT_BLOCKS: usize = 32;
+
+/// The blocks of them that are handed out at once. Whoever is further behind is better served by fewer and
+/// newer values.
+const RECENT_BLOCKS_AT_ONCE: usize = 4;
 
 /// How far the state has come.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,6 +141,7 @@ pub(super) struct Index {
     by_id: FxHashMap<UserId, u32>,
     /// Holds exactly one element that is not void for each user.
     changes: Changes,
+    recent: Recent,
     /// From where each reader counts.
     readers: Vec<Weak<Mutex<Place>>>,
 }
@@ -208,6 +219,7 @@ impl Index {
             ordinals: Vec::new(),
             by_id: FxHashMap::default(),
             changes: Changes::new(block),
+            recent: Recent::new(RECENT_BLOCKS * block),
             readers: Vec::new(),
         }
     }
@@ -270,6 +282,11 @@ impl Index {
         }
         changed.sort_unstable_by_key(|change| change.at);
         changed.iter().for_each(|&change| self.changes.push(change));
+        let seen = changed
+            .iter()
+            .map(|change| self.users[change.at.user as usize]);
+        self.recent
+            .push(self.head.position, position, seen.collect());
         self.head.position = position;
         self.resolve(resolved_ms);
         let (users, readers) = (&self.users, &self.readers);
@@ -354,6 +371,23 @@ impl Index {
             }
             Some(Sweep::Changes(sweep)) => self.hand_out_owed(reader, sweep, wanted, entries),
         }
+    }
+
+    /// What has been committed since, for a reader that has had everything before and is not far behind: it
+    /// is level with the head then. Nothing is coalesced.
+    pub(super) fn read_recent(&self, reader: &mut Reader) -> Option<(Vec<Arc<Commit>>, Head)> {
+        let has_all_before = reader.sweep.is_none()
+            && reader.had.is_empty()
+            && reader.start < reader.next.position
+            && reader.next == Place::after(reader.settled);
+        if !has_all_before {
+            return None;
+        }
+        let room = RECENT_BLOCKS_AT_ONCE * self.block;
+        let commits = self.recent.after(reader.settled, room)?;
+        reader.move_to(Place::after(self.head.position));
+        reader.settled = self.head.position;
+        Some((commits, self.head))
     }
 
     fn follow(
@@ -543,6 +577,7 @@ mod tests {
         /// A new reader from a position this many before the head.
         Resume(u64),
         Read(usize),
+        ReadRecent(usize),
         Sweep(usize),
     }
 
@@ -552,6 +587,7 @@ mod tests {
             1 => Just(Event::Start),
             1 => (0u64..40).prop_map(Event::Resume),
             8 => any::<usize>().prop_map(Event::Read),
+            4 => any::<usize>().prop_map(Event::ReadRecent),
             1 => any::<usize>().prop_map(Event::Sweep),
         ]
     }
@@ -618,53 +654,86 @@ mod tests {
             prop_assert!(entries.len() <= BLOCK);
             prop_assert!(is_sweeping || entries.is_sorted_by_key(|update| update.seen.position));
             let now = model.at(model.head());
-            for Update { seen, coalesced } in entries {
-                prop_assert!(settled < seen.position, "below what was settled");
-                let value = now[&seen.user];
-                prop_assert_eq!(
-                    (value.contact_ms, value.position),
-                    (seen.clocks.last_contact_ms, seen.position)
-                );
-                prop_assert!(
-                    self.handed.insert((seen.user, seen.position)),
-                    "handed out twice"
-                );
-                self.view.insert(seen.user, value);
-                if self.is_in_snapshot {
-                    prop_assert_eq!(coalesced, 0, "coalesced in a snapshot");
-                    self.counts_from.insert(seen.user, value.changes);
-                } else if seen.position <= self.began {
-                    prop_assert_eq!(coalesced, 0, "coalesced before it resumed");
-                } else {
-                    *self.counted.entry(seen.user).or_default() += 1 + u64::from(coalesced);
-                    let from = self
-                        .counts_from
-                        .get(&seen.user)
-                        .copied()
-                        .unwrap_or_default();
-                    prop_assert_eq!(
-                        from + self.counted[&seen.user],
-                        value.changes,
-                        "coalesced is wrong"
-                    );
-                }
+            for update in entries {
+                prop_assert!(settled < update.seen.position, "below what was settled");
+                self.take(update, &now)?;
             }
             prop_assert!(settled <= self.reader.settled());
             if let Step::Level(head) = step {
-                self.is_in_snapshot = false;
-                prop_assert!(self.reader.settled() == head.position);
-                for (user, value) in model.at(head.position) {
-                    if self.after < value.position {
-                        let viewed = self.view.get(&user);
-                        prop_assert!(
-                            viewed.is_some_and(|viewed| value.contact_ms <= viewed.contact_ms
-                                && value.position <= viewed.position),
-                            "level without {user}"
-                        );
-                    }
-                }
+                self.is_level(head, model)?;
             }
             Ok(step)
+        }
+
+        /// Every value since, if the reader is near enough.
+        fn read_recent(&mut self, index: &Index, model: &Model) -> Result<(), TestCaseError> {
+            let settled = self.reader.settled();
+            let Some((commits, head)) = index.read_recent(&mut self.reader) else {
+                prop_assert_eq!(settled, self.reader.settled());
+                return Ok(());
+            };
+            for (position, commit) in (settled + 1..).zip(commits) {
+                let then = model.at(position);
+                let changed = then.values().filter(|value| value.position == position);
+                prop_assert_eq!(commit.seen().len(), changed.count());
+                for &seen in commit.seen() {
+                    self.take(Update { seen, coalesced: 0 }, &then)?;
+                }
+            }
+            prop_assert_eq!(head, index.head());
+            self.is_level(head, model)
+        }
+
+        fn take(
+            &mut self,
+            Update { seen, coalesced }: Update,
+            truth: &BTreeMap<UserId, Value>,
+        ) -> Result<(), TestCaseError> {
+            let value = truth[&seen.user];
+            prop_assert_eq!(
+                (value.contact_ms, value.position),
+                (seen.clocks.last_contact_ms, seen.position)
+            );
+            prop_assert!(
+                self.handed.insert((seen.user, seen.position)),
+                "handed out twice"
+            );
+            self.view.insert(seen.user, value);
+            if self.is_in_snapshot {
+                prop_assert_eq!(coalesced, 0, "coalesced in a snapshot");
+                self.counts_from.insert(seen.user, value.changes);
+            } else if seen.position <= self.began {
+                prop_assert_eq!(coalesced, 0, "coalesced before it resumed");
+            } else {
+                *self.counted.entry(seen.user).or_default() += 1 + u64::from(coalesced);
+                let from = self
+                    .counts_from
+                    .get(&seen.user)
+                    .copied()
+                    .unwrap_or_default();
+                prop_assert_eq!(
+                    from + self.counted[&seen.user],
+                    value.changes,
+                    "coalesced is wrong"
+                );
+            }
+            Ok(())
+        }
+
+        fn is_level(&mut self, head: Head, model: &Model) -> Result<(), TestCaseError> {
+            self.is_in_snapshot = false;
+            prop_assert!(self.reader.settled() == head.position);
+            for (user, value) in model.at(head.position) {
+                if self.after < value.position {
+                    let viewed = self.view.get(&user);
+                    prop_assert!(
+                        viewed.is_some_and(|viewed| value.contact_ms <= viewed.contact_ms
+                            && value.position <= viewed.position),
+                        "level without {user}"
+                    );
+                }
+            }
+            Ok(())
         }
     }
 
@@ -712,11 +781,15 @@ mod tests {
                     let which = which % readers.len();
                     readers[which].read(&index, &model)?;
                 }
+                Event::ReadRecent(which) if !readers.is_empty() => {
+                    let which = which % readers.len();
+                    readers[which].read_recent(&index, &model)?;
+                }
                 Event::Sweep(which) if !readers.is_empty() => {
                     let which = which % readers.len();
                     readers[which].reader.sweep(index.sweep_target());
                 }
-                Event::Read(_) | Event::Sweep(_) => {}
+                Event::Read(_) | Event::ReadRecent(_) | Event::Sweep(_) => {}
             }
             let places = 1 + readers.len();
             prop_assert!(index.changes() <= 2 * index.users().len() * places + FEW_BLOCKS);

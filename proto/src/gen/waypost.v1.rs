@@ -602,7 +602,8 @@ pub struct Entry {
     /// The commit that changed it last.
     #[prost(uint64, tag = "7")]
     pub position: u64,
-    /// How many earlier values of this user this reader did not get because newer ones overtook them.
+    /// How many values of this user this stream did not get since the entry before, because this one
+    /// overtook them. 0 in a snapshot; a resumed stream counts what changed since it was resumed.
     #[prost(uint32, tag = "8")]
     pub coalesced: u32,
 }
