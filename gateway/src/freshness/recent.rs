@@ -150,7 +150,10 @@ mod tests {
         assert_eq!(positions(&recent, 0), None);
         assert_eq!(positions(&recent, 9), None);
         assert_eq!(positions(&recent, 10), Some(vec![11, 20, 21]));
-        assert!(recent.after(10, 8).is_none(), "3 + 2 + 1 values and 3 commits");
+        assert!(
+            recent.after(10, 8).is_none(),
+            "3 + 2 + 1 values and 3 commits"
+        );
         assert!(recent.after(10, 9).is_some());
         // One that is larger than all the room leaves nothing.
         recent.push(21, 22, seen(12, 22));

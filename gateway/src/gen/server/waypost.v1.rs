@@ -32,10 +32,7 @@ pub mod freshness_server {
         >;
         /// Server streaming response type for the Watch method.
         type WatchStream: tonic::codegen::tokio_stream::Stream<
-                Item = std::result::Result<
-                    crate::feed::Message,
-                    tonic::Status,
-                >,
+                Item = std::result::Result<crate::feed::Message, tonic::Status>,
             >
             + std::marker::Send
             + 'static;
