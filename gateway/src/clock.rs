@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 /// Milliseconds since 1970-01-01 UTC, never less than before. Clones share one memory.
@@ -34,6 +34,29 @@ impl Clock {
             .fetch_max(system_ms, Ordering::Relaxed)
             .max(system_ms)
     }
+
+    /// Now, by every clock there is.
+    #[must_use]
+    pub fn read(&self) -> Reading {
+        let system_ms = system_now_ms();
+        let latest_ms = self.latest_ms.fetch_max(system_ms, Ordering::Relaxed);
+        Reading {
+            now_ms: latest_ms.max(system_ms),
+            system_ms,
+            at: Instant::now(),
+        }
+    }
+}
+
+/// What the clocks show at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// The gateway's clock, in milliseconds since 1970-01-01 UTC.
+    pub now_ms: u64,
+    /// The system's wall clock, which may have been set back.
+    pub system_ms: u64,
+    /// The clock that only says how much time passes.
+    pub at: Instant,
 }
 
 /// The system's wall clock as it is, for what happens before the store is open.
