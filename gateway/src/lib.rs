@@ -31,6 +31,7 @@ pub mod clock;
 pub mod commit;
 pub mod config;
 pub mod coverage;
+pub mod deadlines;
 pub mod disk;
 mod durable;
 pub mod feed;
