@@ -26,6 +26,7 @@ mod accept;
 pub mod admin;
 pub mod admission;
 pub mod allowance;
+pub mod bulletin;
 pub mod cli;
 pub mod clock;
 pub mod commit;

@@ -7,6 +7,7 @@
 //!
 //! - `meta`: format version, incarnation, secret, and the last position, which every commit writes.
 //! - `devices`: one record a device ([`record::encode_device`]).
+//! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
 //!   a whole when retention is over.
 //!
@@ -15,6 +16,7 @@
 use std::{
     collections::BTreeSet,
     fmt, io,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Duration,
@@ -39,18 +41,21 @@ use waypost_proto::{
 
 mod folder;
 mod keys;
+mod notices;
 pub mod record;
 mod settings;
 mod space;
 mod watermark;
 
 use folder::{Folder, Lock};
+use notices::{COVERAGE, DEADLINES, EVENTS};
 use record::{PingRecord, RecordError};
 use settings::Settings;
 use space::Room;
-use watermark::Watermark;
+use watermark::{Noted, Watermark};
 
 pub use keys::{Day, PingKey};
+pub use notices::KeptDeadlines;
 pub use settings::StoreConfig;
 pub use space::Space;
 
@@ -79,6 +84,8 @@ struct Facts {
     incarnation: [u8; 16],
     secret: [u8; 32],
     position: u64,
+    /// From the watermark's file: up to when the gateway could hear, as far as is known.
+    heard_until_ms: Option<u64>,
 }
 
 /// Rows that are to be written together. Nothing of them exists before [`Store::commit`].
@@ -93,15 +100,27 @@ pub struct Batch {
 #[derive(Clone, Copy, Debug)]
 struct Put {
     family: Family,
+    operation: Operation,
     /// Where its key ends and its value begins; the key begins where the put before it ends.
     key_end: usize,
     value_end: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    Put,
+    /// There is no value.
+    Delete,
+    /// The value is the key after the last.
+    DeleteRange,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Family {
     Devices,
     Day(Day),
+    /// One of [`notices`], by its name.
+    Notices(&'static str),
 }
 
 /// What the device records say of the store as a whole.
@@ -289,6 +308,8 @@ pub enum ReadError {
 const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
+/// Those that are there as long as the store is.
+const PERMANENT: [&str; 5] = [META, DEVICES, COVERAGE, DEADLINES, EVENTS];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
 const META_FORMAT: &[u8] = b"format";
@@ -323,9 +344,9 @@ impl Store {
                 file: folder.watermark(),
                 source,
             })?
-            .unwrap_or(0);
-        if !folder.holds_database() && 0 < watermark {
-            return Err(behind(&folder, 0, watermark));
+            .unwrap_or_default();
+        if !folder.holds_database() && 0 < watermark.position {
+            return Err(behind(&folder, 0, watermark.position));
         }
         folder.keep_log_of_unclean_stop(now_ms).map_err(unusable)?;
         folder.make_database().map_err(unusable)?;
@@ -339,17 +360,22 @@ impl Store {
             families(&settings, &days),
         )
         .map_err(failed)?;
-        let facts = match read_facts(&db, data_dir)? {
+        let mut facts = match read_facts(&db, data_dir)? {
             Some(facts) => facts,
             None => write_new_facts(&db, data_dir)?,
         };
-        if facts.position < watermark {
-            return Err(behind(&folder, facts.position, watermark));
+        if facts.position < watermark.position {
+            return Err(behind(&folder, facts.position, watermark.position));
         }
+        facts.heard_until_ms = watermark.heard_until_ms;
         folder.mark_running().map_err(unusable)?;
         let room = Room::new(config.free_space_floor_bytes());
         room.look(folder.path()).map_err(unusable)?;
-        let watermark = Watermark::start(folder.watermark(), facts.position).map_err(unusable)?;
+        let recovered = Noted {
+            position: facts.position,
+            heard_until_ms: watermark.heard_until_ms,
+        };
+        let watermark = Watermark::start(folder.watermark(), recovered).map_err(unusable)?;
         let store = Self {
             db,
             settings,
@@ -440,6 +466,21 @@ impl Store {
         self.facts.secret
     }
 
+    /// Up to when an earlier process could hear, as far as its last note says: at most about a second too
+    /// early. None if there was none.
+    #[must_use]
+    pub fn heard_until_ms(&self) -> Option<u64> {
+        self.facts.heard_until_ms
+    }
+
+    /// Notes that the gateway could hear up to a moment. It is on disk within about a second, and when the store is
+    /// closed.
+    pub fn note_heard(&self, until_ms: u64) {
+        if let Some(writer) = &self.writer {
+            writer.watermark.note_heard(until_ms);
+        }
+    }
+
     /// All device records, and what they say of the store as a whole.
     ///
     /// # Errors
@@ -449,7 +490,7 @@ impl Store {
         // that had the last one is gone.
         let mut recovered = Recovered {
             position: self.facts.position,
-            high_water_ms: 0,
+            high_water_ms: self.facts.heard_until_ms.unwrap_or_default(),
         };
         let devices = self.devices().collect::<Result<Vec<_>, _>>()?;
         for (_, record) in &devices {
@@ -561,7 +602,7 @@ impl Store {
     /// How the store is doing, now. Waits for the disk if that hangs.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
-        let mut families = vec![self.family(META), self.family(DEVICES)];
+        let mut families: Vec<_> = PERMANENT.map(|name| self.family(name)).into();
         families.extend(
             self.days()
                 .iter()
@@ -615,6 +656,14 @@ impl Store {
             key_start = put.value_end;
             match put.family {
                 Family::Devices => writes.put_cf(&devices, key, value),
+                Family::Notices(name) => {
+                    let family = self.family(name);
+                    match put.operation {
+                        Operation::Put => writes.put_cf(&family, key, value),
+                        Operation::Delete => writes.delete_cf(&family, key),
+                        Operation::DeleteRange => writes.delete_range_cf(&family, key, value),
+                    }
+                }
                 Family::Day(day) => {
                     let family = match open_day.take() {
                         Some((open, family)) if open == day => family,
@@ -732,6 +781,7 @@ impl Batch {
         self.bytes.extend_from_slice(value);
         self.puts.push(Put {
             family: Family::Day(day),
+            operation: Operation::Put,
             key_end,
             value_end: self.bytes.len(),
         });
@@ -750,10 +800,42 @@ impl Batch {
         record::encode_device(record, &mut self.bytes);
         self.puts.push(Put {
             family: Family::Devices,
+            operation: Operation::Put,
             key_end,
             value_end: self.bytes.len(),
         });
         self.position = self.position.max(record.position);
+    }
+
+    fn put(&mut self, family: &'static str, key: &[u8], row: &impl prost::Message) {
+        let key_end = self.add_key(key);
+        record::encode_row(row, &mut self.bytes);
+        self.add(family, Operation::Put, key_end);
+    }
+
+    fn delete(&mut self, family: &'static str, key: &[u8]) {
+        let key_end = self.add_key(key);
+        self.add(family, Operation::Delete, key_end);
+    }
+
+    fn delete_range(&mut self, family: &'static str, keys: Range<&[u8]>) {
+        let key_end = self.add_key(keys.start);
+        self.bytes.extend_from_slice(keys.end);
+        self.add(family, Operation::DeleteRange, key_end);
+    }
+
+    fn add_key(&mut self, key: &[u8]) -> usize {
+        self.bytes.extend_from_slice(key);
+        self.bytes.len()
+    }
+
+    fn add(&mut self, family: &'static str, operation: Operation, key_end: usize) {
+        self.puts.push(Put {
+            family: Family::Notices(family),
+            operation,
+            key_end,
+            value_end: self.bytes.len(),
+        });
     }
 
     /// How large its keys and values are.
@@ -769,6 +851,10 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(META, settings.meta.clone()),
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
+    families.extend(
+        [COVERAGE, DEADLINES, EVENTS]
+            .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
+    );
     families.extend(
         days.iter()
             .map(|day| ColumnFamilyDescriptor::new(day.family_name(), settings.day.clone())),
@@ -789,7 +875,7 @@ fn days_of(
         for name in names {
             if let Some(day) = Day::of_family_name(&name) {
                 days.insert(day);
-            } else if ![UNUSED, META, DEVICES].contains(&name.as_str()) {
+            } else if name != UNUSED && !PERMANENT.contains(&name.as_str()) {
                 return Err(OpenError::UnknownFamily {
                     path: data_dir.to_owned(),
                     name,
@@ -833,6 +919,7 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
         });
     }
     Ok(Some(Facts {
+        heard_until_ms: None,
         incarnation: read(META_INCARNATION)?
             .and_then(fixed)
             .ok_or_else(|| damaged("its incarnation"))?,
@@ -848,6 +935,7 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
 
 fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     let mut facts = Facts {
+        heard_until_ms: None,
         incarnation: [0; 16],
         secret: [0; 32],
         position: 0,

@@ -183,6 +183,17 @@ pub fn decode_device(value: &[u8]) -> Result<DeviceRecord, RecordError> {
     })
 }
 
+/// Writes any other row to the end of `value`.
+pub(super) fn encode_row(row: &impl Message, value: &mut Vec<u8>) {
+    value.push(FORMAT);
+    row.encode(value).expect("a Vec grows");
+}
+
+/// Reads any other row.
+pub(super) fn decode_row<Row: Message + Default>(value: &[u8]) -> Result<Row, RecordError> {
+    Row::decode(body(value)?).map_err(|_| RecordError::Malformed)
+}
+
 fn body(value: &[u8]) -> Result<&[u8], RecordError> {
     match value.split_first() {
         None => Err(RecordError::Empty),

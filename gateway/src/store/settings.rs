@@ -82,6 +82,8 @@ pub(super) struct Settings {
     pub(super) devices: Options,
     /// The family of one day's pings.
     pub(super) day: Options,
+    /// The families of coverage and deadlines.
+    pub(super) notices: Options,
 }
 
 // Named options that the `rocksdb` crate has no function for. They are the base of every `Options`
@@ -162,6 +164,7 @@ impl Settings {
             meta: meta(day_memtable_bytes / 4)?,
             devices: devices(&cache, day_memtable_bytes / 2)?,
             day: day(&cache, day_memtable_bytes)?,
+            notices: notices(&cache, day_memtable_bytes / 16)?,
         })
     }
 
@@ -179,6 +182,7 @@ impl Settings {
             meta: named()?,
             devices: devices(&cache, MIB)?,
             day: day(&cache, MIB)?,
+            notices: notices(&cache, MIB)?,
         })
     }
 }
@@ -214,6 +218,16 @@ fn devices(cache: &Cache, memtable_bytes: usize) -> Result<Options, rocksdb::Err
     options.set_write_buffer_size(memtable_bytes);
     options.set_max_write_buffer_number(3);
     append_only(&mut options);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_block_based_table_factory(&table(cache));
+    Ok(options)
+}
+
+/// Coverage and deadlines: few rows, some of them overwritten, and read while the gateway runs. So their memtable is
+/// the usual skip list, which need not be sorted to be read, and small, because all of these are written to.
+fn notices(cache: &Cache, memtable_bytes: usize) -> Result<Options, rocksdb::Error> {
+    let mut options = named()?;
+    options.set_write_buffer_size(memtable_bytes);
     options.set_compression_type(DBCompressionType::Lz4);
     options.set_block_based_table_factory(&table(cache));
     Ok(options)
