@@ -29,7 +29,10 @@ use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
     num::NonZeroUsize,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -110,6 +113,11 @@ pub enum Limit {
 }
 
 impl Limit {
+    /// Whether it is the gateway as a whole that has no room, and not one address that takes too much.
+    fn is_of_all(self) -> bool {
+        matches!(self, Self::Connections | Self::Handshakes)
+    }
+
     /// Its name in metrics.
     #[must_use]
     pub fn as_label(self) -> &'static str {
@@ -285,6 +293,7 @@ impl State {
 #[derive(Clone, Debug)]
 pub struct Admission {
     state: Arc<Mutex<State>>,
+    turned_away: Arc<AtomicU64>,
     metrics: Metrics,
 }
 
@@ -295,8 +304,16 @@ impl Admission {
         let state = State::new(config.clone(), most_connections);
         Self {
             state: Arc::new(Mutex::new(state)),
+            turned_away: Arc::default(),
             metrics,
         }
+    }
+
+    /// How many newcomers were turned away so far because the gateway as a whole had no room: whoever that was could
+    /// not be heard.
+    #[must_use]
+    pub fn turned_away(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.turned_away)
     }
 
     /// Over how long the devices that are connected should come back after a stop. Zero if that is less than a
@@ -321,6 +338,11 @@ impl Admission {
     pub fn admit(&self, address: IpAddr, is_proved: bool) -> Result<Place, Verdict> {
         let mut state = self.state.lock();
         let (verdict, network) = state.judge(address, is_proved, Instant::now());
+        if let Verdict::Refuse(limit) | Verdict::Ignore(limit) = verdict
+            && limit.is_of_all()
+        {
+            self.turned_away.fetch_add(1, Ordering::Relaxed);
+        }
         if verdict != Verdict::Accept {
             return Err(verdict);
         }
@@ -373,7 +395,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.shaken_hands();
-        let Admission { state, metrics } = &self.admission;
+        let Admission { state, metrics, .. } = &self.admission;
         let mut state = state.lock();
         state.left(self.network, Instant::now());
         metrics.limits.addresses.set(state.addresses.len() as f64);
@@ -519,6 +541,22 @@ mod tests {
             judge(&mut state, HOME, true, now + SECOND),
             Verdict::Refuse(Limit::Connections)
         );
+    }
+
+    #[test]
+    fn newcomers_that_there_is_no_room_for_are_counted_and_those_over_their_own_limit_are_not() {
+        let config = AdmissionConfig {
+            address_connections: 1,
+            ..AdmissionConfig::default()
+        };
+        let admission = Admission::new(&config, 2, Metrics::new());
+        let turned_away = admission.turned_away();
+        let _first = admission.admit(HOME, true).unwrap();
+        assert!(admission.admit(HOME, true).is_err());
+        assert_eq!(turned_away.load(Ordering::Relaxed), 0);
+        let _second = admission.admit(nth(1), true).unwrap();
+        assert!(admission.admit(nth(2), true).is_err());
+        assert_eq!(turned_away.load(Ordering::Relaxed), 1);
     }
 
     #[test]

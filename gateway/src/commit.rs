@@ -3,6 +3,7 @@
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
+//! Between groups it writes what the [`Vigil`] has to say, and what checkers order.
 //! Knows device records and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
@@ -12,10 +13,11 @@
 
 use std::{
     collections::hash_map::Entry,
+    future,
     num::NonZeroUsize,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -25,7 +27,7 @@ use parking_lot::Mutex;
 use prost::Message;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use waypost_proto::{
     batch::{self, DecodedBatch},
     device::{Admission, Claim, Deferral, DeviceRecord, Judgement, LastStored, Policy},
@@ -35,14 +37,19 @@ use waypost_proto::{
 };
 
 use crate::{
+    bulletin::News,
     clock::Clock,
+    deadlines::{Contact, Said, Standing},
     disk::Pulse,
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
+    lookout::Look,
     metrics::{Fates, Metrics},
+    orders::{Order, Orders},
     rate::{Bucket, Rate},
     store::{Batch, CommitError, Day, PingKey, Store, record},
+    vigil::Vigil,
 };
 
 pub use crate::handoff::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped};
@@ -114,6 +121,13 @@ pub struct Committer {
     taken: Arc<AtomicUsize>,
     /// What may still be logged of losses.
     losses_said: Bucket,
+    vigil: Vigil,
+    orders: Orders,
+    turned_away: Arc<AtomicU64>,
+    /// For how long commits have waited for the disk since the last look.
+    disk_wait: Duration,
+    /// The last moment that was announced, or is about to be.
+    resolved_ms: u64,
 }
 
 /// What the committer starts from.
@@ -131,8 +145,14 @@ pub struct CommitParts {
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
     /// The last position that the store holds.
     pub position: u64,
-    /// How long pings are kept.
+    /// How long pings are kept, and events of deadlines.
     pub retention: Duration,
+    /// What it keeps beside pings.
+    pub vigil: Vigil,
+    /// What checkers have it write.
+    pub orders: Orders,
+    /// How many newcomers were turned away for want of room: those could not be heard.
+    pub turned_away: Arc<AtomicU64>,
 }
 
 impl Committer {
@@ -158,6 +178,11 @@ impl Committer {
             pulse: Pulse::default(),
             taken: Arc::default(),
             losses_said: Bucket::default(),
+            vigil: parts.vigil,
+            orders: parts.orders,
+            turned_away: parts.turned_away,
+            disk_wait: Duration::ZERO,
+            resolved_ms: 0,
         };
         (handle, committer)
     }
@@ -205,9 +230,33 @@ impl Committer {
     /// When a commit failed. That is final: what was queued is answered [`Answer::Lost`].
     pub async fn run(mut self) -> Result<(), CommitError> {
         self.rotate(self.clock.now_ms())?;
+        let news = self.vigil.begin(self.clock.now_ms(), self.position + 1);
+        self.say(&news)?;
         let mut group = Vec::new();
-        while let Some(gathered) = self.requests.gather(&mut group).await {
+        loop {
+            // Between two groups one, so that neither waits for long.
+            if let Some(order) = self.orders.try_next() {
+                self.obey(order)?;
+            }
+            let gathered = tokio::select! {
+                biased;
+                gathered = self.requests.gather(&mut group) => gathered,
+                order = self.orders.next() => {
+                    self.obey(order)?;
+                    continue;
+                }
+                () = future::ready(()), if self.vigil.is_behind() => {
+                    let _waiting = self.pulse.wait();
+                    self.call_late()?;
+                    continue;
+                }
+            };
+            let Some(gathered) = gathered else {
+                return Ok(());
+            };
             let _waiting = self.pulse.wait();
+            self.look()?;
+            self.resolved_ms = gathered.resolved_ms;
             if group.is_empty() {
                 self.rotate(gathered.drain_ms)?;
                 self.freshness.resolve(gathered.resolved_ms);
@@ -215,8 +264,89 @@ impl Committer {
                 self.taken.fetch_add(group.len(), Ordering::Relaxed);
                 self.commit(&mut group, gathered.resolved_ms)?;
             }
+            self.store.note_heard(gathered.resolved_ms);
+            self.call_late()?;
         }
+    }
+
+    /// Finds out whether the gateway could hear until now, before any moment is announced that is later than the
+    /// last.
+    fn look(&mut self) -> Result<(), CommitError> {
+        let look = Look {
+            reading: self.clock.read(),
+            turned_away: self.turned_away.load(Ordering::Relaxed),
+            disk_wait: std::mem::take(&mut self.disk_wait),
+            resolved_ms: self.resolved_ms,
+        };
+        let news = self.vigil.look(&look, self.position + 1);
+        self.say(&news)
+    }
+
+    /// Calls late who was not heard in time by the last moment that was announced.
+    fn call_late(&mut self) -> Result<(), CommitError> {
+        let said = self.said_next();
+        let freshness = &self.freshness;
+        let news = self
+            .vigil
+            .call_late(self.resolved_ms, said, |user| contact(freshness, user));
+        self.say(&news)
+    }
+
+    /// Does what a checker wants, and answers when it is on disk.
+    fn obey(&mut self, order: Order) -> Result<(), CommitError> {
+        let _waiting = self.pulse.wait();
+        let said = self.said_next();
+        let freshness = &self.freshness;
+        let news = self
+            .vigil
+            .set_deadlines(order.checker, &order.settings, said, |user| {
+                contact(freshness, user)
+            });
+        let answer = match news {
+            Ok(news) => {
+                self.say(&news)?;
+                Ok(self.position)
+            }
+            Err(too_many) => Err(too_many),
+        };
+        order.answer(answer);
         Ok(())
+    }
+
+    fn said_next(&self) -> Said {
+        Said {
+            position: self.position + 1,
+            at_ms: self.clock.now_ms(),
+        }
+    }
+
+    /// Writes news that are no device's, at a position of their own, and publishes them.
+    fn say(&mut self, news: &News) -> Result<(), CommitError> {
+        if news.is_empty() {
+            return Ok(());
+        }
+        let position = self.position + 1;
+        let mut batch = self.store.batch();
+        batch.put_position(position);
+        batch.put_news(news);
+        let bytes = batch.size_bytes();
+        let started = Instant::now();
+        self.store.commit(batch)?;
+        self.durable(position, bytes, started.elapsed());
+        self.vigil.publish(news);
+        self.freshness.publish(position, self.resolved_ms, &[]);
+        Ok(())
+    }
+
+    /// A commit is on disk.
+    fn durable(&mut self, position: u64, bytes: usize, duration: Duration) {
+        self.position = position;
+        self.disk_wait += duration;
+        let commits = &self.metrics.commits;
+        commits.duration.record(duration);
+        commits.size_bytes.record(bytes as f64);
+        commits.position.set(position as f64);
+        commits.commits.increment(1);
     }
 
     /// Durable, then visible, then acknowledged.
@@ -267,12 +397,22 @@ impl Committer {
             judged.changes.push((device.user, record.get().clocks));
         }
 
+        let contacts = judged.changes.iter();
+        let news = self.vigil.heard(
+            contacts.map(|(user, clocks)| (*user, clocks.last_contact_ms)),
+            Said {
+                position,
+                at_ms: commit_ms,
+            },
+        );
+        judged.batch.put_news(&news);
+
         let bytes = judged.batch.size_bytes();
         let started = Instant::now();
         self.store.commit(judged.batch)?;
-        self.metrics.commits.duration.record(started.elapsed());
-        self.position = position;
+        self.durable(position, bytes, started.elapsed());
 
+        self.vigil.publish(&news);
         self.freshness
             .publish(position, resolved_ms, &judged.changes);
 
@@ -280,11 +420,8 @@ impl Committer {
         let commits = &self.metrics.commits;
         commits.given_up.increment(judged.gaps);
         commits.size_pings.record(judged.fates.accepted as f64);
-        commits.size_bytes.record(bytes as f64);
         commits.size_batches.record(judged.answers.len() as f64);
         commits.known_devices.set(self.devices.len() as f64);
-        commits.position.set(position as f64);
-        commits.commits.increment(1);
         let mut rings = Rings::default();
         for (reply, answer) in judged.answers {
             reply.answer(answer, &mut rings);
@@ -441,7 +578,37 @@ impl Committer {
         if dropped > 0 {
             info!(days = dropped, "dropped days whose retention is over");
         }
-        Ok(())
+        self.forget_events(now_ms.saturating_sub(self.policy.retention_ms))
+    }
+
+    /// Deletes the events of deadlines whose retention is over.
+    fn forget_events(&self, before_ms: u64) -> Result<(), CommitError> {
+        let old = match self.store.events_before(before_ms) {
+            Ok(old) => old,
+            // They are only kept for longer.
+            Err(error) => {
+                warn!(%error, "events of deadlines whose retention is over could not be found");
+                return Ok(());
+            }
+        };
+        if old.is_empty() {
+            return Ok(());
+        }
+        let mut batch = self.store.batch();
+        for (checker, position) in old {
+            // Told first: no reader may take what is gone for what never was.
+            self.vigil.forget(checker, position);
+            batch.forget_events(checker, position);
+        }
+        self.store.commit(batch)
+    }
+}
+
+/// What is known of a user's silence. Nobody can pause yet.
+fn contact(freshness: &Freshness, user: &UserId) -> Contact {
+    Contact {
+        last_contact_ms: freshness.last_contact_ms(user),
+        standing: Standing::Active { since_ms: 0 },
     }
 }
 

@@ -1,7 +1,8 @@
 //! The freshness service: tells checkers how fresh users are, over gRPC.
 //!
-//! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream.
-//! Must not know devices, commits or disks: it reads [`Freshness`].
+//! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream, `notices` what is
+//! told on it beside entries. Must not know devices or commits: it reads [`Freshness`], the [`Bulletin`], and events
+//! of deadlines from the store.
 //!
 //! # Bounds
 //!
@@ -17,6 +18,7 @@
 pub mod client;
 mod listener;
 mod message;
+mod notices;
 mod service;
 mod token;
 mod watcher;
@@ -25,7 +27,7 @@ mod wire;
 use std::{
     io,
     net::{SocketAddr, TcpListener},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -38,9 +40,13 @@ use waypost_proto::id::is_checker_name;
 
 pub use self::message::Message;
 use self::{
-    listener::Door, rpc::freshness_server::FreshnessServer, service::Service, token::Tokens,
+    listener::Door, notices::Notices, rpc::freshness_server::FreshnessServer, service::Service,
+    token::Tokens,
 };
-use crate::{clock::Clock, freshness::Freshness, metrics::Metrics};
+use crate::{
+    bulletin::Bulletin, clock::Clock, freshness::Freshness, metrics::Metrics, orders::OrderHandle,
+    store::Store,
+};
 
 /// The generated client and server of `waypost.v1.Freshness`.
 #[allow(
@@ -75,6 +81,8 @@ pub struct FreshnessConfig {
     /// that; half of it, so that one that comes late is still in time.
     #[serde(with = "humantime_serde")]
     pub progress_interval: Duration,
+    /// How many deadlines all checkers together may set; more are refused. Each takes about 140 bytes.
+    pub max_deadlines: usize,
 }
 
 impl Default for FreshnessConfig {
@@ -85,6 +93,7 @@ impl Default for FreshnessConfig {
             max_connections: 512,
             max_watchers: 256,
             progress_interval: Duration::from_millis(500),
+            max_deadlines: 1_000_000,
         }
     }
 }
@@ -145,6 +154,12 @@ pub struct FeedParts {
     pub trust_domain: String,
     /// What it reads.
     pub freshness: Arc<Freshness>,
+    /// When the gateway could not hear, and who is late.
+    pub bulletin: Arc<Bulletin>,
+    /// Where events of deadlines are kept. It is not held open by a stream that is read slowly.
+    pub store: Weak<Store>,
+    /// What checkers set goes there.
+    pub order: OrderHandle,
     /// The store's name.
     pub incarnation: [u8; 16],
     /// The store's key for resume tokens.
@@ -208,6 +223,8 @@ impl Feed {
             tokens: Tokens::new(self.parts.incarnation, &self.parts.token_key),
             trust_domain: self.parts.trust_domain,
             freshness: self.parts.freshness,
+            notices: Notices::new(self.parts.bulletin, self.parts.store),
+            order: self.parts.order,
             clock: self.parts.clock,
             metrics: self.parts.metrics,
             checkers: self.config.checkers.into_iter().collect(),

@@ -78,6 +78,14 @@ impl Freshness {
         }
     }
 
+    /// The same, and it has come at least to this position: not every commit is in a device's record.
+    #[must_use]
+    pub fn at_least(self, position: u64) -> Self {
+        self.index.write().at_least(position);
+        self.head.send_replace(self.head());
+        self
+    }
+
     /// Makes a durable commit visible. Called by the committer alone, with ascending positions; every
     /// contact received up to `resolved_ms` is in this commit or an earlier one.
     pub fn publish(&self, position: u64, resolved_ms: u64, changes: &[(UserId, Clocks)]) {
@@ -109,6 +117,15 @@ impl Freshness {
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<Head> {
         self.head.subscribe()
+    }
+
+    /// When a user was last heard; 0 for one that was never seen.
+    #[must_use]
+    pub fn last_contact_ms(&self, user: &UserId) -> u64 {
+        let index = self.index.read();
+        index
+            .find(user)
+            .map_or(0, |seen| seen.clocks.last_contact_ms)
     }
 
     /// How many users have ever been seen.

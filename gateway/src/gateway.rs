@@ -18,6 +18,7 @@ use crate::{
     admin::{Admin, AdminError, Readiness, Stage},
     admission::Admission,
     allowance::Allowances,
+    bulletin::Bulletin,
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
@@ -25,10 +26,12 @@ use crate::{
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
+    orders,
     session::SessionParts,
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
     tls::{self, TlsError},
+    vigil::{Start, Vigil, VigilParts},
     worker::{WorkerError, Workers},
 };
 
@@ -114,27 +117,35 @@ impl Gateway {
     /// # Errors
     /// When a part cannot start; nothing has been served then.
     pub async fn bind(config: &Config) -> Result<Self, BindError> {
+        let began_ms = system_now_ms();
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
         let device_tls = tls::device_tls(&config.tls, &metrics)?;
         let freshness_tls = tls::freshness_server_config(&config.tls)?;
 
-        let store = Arc::new(Store::open(
-            &config.data_dir,
-            &config.store,
-            system_now_ms(),
-        )?);
+        let store = Arc::new(Store::open(&config.data_dir, &config.store, began_ms)?);
         let (devices, recovered) = store.load_devices()?;
         let clock = Clock::starting_at(recovered.high_water_ms);
-        let freshness = Arc::new(Freshness::restore(
+        // Nothing is said of the time since an earlier process until it is written down that nobody was heard in it.
+        let heard_until_ms = (recovered.high_water_ms != 0).then_some(recovered.high_water_ms);
+        let freshness = Freshness::restore(
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
-            clock.now_ms().saturating_sub(1),
+            heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
+        );
+        let freshness = Arc::new(freshness.at_least(recovered.position));
+        let deadlines = store.load_deadlines()?;
+        let bulletin = Arc::new(Bulletin::restore(
+            store.load_coverage()?,
+            &deadlines.registrations,
+            deadlines.forgotten,
+            recovered.position,
         ));
         info!(
             devices = devices.len(),
+            deadlines = deadlines.registrations.len(),
             position = recovered.position,
             "the store is open"
         );
@@ -142,6 +153,22 @@ impl Gateway {
         metrics.commits.known_devices.set(devices.len() as f64);
         metrics.commits.position.set(recovered.position as f64);
 
+        let admission = Admission::new(
+            &config.devices.admission,
+            config.devices.connections,
+            metrics.clone(),
+        );
+        let vigil = Vigil::new(VigilParts {
+            bulletin: Arc::clone(&bulletin),
+            deadlines: deadlines.registrations,
+            max_deadlines: config.freshness.max_deadlines,
+            start: heard_until_ms.map(|heard_until_ms| Start {
+                heard_until_ms,
+                began_ms,
+            }),
+            metrics: metrics.clone(),
+        });
+        let (order, orders) = orders::queue();
         let (commit, committer) = Committer::new(
             &config.commit,
             CommitParts {
@@ -152,6 +179,9 @@ impl Gateway {
                 devices: FxHashMap::from_iter(devices),
                 position: recovered.position,
                 retention: config.store.retention,
+                vigil,
+                orders,
+                turned_away: admission.turned_away(),
             },
         );
         let workers = Workers::bind(&config.devices, device_tls.server, &store.secret())?;
@@ -161,6 +191,9 @@ impl Gateway {
             FeedParts {
                 trust_domain: config.tls.trust_domain.clone(),
                 freshness: Arc::clone(&freshness),
+                bulletin,
+                store: Arc::downgrade(&store),
+                order,
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
@@ -170,11 +203,7 @@ impl Gateway {
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
-            admission: Admission::new(
-                &config.devices.admission,
-                config.devices.connections,
-                metrics.clone(),
-            ),
+            admission,
             restored_check: device_tls.check,
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
@@ -244,11 +273,6 @@ impl Gateway {
         let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
         let closing = CancellationToken::new();
-        let mut committed = committer.spawn().map_err(|error| {
-            error!(%error, "no thread for the committer");
-            GatewayError::PartEnded("committer")
-        })?;
-
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
@@ -267,6 +291,11 @@ impl Gateway {
         let mut workers = workers.spawn(serve).map_err(|error| {
             error!(%error, "no thread for a worker");
             GatewayError::PartEnded("worker")
+        })?;
+        // Last, because it writes down that from now on devices can be heard.
+        let mut committed = committer.spawn().map_err(|error| {
+            error!(%error, "no thread for the committer");
+            GatewayError::PartEnded("committer")
         })?;
 
         readiness.advance(match disk.obstacle() {

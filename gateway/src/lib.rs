@@ -5,7 +5,9 @@
 //! lets them; each is proven in its `handshake` by [`tls`], and served by one [`session`] task, which ends the device's older one ([`takeover`]), holds it
 //! to its [`allowance`] over time ([`rate`]), and hands batches over ([`handoff`]) to the one [`commit`]ter.
 //! The committer judges, writes through [`store`], publishes to [`freshness`], and only then answers;
-//! [`feed`] tells checkers.
+//! [`feed`] tells checkers. Beside pings the committer keeps a [`vigil`]: its [`lookout`] finds out when the gateway
+//! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
+//! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`].
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -45,6 +47,7 @@ pub mod inspect;
 pub mod logging;
 pub mod lookout;
 pub mod metrics;
+pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
@@ -55,5 +58,6 @@ mod sync;
 pub mod takeover;
 pub mod tls;
 pub mod transport;
+pub mod vigil;
 pub mod watch;
 pub mod worker;

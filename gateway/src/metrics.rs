@@ -19,6 +19,7 @@
 //! - `commits`: the committer's queues, its commits, and how often the disk stalled them.
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
+//! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
 //!
 //! `waypost_build_info` is here. `series` makes what those files name, `text` is what Prometheus reads, and
@@ -37,6 +38,7 @@ mod sessions;
 pub mod snapshot;
 mod store;
 mod text;
+mod vigil;
 
 use std::{ops::Deref, sync::Arc};
 
@@ -66,6 +68,7 @@ pub use self::{
     series::ByLabel,
     sessions::{ADMISSIONS, FRAME_KINDS, SessionMetrics},
     store::StoreFigures,
+    vigil::{BLINDNESSES, DEADLINE_EVENTS, VigilMetrics},
 };
 
 /// All metrics of one gateway. Clones share them. The handles are reached through [`Handles`].
@@ -84,6 +87,7 @@ pub struct Handles {
     pub freshness: FreshnessMetrics,
     pub limits: LimitMetrics,
     pub resumption: ResumptionMetrics,
+    pub vigil: VigilMetrics,
 }
 
 struct Inner {
@@ -221,6 +225,7 @@ impl Handles {
             freshness: FreshnessMetrics::register(),
             limits: LimitMetrics::register(),
             resumption: ResumptionMetrics::register(),
+            vigil: VigilMetrics::register(),
         }
     }
 }

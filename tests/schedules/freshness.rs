@@ -55,6 +55,11 @@ impl Freshness {
         self.told.lock().resolve(resolved_ms);
     }
 
+    pub(crate) fn last_contact_ms(&self, user: &UserId) -> u64 {
+        let told = self.told.lock();
+        told.contacts_ms.get(user).copied().unwrap_or_default()
+    }
+
     pub(crate) fn position(&self) -> u64 {
         self.told.lock().position
     }

@@ -33,9 +33,11 @@ use crate::{
     commit::{CommitConfig, CommitParts, Committer},
     freshness::Freshness,
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
+    orders,
     plan::{Plan, Tally},
     store::Store,
     sync::Alarm,
+    vigil::{Vigil, VigilParts},
 };
 
 /// What all tasks of an execution look at.
@@ -85,6 +87,15 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 .collect(),
             position: 0,
             retention: Duration::from_secs(86_400),
+            vigil: Vigil::new(VigilParts {
+                bulletin: Arc::default(),
+                deadlines: Vec::new(),
+                max_deadlines: 0,
+                start: None,
+                metrics: METRICS.clone(),
+            }),
+            orders: orders::queue().1,
+            turned_away: Arc::default(),
         },
     );
     let world = Arc::new(World {

@@ -5,6 +5,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -12,24 +13,37 @@ use tonic::{Request, Response, Status};
 use tracing::debug;
 use waypost_proto::{
     id::UserId,
-    v1::{GetRequest, GetResponse, ListStaleRequest, ListStaleResponse, WatchRequest},
+    v1::{
+        GetRequest, GetResponse, ListDeadlinesRequest, ListDeadlinesResponse, ListStaleRequest,
+        ListStaleResponse, SetDeadlinesRequest, SetDeadlinesResponse, WatchRequest,
+    },
 };
 
 use super::{
     listener::Peer,
     message::Message,
+    notices::{self, Notices},
     rpc,
     token::Tokens,
     watcher::Watcher,
     wire::{self, Selector},
 };
-use crate::{clock::Clock, freshness::Freshness, metrics::Metrics, tls};
+use crate::{
+    clock::Clock,
+    deadlines::Checker,
+    freshness::Freshness,
+    metrics::Metrics,
+    orders::{OrderError, OrderHandle},
+    tls,
+};
 
 #[derive(Debug)]
 pub(super) struct Service {
     pub(super) tokens: Tokens,
     pub(super) trust_domain: String,
     pub(super) freshness: Arc<Freshness>,
+    pub(super) notices: Notices,
+    pub(super) order: OrderHandle,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) checkers: BTreeSet<String>,
@@ -72,7 +86,7 @@ impl rpc::freshness_server::Freshness for Service {
         self.admit(&request)?;
         let request = request.get_ref();
         let (older_than_ms, after, limit) = (
-            request.older_than_ms,
+            self.older_than_ms(request)?,
             wire::page_start(request)?,
             wire::page_size(request)?,
         );
@@ -89,11 +103,52 @@ impl rpc::freshness_server::Freshness for Service {
         })
         .await
         .map_err(|_| Status::internal("the list could not be made"))?;
+        let spans = self
+            .notices
+            .coverage(|coverage| coverage.within(older_than_ms, page.head.resolved_ms));
         Ok(Response::new(ListStaleResponse {
             entries: wire::entries(&page.users).collect(),
             next_page_token: wire::page_token(page.next),
             position: page.head.position,
             resolved_ms: page.head.resolved_ms,
+            older_than_ms,
+            coverage: spans.iter().map(notices::coverage_message).collect(),
+        }))
+    }
+
+    async fn set_deadlines(
+        &self,
+        request: Request<SetDeadlinesRequest>,
+    ) -> Result<Response<SetDeadlinesResponse>, Status> {
+        let checker = Checker::named(&self.admit(&request)?);
+        let settings = notices::settings(request.get_ref())?;
+        let set = self.order.set_deadlines(checker, settings).await;
+        let position = set.map_err(|error| match error {
+            OrderError::TooMany(_) => Status::resource_exhausted(format!(
+                "{error}, and none of this call: remove some, or raise [freshness] max_deadlines"
+            )),
+            OrderError::Stopped => Status::unavailable(format!(
+                "{error}: whether these deadlines are set is not known, so set them again"
+            )),
+        })?;
+        Ok(Response::new(SetDeadlinesResponse { position }))
+    }
+
+    async fn list_deadlines(
+        &self,
+        request: Request<ListDeadlinesRequest>,
+    ) -> Result<Response<ListDeadlinesResponse>, Status> {
+        let checker = Checker::named(&self.admit(&request)?);
+        let (after, limit) = notices::deadlines_page(request.get_ref())?;
+        let page = self.notices.deadlines(checker, after, limit + 1).await?;
+        let (page, rest) = page.split_at(limit.min(page.len()));
+        let next_page_token = match page.last() {
+            Some(last) if !rest.is_empty() => Bytes::copy_from_slice(&last.user.0),
+            _ => Bytes::new(),
+        };
+        Ok(Response::new(ListDeadlinesResponse {
+            deadlines: page.iter().map(notices::deadline_state).collect(),
+            next_page_token,
         }))
     }
 
@@ -118,6 +173,8 @@ impl rpc::freshness_server::Freshness for Service {
             selector,
             tokens: self.tokens.clone(),
             freshness: Arc::clone(&self.freshness),
+            notices: self.notices.clone(),
+            checker: Checker::named(&checker),
             clock: self.clock.clone(),
             metrics: self.metrics.clone(),
             progress_interval: self.progress_interval,
@@ -132,6 +189,22 @@ impl rpc::freshness_server::Freshness for Service {
 }
 
 impl Service {
+    /// Since when the users of a list were not heard.
+    fn older_than_ms(&self, request: &ListStaleRequest) -> Result<u64, Status> {
+        match (request.older_than_ms, request.silent_for_ms) {
+            (older_than_ms, 0) => Ok(older_than_ms),
+            (0, silent_for_ms) => {
+                let resolved_ms = self.freshness.head().resolved_ms;
+                Ok(self
+                    .notices
+                    .coverage(|coverage| coverage.moment_before(resolved_ms, silent_for_ms)))
+            }
+            _ => Err(Status::invalid_argument(
+                "older_than_ms and silent_for_ms are two ways to say the same: pass one of them",
+            )),
+        }
+    }
+
     /// The name of the checker that calls, if it may.
     fn admit<T>(&self, request: &Request<T>) -> Result<String, Status> {
         let peer = request.extensions().get::<Peer>();

@@ -9,14 +9,23 @@ use waypost_proto::{
     device::Clocks,
     id::UserId,
     v1::{
-        Entry, GetRequest, Header, ListStaleRequest, Progress, State, WatchEvent, WatchRequest,
-        WatchResponse, reset, watch_event::Kind,
+        Coverage, Deadline, DeadlineSetting, Entry, GetRequest, Header, ListDeadlinesRequest,
+        ListStaleRequest, Progress, SetDeadlinesRequest, State, WatchEvent, WatchRequest,
+        WatchResponse, coverage, deadline, reset, watch_event::Kind,
     },
 };
 
 use bytes::Bytes;
 
-use crate::tls::{TlsConfig, freshness_server_config};
+use crate::{
+    bulletin::News,
+    clock::system_now_ms,
+    coverage::{Reason, Span},
+    deadlines::{self, Checker, Event, Late, Registration, Setting},
+    orders::{self, Orders},
+    store::{Batch, StoreConfig},
+    tls::{TlsConfig, freshness_server_config},
+};
 
 use super::{client::connect, rpc::freshness_client::FreshnessClient, *};
 
@@ -58,6 +67,10 @@ struct Harness {
     pki: Pki,
     address: String,
     freshness: Arc<Freshness>,
+    bulletin: Arc<Bulletin>,
+    store: Arc<Store>,
+    orders: Orders,
+    _folder: tempfile::TempDir,
     metrics: Metrics,
     cancel: CancellationToken,
     running: JoinHandle<()>,
@@ -93,10 +106,17 @@ impl Harness {
         })
         .unwrap();
         let freshness = Arc::new(Freshness::restore(std::iter::empty(), 0));
+        let bulletin = Arc::new(Bulletin::default());
+        let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
+        let store = Arc::new(store);
+        let (order, orders) = orders::queue();
         let metrics = Metrics::new();
         let parts = FeedParts {
             trust_domain: TRUST_DOMAIN.to_owned(),
             freshness: Arc::clone(&freshness),
+            bulletin: Arc::clone(&bulletin),
+            store: Arc::downgrade(&store),
+            order,
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
@@ -110,6 +130,10 @@ impl Harness {
             pki,
             address,
             freshness,
+            bulletin,
+            store,
+            orders,
+            _folder: files,
             metrics,
             cancel,
             running,
@@ -142,6 +166,75 @@ impl Harness {
     fn publish(&self, position: u64, users: &[u8]) {
         let changes: Vec<_> = users.iter().map(|&n| (user(n), heard(position))).collect();
         self.freshness.publish(position, position, &changes);
+    }
+
+    /// Says something at a position of its own, as the committer does.
+    fn say(&self, position: u64, news: &News) {
+        let mut batch = Batch::default();
+        batch.put_position(position);
+        batch.put_news(news);
+        self.store.commit(batch).unwrap();
+        self.bulletin.publish(news);
+        self.freshness.publish(position, position, &[]);
+    }
+
+    fn say_span(&self, position: u64, from_ms: u64, until_ms: Option<u64>) {
+        let span = Span {
+            from_ms,
+            until_ms,
+            reason: Reason::Down,
+            position,
+        };
+        let change = self
+            .bulletin
+            .coverage(|coverage| coverage.change(vec![span]));
+        self.say(
+            position,
+            &News {
+                coverage: Some(change),
+                deadlines: Vec::new(),
+            },
+        );
+    }
+
+    /// Calls users of a checker late, or lets them recover.
+    fn say_late(&self, position: u64, checker: &str, users: &[u8], kind: deadlines::Kind) {
+        let mut changes = Vec::new();
+        for &n in users {
+            let event = Event {
+                checker: Checker::named(checker),
+                user: user(n),
+                kind,
+                position,
+                at_ms: position + 1,
+                last_contact_ms: 2,
+                due_ms: 3,
+            };
+            let late = Late {
+                position,
+                at_ms: event.at_ms,
+                last_contact_ms: 2,
+                due_ms: 3,
+            };
+            changes.push(deadlines::Change::Set(Registration {
+                checker: event.checker,
+                user: event.user,
+                setting: Setting {
+                    expect_every_ms: 60_000,
+                    grace_ms: 30_000,
+                },
+                since_ms: 1,
+                late: (kind == deadlines::Kind::Late).then_some(late),
+            }));
+            changes.push(deadlines::Change::Event(event));
+        }
+        self.say(
+            position,
+            &News {
+                coverage: None,
+                deadlines: changes,
+            },
+        );
     }
 
     /// Whether a checker that connects now is answered. It may learn only from the first answer that it
@@ -221,6 +314,23 @@ impl Watching {
         }
     }
 
+    /// Everything up to the end of the snapshot or the progress that reaches `position`, but for the header and
+    /// other progress.
+    async fn all_until(&mut self, position: u64) -> (Vec<Kind>, Bytes) {
+        let mut told = Vec::new();
+        loop {
+            match self.next().await.unwrap() {
+                Kind::Header(_) => {}
+                Kind::SnapshotEnd(end) if position <= end.position => return (told, end.token),
+                Kind::Progress(progress) if position <= progress.position => {
+                    return (told, progress.token);
+                }
+                Kind::Progress(_) => {}
+                other => told.push(other),
+            }
+        }
+    }
+
     /// The entries up to the progress that reaches `position`.
     async fn until(&mut self, position: u64) -> (Vec<Entry>, Progress) {
         let mut entries = Vec::new();
@@ -265,6 +375,266 @@ fn entry(n: u8, position: u64) -> Entry {
         position,
         coalesced: 0,
     }
+}
+
+fn span(position: u64, from_ms: u64, until_ms: u64) -> Kind {
+    Kind::Coverage(Coverage {
+        from_ms,
+        until_ms,
+        reason: coverage::Reason::Down.into(),
+        position,
+    })
+}
+
+fn late(n: u8, position: u64) -> Kind {
+    deadline_event(n, position, deadline::Kind::Late)
+}
+
+fn recovered(n: u8, position: u64) -> Kind {
+    deadline_event(n, position, deadline::Kind::Recovered)
+}
+
+fn deadline_event(n: u8, position: u64, kind: deadline::Kind) -> Kind {
+    Kind::Deadline(Deadline {
+        user: id(n),
+        kind: kind.into(),
+        at_ms: position + 1,
+        position,
+        last_contact_ms: 2,
+        due_ms: 3,
+    })
+}
+
+#[tokio::test]
+async fn spans_come_in_the_snapshot_and_when_they_begin_and_end_and_again_after_a_token() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    harness.say_span(2, 100, Some(200));
+    let mut watching = harness.watch(&Bytes::new()).await;
+    watching.header().await;
+    let mut in_snapshot = Vec::new();
+    let end = loop {
+        match watching.next().await.unwrap() {
+            Kind::SnapshotEnd(end) => break end,
+            other => in_snapshot.push(other),
+        }
+    };
+    assert_eq!(in_snapshot, [Kind::Entry(entry(1, 1)), span(2, 100, 200)]);
+    assert_eq!((end.count, end.position), (1, 2), "a span is no entry");
+
+    harness.say_span(3, 300, None);
+    let (told, begun) = watching.all_until(3).await;
+    assert_eq!(told, [span(3, 300, 0)]);
+    harness.say_span(4, 300, Some(400));
+    let (told, ended) = watching.all_until(4).await;
+    assert_eq!(told, [span(4, 300, 400)]);
+    harness.say_span(5, 500, Some(600));
+
+    for (token, expected) in [
+        (&end.token, vec![span(4, 300, 400), span(5, 500, 600)]),
+        (&begun, vec![span(4, 300, 400), span(5, 500, 600)]),
+        (&ended, vec![span(5, 500, 600)]),
+    ] {
+        let (told, _) = harness.watch(token).await.all_until(5).await;
+        assert_eq!(told, expected);
+    }
+}
+
+#[tokio::test]
+async fn a_checker_is_told_of_its_own_deadlines_once_each_and_in_order() {
+    use deadlines::Kind::{Late, Recovered};
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    let (_, at_snapshot) = watching.all_until(1).await;
+    harness.say_late(2, "ops", &[1, 2], Late);
+    let (told, after_late) = watching.all_until(2).await;
+    assert_eq!(told, [late(1, 2), late(2, 2)]);
+    harness.say_late(3, "night", &[1], Late);
+    harness.say_late(4, "ops", &[1], Recovered);
+    let (told, after_all) = watching.all_until(4).await;
+    assert_eq!(told, [recovered(1, 4)]);
+
+    for (token, expected) in [
+        (&at_snapshot, vec![late(1, 2), late(2, 2), recovered(1, 4)]),
+        (&after_late, vec![recovered(1, 4)]),
+        (&after_all, vec![]),
+    ] {
+        harness.publish(harness.freshness.head().position + 1, &[]);
+        let head = harness.freshness.head().position;
+        let (told, _) = harness.watch(token).await.all_until(head).await;
+        assert_eq!(told, expected);
+    }
+    // Whoever begins anew is told who is late now.
+    let (told, _) = harness.watch(&Bytes::new()).await.all_until(4).await;
+    assert_eq!(told, [Kind::Entry(entry(1, 1)), late(2, 2)]);
+    // Only of those that it has selected.
+    let request = WatchRequest {
+        user_ids: vec![id(1)],
+        ..WatchRequest::default()
+    };
+    let client = harness.client(OPS).await;
+    let mut of_one = Watching::begin(client, request).await.unwrap();
+    let (told, _) = of_one.all_until(4).await;
+    assert_eq!(told, [Kind::Entry(entry(1, 1))]);
+    let head = harness.freshness.head().position;
+    harness.say_late(head + 1, "ops", &[1, 2], Late);
+    let (told, _) = of_one.all_until(head + 1).await;
+    assert_eq!(told, [late(1, head + 1)]);
+}
+
+#[tokio::test]
+async fn more_events_than_fit_a_message_all_come_before_the_announcement() {
+    use deadlines::Kind::{Late, Recovered};
+    let harness = Harness::start();
+    let mut watching = harness.watch(&Bytes::new()).await;
+    let (_, token) = watching.all_until(0).await;
+    let users: Vec<u8> = (0..=255).collect();
+    let mut expected = Vec::new();
+    for position in 1..=9 {
+        let kind = if position % 2 == 1 { Late } else { Recovered };
+        harness.say_late(position, "ops", &users, kind);
+        expected.extend(users.iter().map(|&n| match kind {
+            Late => late(n, position),
+            Recovered => recovered(n, position),
+        }));
+    }
+    assert_eq!(watching.all_until(9).await.0, expected);
+    drop(token);
+    let (told, _) = harness.watch(&Bytes::new()).await.all_until(9).await;
+    assert_eq!(told.len(), 256, "who is late now");
+}
+
+#[tokio::test]
+async fn a_token_of_before_what_was_dropped_begins_again_for_its_checker_only() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let mut watching = harness.watch(&Bytes::new()).await;
+    let (_, before) = watching.all_until(1).await;
+    harness.say_late(2, "ops", &[1], deadlines::Kind::Late);
+    let (_, after) = watching.all_until(2).await;
+    harness.bulletin.forget(Checker::named("night"), 2);
+    let mut resumed = harness.watch(&before).await;
+    assert_eq!(resumed.header().await.position, 1);
+
+    harness.bulletin.forget(Checker::named("ops"), 2);
+    let mut resumed = harness.watch(&after).await;
+    assert_eq!(resumed.header().await.position, 2);
+    let mut reset = harness.watch(&before).await;
+    assert_eq!(reset.header().await.position, 0);
+    match reset.next().await.unwrap() {
+        Kind::Reset(reset) => assert_eq!(reset.reason(), reset::Reason::MarkersGone),
+        other => panic!("not a reset: {other:?}"),
+    }
+    let (told, _) = reset.all_until(2).await;
+    assert_eq!(told, [Kind::Entry(entry(1, 1)), late(1, 2)]);
+}
+
+#[tokio::test]
+async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
+    let mut harness = Harness::start();
+    let mut ops = harness.client(OPS).await;
+    let asked = |user, expect_every_ms, grace_ms| DeadlineSetting {
+        user,
+        expect_every_ms,
+        grace_ms,
+    };
+    let request = |deadlines| SetDeadlinesRequest { deadlines };
+    for wrong in [
+        vec![asked(Bytes::from_static(b"short"), 1, 1)],
+        vec![asked(id(1), u64::MAX, 1)],
+        vec![asked(id(1), 1, u64::MAX)],
+        vec![asked(id(1), 1, 1); 1_001],
+    ] {
+        let refused = ops.set_deadlines(request(wrong)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+    }
+    let calling = tokio::spawn({
+        let mut ops = ops.clone();
+        let call = request(vec![asked(id(1), 60_000, 30_000), asked(id(2), 0, 5)]);
+        async move { ops.set_deadlines(call).await }
+    });
+    let order = harness.orders.next().await;
+    assert_eq!(order.checker, Checker::named("ops"));
+    let setting = Setting {
+        expect_every_ms: 60_000,
+        grace_ms: 30_000,
+    };
+    assert_eq!(order.settings, [(user(1), Some(setting)), (user(2), None)]);
+    order.answer(Ok(17));
+    assert_eq!(calling.await.unwrap().unwrap().into_inner().position, 17);
+    let calling = tokio::spawn({
+        let mut ops = ops.clone();
+        async move { ops.set_deadlines(SetDeadlinesRequest::default()).await }
+    });
+    let too_many = deadlines::TooMany { most: 5 };
+    harness.orders.next().await.answer(Err(too_many));
+    let refused = calling.await.unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+
+    harness.say_late(1, "ops", &[3, 1, 2], deadlines::Kind::Late);
+    harness.say_late(2, "ops", &[2], deadlines::Kind::Recovered);
+    harness.say_late(3, "night", &[9], deadlines::Kind::Late);
+    let mut listed = Vec::new();
+    let mut page = ListDeadlinesRequest {
+        page_size: 2,
+        ..ListDeadlinesRequest::default()
+    };
+    loop {
+        let answer = ops.list_deadlines(page.clone()).await.unwrap().into_inner();
+        listed.extend(answer.deadlines);
+        page.page_token = answer.next_page_token;
+        if page.page_token.is_empty() {
+            break;
+        }
+    }
+    let listed: Vec<_> = listed
+        .into_iter()
+        .map(|state| {
+            let late = state.late.map(|late| late.position);
+            (state.setting.unwrap(), state.since_ms, late)
+        })
+        .collect();
+    let state = |n, late| (asked(id(n), 60_000, 30_000), 1, late);
+    assert_eq!(
+        listed,
+        [state(1, Some(1)), state(2, None), state(3, Some(1))]
+    );
+}
+
+#[tokio::test]
+async fn silence_is_asked_for_in_time_that_the_gateway_could_hear() {
+    let harness = Harness::start();
+    let heard: Vec<_> = [(1, 100), (2, 149), (3, 150), (4, 800)]
+        .map(|(n, at_ms)| (user(n), heard(at_ms)))
+        .into();
+    harness.freshness.publish(1, 1_000, &heard);
+    let mut ops = harness.client(OPS).await;
+    let silent_for = |silent_for_ms| ListStaleRequest {
+        silent_for_ms,
+        ..ListStaleRequest::default()
+    };
+    let plain = ops.list_stale(silent_for(300)).await.unwrap().into_inner();
+    assert_eq!((plain.entries.len(), plain.older_than_ms), (3, 700));
+    assert_eq!(plain.coverage, []);
+
+    // 450 ms of the last 850 it could hear.
+    let spans = [(2, 200, 500), (3, 700, 800)];
+    for (position, from_ms, until_ms) in spans {
+        harness.say_span(position, from_ms, Some(until_ms));
+    }
+    let told = ops.list_stale(silent_for(450)).await.unwrap().into_inner();
+    let silent: Vec<_> = told.entries.into_iter().map(|entry| entry.user).collect();
+    assert_eq!((silent, told.older_than_ms), (vec![id(1), id(2)], 150));
+    let told: Vec<_> = told.coverage.into_iter().map(Kind::Coverage).collect();
+    assert_eq!(told, [span(2, 200, 500), span(3, 700, 800)]);
+
+    let both = ListStaleRequest {
+        older_than_ms: 1,
+        ..silent_for(1)
+    };
+    let refused = ops.list_stale(both).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
 }
 
 #[tokio::test]

@@ -8,6 +8,8 @@
 //!   of that moment has been put into it, and a position only when no entry at or below it can come.
 //! - A stream that is level passes on each commit in the words that were found for it once, for all streams.
 //!   One that is behind reads the users themselves, and gets its own words for newer and fewer values.
+//! - Spans of coverage and events of deadlines come before the first announcement at or beyond their position,
+//!   after the entries of the step ([`super::notices`]).
 //! - Whoever cannot be brought level by following the changes within a progress interval, because users
 //!   change faster than it reads, is brought level by a sweep; so `resolved_ms` moves on under any load.
 
@@ -27,11 +29,13 @@ use waypost_proto::v1::{
 
 use super::{
     message::Message,
+    notices::{NoticeError, Notices, Told},
     token::{Scope, Tokens},
     wire::{self, Selector},
 };
 use crate::{
     clock::Clock,
+    deadlines::Checker,
     freshness::{Commit, Freshness, Head, LastSeen, Reader, Step, Update},
     metrics::Metrics,
 };
@@ -51,6 +55,8 @@ pub(super) struct Watcher {
     pub(super) selector: Selector,
     pub(super) tokens: Tokens,
     pub(super) freshness: Arc<Freshness>,
+    pub(super) notices: Notices,
+    pub(super) checker: Checker,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) progress_interval: Duration,
@@ -63,11 +69,13 @@ pub(super) struct Watcher {
 enum Ended {
     ReaderGone,
     ShuttingDown,
+    Untold(NoticeError),
 }
 
 /// Where the stream stands.
 struct Progressing {
     reader: Reader,
+    told: Told,
     /// The entries of the snapshot so far, while it lasts.
     snapshot_count: Option<u64>,
     resolved_ms: u64,
@@ -98,9 +106,14 @@ impl Watcher {
         let watchers = &self.metrics.freshness.watchers;
         watchers.increment(1.0);
         let Err(ended) = self.stream(&token).await;
-        if let Ended::ShuttingDown = ended {
-            let farewell =
-                Status::unavailable("the gateway is shutting down: come back with your token");
+        let farewell = match ended {
+            Ended::ReaderGone => None,
+            Ended::ShuttingDown => Some(Status::unavailable(
+                "the gateway is shutting down: come back with your token",
+            )),
+            Ended::Untold(error) => Some(error.into()),
+        };
+        if let Some(farewell) = farewell {
             // A reader that has gone meanwhile needs no farewell.
             self.messages.send(Err(farewell)).await.ok();
         }
@@ -114,7 +127,7 @@ impl Watcher {
         let mut send_after = Instant::now();
         loop {
             self.wait(sleep_until(send_after)).await?;
-            let room = self.room_to_go_on(&mut at).await?;
+            let mut room = self.room_to_go_on(&mut at).await?;
             // First the head, then what belongs to it: a commit in between is told of again.
             heads.mark_unchanged();
             let mut message = Message::default();
@@ -129,7 +142,17 @@ impl Watcher {
             if count != 0 && step != Step::Behind {
                 send_after = Instant::now() + GATHER;
             }
-            message.push(wire::encode(self.say_how_far(&mut at, step, count)));
+            if let Some(snapshot_count) = &mut at.snapshot_count {
+                *snapshot_count += count;
+            }
+            let mut notices = Vec::new();
+            while !self.tell_notices(&mut at, &mut notices).await? {
+                message.push(wire::encode(notices.drain(..)));
+                room.send(Ok(std::mem::take(&mut message)));
+                room = self.room().await?;
+            }
+            message.push(wire::encode(notices));
+            message.push(wire::encode(self.say_how_far(&mut at, step)));
             if !message.is_empty() {
                 room.send(Ok(message));
             } else if step == Step::Behind {
@@ -147,7 +170,14 @@ impl Watcher {
         // After position 0 comes everything, and that is a snapshot.
         let resume = (!token.is_empty())
             .then(|| self.tokens.read(token, self.scope, head.position))
-            .filter(|read| *read != Ok(0));
+            .filter(|read| *read != Ok(0))
+            .map(|read| {
+                let forgotten = self.notices.forgotten(self.checker);
+                match read {
+                    Ok(position) if position < forgotten => Err(Reason::MarkersGone),
+                    read => read,
+                }
+            });
         let incarnation = self.tokens.incarnation();
         let position = resume.and_then(Result::ok).unwrap_or_default();
         let mut events = vec![Kind::Header(Header {
@@ -161,16 +191,28 @@ impl Watcher {
             }));
         }
         self.send(events).await?;
-        let (reader, snapshot_count) = match resume {
-            Some(Ok(position)) => (self.freshness.reader_after(position), None),
-            Some(Err(_)) | None => (
-                self.freshness.reader_from_start(),
-                Some(self.say_who_was_never_seen().await?),
+        let (told, reader, snapshot_count) = match resume {
+            Some(Ok(position)) => (
+                Notices::after(self.checker, position),
+                self.freshness.reader_after(position),
+                None,
             ),
+            Some(Err(_)) | None => {
+                let (told, position) = self
+                    .notices
+                    .told_from_start(self.checker, |user| self.selector.wants_user(user));
+                // It is on the bulletin a moment before it is published.
+                let mut heads = self.freshness.subscribe();
+                let published = heads.wait_for(|head| position <= head.position);
+                self.wait(async { drop(published.await) }).await?;
+                let never_seen = self.say_who_was_never_seen().await?;
+                (told, self.freshness.reader_from_start(), Some(never_seen))
+            }
         };
         let now = Instant::now();
         Ok(Progressing {
             reader,
+            told,
             snapshot_count,
             resolved_ms: 0,
             level_at: now,
@@ -255,13 +297,25 @@ impl Watcher {
         self.selector.wants_state(State::Active) && self.selector.wants_user(&seen.user)
     }
 
-    /// What may be said after the `count` entries of this step, and never before.
-    fn say_how_far(&self, at: &mut Progressing, step: Step, count: u64) -> Vec<Kind> {
+    /// Adds what is to be told before the next announcement, or a part of it. True if that was all.
+    async fn tell_notices(
+        &self,
+        at: &mut Progressing,
+        notices: &mut Vec<Kind>,
+    ) -> Result<bool, Ended> {
+        let (upto, wants) = (at.reader.settled(), |user: &_| {
+            self.selector.wants_user(user)
+        });
+        self.notices
+            .tell(&mut at.told, upto, wants, notices)
+            .await
+            .map_err(Ended::Untold)
+    }
+
+    /// What may be said after the entries of this step, and never before.
+    fn say_how_far(&self, at: &mut Progressing, step: Step) -> Vec<Kind> {
         let mut events = Vec::new();
         let now = Instant::now();
-        if let Some(snapshot_count) = &mut at.snapshot_count {
-            *snapshot_count += count;
-        }
         match step {
             Step::Level(Head { resolved_ms, .. }) => {
                 at.resolved_ms = resolved_ms;

@@ -216,15 +216,18 @@ fn user_ids(ids: &[Bytes], limit: usize) -> Result<Vec<UserId>, Status> {
             ids.len()
         )));
     }
-    ids.iter()
-        .map(|id| match <[u8; 16]>::try_from(id.as_ref()) {
-            Ok(id) => Ok(UserId(id)),
-            Err(_) => Err(Status::invalid_argument(format!(
-                "a user id has 16 bytes, the bytes of its UUID; this one has {}",
-                id.len()
-            ))),
-        })
-        .collect()
+    ids.iter().map(user_id).collect()
+}
+
+/// One user's id.
+pub(super) fn user_id(id: &Bytes) -> Result<UserId, Status> {
+    match <[u8; 16]>::try_from(id.as_ref()) {
+        Ok(id) => Ok(UserId(id)),
+        Err(_) => Err(Status::invalid_argument(format!(
+            "a user id has 16 bytes, the bytes of its UUID; this one has {}",
+            id.len()
+        ))),
+    }
 }
 
 #[cfg(test)]

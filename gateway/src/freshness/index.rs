@@ -205,7 +205,7 @@ impl Reader {
         let before = self.had.len();
         self.had
             .entry(change.at.user)
-            .or_insert(change.ordinal.wrapping_sub(1));
+            .or_insert_with(|| change.ordinal.wrapping_sub(1));
         before < self.had.len()
     }
 }
@@ -298,6 +298,11 @@ impl Index {
                 readers.map(|counts_from| *counts_from.lock()).collect()
             },
         );
+    }
+
+    /// The state has come to this position, whatever is in it. Never goes back.
+    pub(super) fn at_least(&mut self, position: u64) {
+        self.head.position = self.head.position.max(position);
     }
 
     /// All contacts up to `resolved_ms` are in the state. Never goes back.

@@ -26,8 +26,10 @@ use waypost_gateway::{
     commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
     freshness::Freshness,
     metrics::Metrics,
+    orders,
     session::SessionConfig,
     store::{Store, StoreConfig},
+    vigil::{Vigil, VigilParts},
 };
 use waypost_proto::{
     id::DeviceId,
@@ -97,12 +99,22 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
     )?);
     let clock = Clock::starting_at(0);
     let freshness = Arc::new(Freshness::restore(iter::empty(), clock.now_ms()));
+    let metrics = Metrics::new();
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
         CommitParts {
+            vigil: Vigil::new(VigilParts {
+                bulletin: Arc::default(),
+                deadlines: Vec::new(),
+                max_deadlines: 0,
+                start: None,
+                metrics: metrics.clone(),
+            }),
+            orders: orders::queue().1,
+            turned_away: Arc::default(),
             store,
             freshness: Arc::clone(&freshness),
-            metrics: Metrics::new(),
+            metrics,
             clock,
             devices: FxHashMap::default(),
             position: 0,

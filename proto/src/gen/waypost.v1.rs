@@ -628,6 +628,9 @@ pub struct ListStaleRequest {
     /// Users whose last contact was before this moment.
     #[prost(uint64, tag = "1")]
     pub older_than_ms: u64,
+    /// In its place: users who were silent for so long while the gateway could hear, up to resolved_ms.
+    #[prost(uint64, tag = "4")]
+    pub silent_for_ms: u64,
     /// At most this many; 0 means 1,000, which is also the limit.
     #[prost(uint32, tag = "2")]
     pub page_size: u32,
@@ -646,6 +649,63 @@ pub struct ListStaleResponse {
     pub position: u64,
     #[prost(uint64, tag = "4")]
     pub resolved_ms: u64,
+    /// What silent_for_ms came to, or what was asked: users whose last contact was before this moment.
+    #[prost(uint64, tag = "5")]
+    pub older_than_ms: u64,
+    /// The spans with a part between older_than_ms and resolved_ms in which the gateway could not hear.
+    #[prost(message, repeated, tag = "6")]
+    pub coverage: ::prost::alloc::vec::Vec<Coverage>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SetDeadlinesRequest {
+    #[prost(message, repeated, tag = "1")]
+    pub deadlines: ::prost::alloc::vec::Vec<DeadlineSetting>,
+}
+/// Two for one user in a call: the later holds.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeadlineSetting {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub user: ::prost::bytes::Bytes,
+    /// The user is expected to be heard at least this often; 0 removes the deadline. At most 366 days.
+    #[prost(uint64, tag = "2")]
+    pub expect_every_ms: u64,
+    /// How much longer to wait before it is called late. At most 366 days.
+    #[prost(uint64, tag = "3")]
+    pub grace_ms: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDeadlinesResponse {
+    /// They are on disk since this commit or an earlier one. Events of before came at or below it.
+    #[prost(uint64, tag = "1")]
+    pub position: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListDeadlinesRequest {
+    /// At most this many; 0 means 1,000, which is also the limit.
+    #[prost(uint32, tag = "1")]
+    pub page_size: u32,
+    /// From the answer before; empty for the first page.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub page_token: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListDeadlinesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub deadlines: ::prost::alloc::vec::Vec<DeadlineState>,
+    /// Empty on the last page.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub next_page_token: ::prost::bytes::Bytes,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeadlineState {
+    #[prost(message, optional, tag = "1")]
+    pub setting: ::core::option::Option<DeadlineSetting>,
+    /// When it was first set.
+    #[prost(uint64, tag = "2")]
+    pub since_ms: u64,
+    /// The LATE that holds; missing while the user is not late.
+    #[prost(message, optional, tag = "3")]
+    pub late: ::core::option::Option<Deadline>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchRequest {
@@ -717,11 +777,12 @@ pub struct SnapshotEnd {
 /// Sent at least every second, also when nothing happens, in order with the entries.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Progress {
-    /// Every contact that the gateway received up to this moment has been sent on this stream. "Nobody
-    /// heard from U since T" may be said of a T up to here, and of no later one.
+    /// Every contact that the gateway received up to this moment has been sent on this stream, and every span of
+    /// Coverage that had begun by then. "Nobody heard from U since T" may be said of a T up to here, and of no later
+    /// one, less the time in those spans.
     #[prost(uint64, tag = "1")]
     pub resolved_ms: u64,
-    /// No entry at or below this position will come later.
+    /// No entry, span or event of a deadline at or below this position will come later.
     #[prost(uint64, tag = "2")]
     pub position: u64,
     /// How far resolved_ms was behind the gateway's clock when this was sent.
@@ -730,7 +791,8 @@ pub struct Progress {
     #[prost(bytes = "bytes", tag = "4")]
     pub token: ::prost::bytes::Bytes,
 }
-/// A span in which the gateway was not able to hear. Silence in it says nothing.
+/// A span in which the gateway was not able to hear everybody. Silence in it says nothing. Spans may overlap. What
+/// tells them apart is from_ms and reason: one that lasts comes again when it has ended.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Coverage {
     #[prost(uint64, tag = "1")]
@@ -740,6 +802,9 @@ pub struct Coverage {
     pub until_ms: u64,
     #[prost(enumeration = "coverage::Reason", tag = "3")]
     pub reason: i32,
+    /// The commit that said so: it began the span, or ended it.
+    #[prost(uint64, tag = "4")]
+    pub position: u64,
 }
 /// Nested message and enum types in `Coverage`.
 pub mod coverage {
@@ -757,10 +822,18 @@ pub mod coverage {
     #[repr(i32)]
     pub enum Reason {
         Unspecified = 0,
+        /// The gateway did not run. After a crash, or a loss of power, it begins up to about a second too early, never too
+        /// late.
         Down = 1,
+        /// it ran, and served nobody yet
         Starting = 2,
+        /// Newcomers were turned away for want of room, until 5 s after the last of them; or the gateway did not get to
+        /// run for 5 s or longer. Who was connected may have been heard.
         Overloaded = 3,
+        /// its disk did not answer for 5 s or longer; it is said when it answers again
         DiskFailed = 4,
+        /// The machine's clock was set. Forward by more than 2 s: a span over the leap, in which nobody can have been heard.
+        /// Back by more than 1 s: times stand still until the clock has caught up, and the span ends where it began.
         ClockStepped = 5,
     }
     impl Reason {
@@ -792,17 +865,24 @@ pub mod coverage {
         }
     }
 }
-/// A registered deadline passed, or the user came back.
+/// A deadline of this checker passed, or the user came back. See SetDeadlines.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Deadline {
     #[prost(bytes = "bytes", tag = "1")]
     pub user: ::prost::bytes::Bytes,
     #[prost(enumeration = "deadline::Kind", tag = "2")]
     pub kind: i32,
+    /// When the gateway said so.
     #[prost(uint64, tag = "3")]
     pub at_ms: u64,
     #[prost(uint64, tag = "4")]
     pub position: u64,
+    /// The user's last contact then; 0 if there never was one.
+    #[prost(uint64, tag = "5")]
+    pub last_contact_ms: u64,
+    /// By when the user should have been heard; the same in a LATE and in the RECOVERED that follows it.
+    #[prost(uint64, tag = "6")]
+    pub due_ms: u64,
 }
 /// Nested message and enum types in `Deadline`.
 pub mod deadline {
@@ -874,7 +954,7 @@ pub mod reset {
         OtherSelector = 2,
         /// the token cannot be read or was not issued here
         BadToken = 3,
-        /// erasure markers since the token have been dropped
+        /// erasure markers, spans or events of deadlines since the token have been dropped
         MarkersGone = 4,
     }
     impl Reason {

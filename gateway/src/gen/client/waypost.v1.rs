@@ -114,7 +114,7 @@ pub mod freshness_client {
             self.inner.unary(req, path, codec).await
         }
         /// Users without contact since a moment, longest silence first. Read `resolved_ms` beside it: a user
-        /// is only known to be silent up to there.
+        /// is only known to be silent up to there. And read `coverage`: of the time in these spans nothing is known.
         pub async fn list_stale(
             &mut self,
             request: impl tonic::IntoRequest<::waypost_proto::v1::ListStaleRequest>,
@@ -143,9 +143,14 @@ pub mod freshness_client {
         /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
         /// resumed: Header, (Entry | Progress | Coverage | Deadline)\*
         /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
-        /// Entries of a snapshot come in no particular order.
+        /// Entries of a snapshot come in no particular order. Before its end come, by position, the spans of Coverage
+        /// that are known and a LATE for each user who is late by a deadline of this checker; `count` leaves them out.
         /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
-        /// user changed since comes, with the latest value. Tokens do not expire.
+        /// user changed since comes, with the latest value, every span that began or ended since, and every event of a
+        /// deadline since, in order. Tokens do not expire; what has been dropped since one is told by Reset.
+        /// Coverage and Deadline come before the first Progress at or beyond their position. They are never merged or
+        /// left out, however slowly the stream is read. A stream that breaks may bring those again that came after
+        /// the last token: their positions tell.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoRequest<::waypost_proto::v1::WatchRequest>,
@@ -169,6 +174,66 @@ pub mod freshness_client {
             req.extensions_mut()
                 .insert(GrpcMethod::new("waypost.v1.Freshness", "Watch"));
             self.inner.server_streaming(req, path, codec).await
+        }
+        /// Sets, changes and removes deadlines of the checker that asks; at most 1,000 in a call. When the answer
+        /// comes, they are on disk. A call that would be one deadline too many for the gateway changes nothing.
+        ///
+        /// A user is late when the gateway could have heard from it for expect_every_ms and grace_ms together and did not:
+        /// since its last contact, or since the deadline was first set or the holder resumed, if that was later. Time in
+        /// a span of Coverage does not count, and after a span has ended everybody has grace_ms to come back; that puts
+        /// off a LATE by no more than grace_ms in all, however many spans there are. Nobody is late while paused.
+        ///
+        /// Each LATE and each RECOVERED is said once, in turns, on every stream of the checker whose selection has the
+        /// user, and kept as long as pings are. Setting what is set already changes nothing. New values for a user who is
+        /// late judge it anew: RECOVERED, or it stays late. A deadline that is removed while its user is late says no more.
+        pub async fn set_deadlines(
+            &mut self,
+            request: impl tonic::IntoRequest<::waypost_proto::v1::SetDeadlinesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::waypost_proto::v1::SetDeadlinesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/waypost.v1.Freshness/SetDeadlines",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("waypost.v1.Freshness", "SetDeadlines"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// The deadlines of the checker that asks, by user.
+        pub async fn list_deadlines(
+            &mut self,
+            request: impl tonic::IntoRequest<::waypost_proto::v1::ListDeadlinesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::waypost_proto::v1::ListDeadlinesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/waypost.v1.Freshness/ListDeadlines",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("waypost.v1.Freshness", "ListDeadlines"));
+            self.inner.unary(req, path, codec).await
         }
     }
 }

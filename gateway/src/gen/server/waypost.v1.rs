@@ -22,7 +22,7 @@ pub mod freshness_server {
             tonic::Status,
         >;
         /// Users without contact since a moment, longest silence first. Read `resolved_ms` beside it: a user
-        /// is only known to be silent up to there.
+        /// is only known to be silent up to there. And read `coverage`: of the time in these spans nothing is known.
         async fn list_stale(
             &self,
             request: tonic::Request<::waypost_proto::v1::ListStaleRequest>,
@@ -40,13 +40,44 @@ pub mod freshness_server {
         /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
         /// resumed: Header, (Entry | Progress | Coverage | Deadline)\*
         /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
-        /// Entries of a snapshot come in no particular order.
+        /// Entries of a snapshot come in no particular order. Before its end come, by position, the spans of Coverage
+        /// that are known and a LATE for each user who is late by a deadline of this checker; `count` leaves them out.
         /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
-        /// user changed since comes, with the latest value. Tokens do not expire.
+        /// user changed since comes, with the latest value, every span that began or ended since, and every event of a
+        /// deadline since, in order. Tokens do not expire; what has been dropped since one is told by Reset.
+        /// Coverage and Deadline come before the first Progress at or beyond their position. They are never merged or
+        /// left out, however slowly the stream is read. A stream that breaks may bring those again that came after
+        /// the last token: their positions tell.
         async fn watch(
             &self,
             request: tonic::Request<::waypost_proto::v1::WatchRequest>,
         ) -> std::result::Result<tonic::Response<Self::WatchStream>, tonic::Status>;
+        /// Sets, changes and removes deadlines of the checker that asks; at most 1,000 in a call. When the answer
+        /// comes, they are on disk. A call that would be one deadline too many for the gateway changes nothing.
+        ///
+        /// A user is late when the gateway could have heard from it for expect_every_ms and grace_ms together and did not:
+        /// since its last contact, or since the deadline was first set or the holder resumed, if that was later. Time in
+        /// a span of Coverage does not count, and after a span has ended everybody has grace_ms to come back; that puts
+        /// off a LATE by no more than grace_ms in all, however many spans there are. Nobody is late while paused.
+        ///
+        /// Each LATE and each RECOVERED is said once, in turns, on every stream of the checker whose selection has the
+        /// user, and kept as long as pings are. Setting what is set already changes nothing. New values for a user who is
+        /// late judge it anew: RECOVERED, or it stays late. A deadline that is removed while its user is late says no more.
+        async fn set_deadlines(
+            &self,
+            request: tonic::Request<::waypost_proto::v1::SetDeadlinesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::waypost_proto::v1::SetDeadlinesResponse>,
+            tonic::Status,
+        >;
+        /// The deadlines of the checker that asks, by user.
+        async fn list_deadlines(
+            &self,
+            request: tonic::Request<::waypost_proto::v1::ListDeadlinesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::waypost_proto::v1::ListDeadlinesResponse>,
+            tonic::Status,
+        >;
     }
     #[derive(Debug)]
     pub struct FreshnessServer<T> {
@@ -259,6 +290,102 @@ pub mod freshness_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/waypost.v1.Freshness/SetDeadlines" => {
+                    #[allow(non_camel_case_types)]
+                    struct SetDeadlinesSvc<T: Freshness>(pub Arc<T>);
+                    impl<
+                        T: Freshness,
+                    > tonic::server::UnaryService<
+                        ::waypost_proto::v1::SetDeadlinesRequest,
+                    > for SetDeadlinesSvc<T> {
+                        type Response = ::waypost_proto::v1::SetDeadlinesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                ::waypost_proto::v1::SetDeadlinesRequest,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Freshness>::set_deadlines(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = SetDeadlinesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/waypost.v1.Freshness/ListDeadlines" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListDeadlinesSvc<T: Freshness>(pub Arc<T>);
+                    impl<
+                        T: Freshness,
+                    > tonic::server::UnaryService<
+                        ::waypost_proto::v1::ListDeadlinesRequest,
+                    > for ListDeadlinesSvc<T> {
+                        type Response = ::waypost_proto::v1::ListDeadlinesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                ::waypost_proto::v1::ListDeadlinesRequest,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Freshness>::list_deadlines(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListDeadlinesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

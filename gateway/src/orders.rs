@@ -1,0 +1,135 @@
+//! What checkers have the committer write: a queue of its own, beside those of the devices.
+//!
+//! Knows how an order gets to the committer and its answer back. Must not know what the committer does with it.
+//!
+//! # Bounds
+//!
+//! [`QUEUE_ORDERS`] wait, each of at most as many settings as one call may name; further calls wait for a place,
+//! as many as the freshness service has connections for. The committer takes one between two groups of pings.
+
+use tokio::sync::{mpsc, oneshot};
+use waypost_proto::id::UserId;
+
+use crate::deadlines::{Checker, Setting, TooMany};
+
+/// A call a commit: more than a few are only a backlog.
+const QUEUE_ORDERS: usize = 16;
+
+/// Deadlines that a checker sets or, where there is no setting, removes.
+#[derive(Debug)]
+pub struct Order {
+    /// Whose they are.
+    pub checker: Checker,
+    /// Whom they are for.
+    pub settings: Vec<(UserId, Option<Setting>)>,
+    reply: oneshot::Sender<Result<u64, TooMany>>,
+}
+
+impl Order {
+    /// Answers with the position of the commit that has it on disk, or why there is none.
+    pub fn answer(self, answer: Result<u64, TooMany>) {
+        // A caller that has given up meanwhile needs none.
+        self.reply.send(answer).ok();
+    }
+}
+
+/// Why an order was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    /// There would be too many deadlines. Nothing has changed.
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
+    /// It is not known whether it is on disk: the committer has stopped.
+    #[error("the gateway is stopping")]
+    Stopped,
+}
+
+/// Gives orders. Clones share the queue.
+#[derive(Clone, Debug)]
+pub struct OrderHandle {
+    orders: mpsc::Sender<Order>,
+}
+
+/// The committer's end of the queue. Orders that it never takes are answered [`OrderError::Stopped`] when it goes.
+#[derive(Debug)]
+pub struct Orders {
+    orders: mpsc::Receiver<Order>,
+}
+
+/// Both ends.
+#[must_use]
+pub fn queue() -> (OrderHandle, Orders) {
+    let (sender, receiver) = mpsc::channel(QUEUE_ORDERS);
+    (OrderHandle { orders: sender }, Orders { orders: receiver })
+}
+
+impl OrderHandle {
+    /// Sets a checker's deadlines, and returns when that is on disk, with its position.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn set_deadlines(
+        &self,
+        checker: Checker,
+        settings: Vec<(UserId, Option<Setting>)>,
+    ) -> Result<u64, OrderError> {
+        let (reply, answer) = oneshot::channel();
+        let order = Order {
+            checker,
+            settings,
+            reply,
+        };
+        let sent = self.orders.send(order).await;
+        sent.map_err(|_| OrderError::Stopped)?;
+        let answer = answer.await.map_err(|_| OrderError::Stopped)?;
+        Ok(answer?)
+    }
+}
+
+impl Orders {
+    /// The next order; waits for ever when nobody can give one any more.
+    pub async fn next(&mut self) -> Order {
+        match self.orders.recv().await {
+            Some(order) => order,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// The next order if one waits.
+    pub fn try_next(&mut self) -> Option<Order> {
+        self.orders.try_recv().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_order_is_answered_whatever_becomes_of_the_committer() {
+        let (handle, mut orders) = queue();
+        let give = |handle: OrderHandle| {
+            tokio::spawn(async move { handle.set_deadlines(Checker([1; 16]), Vec::new()).await })
+        };
+        let (first, second, third) = (
+            give(handle.clone()),
+            give(handle.clone()),
+            give(handle.clone()),
+        );
+        orders.next().await.answer(Ok(7));
+        orders.next().await.answer(Err(TooMany { most: 3 }));
+        // Taken, and never answered.
+        drop(orders.next().await);
+        assert_eq!(first.await.unwrap(), Ok(7));
+        assert_eq!(
+            second.await.unwrap(),
+            Err(OrderError::TooMany(TooMany { most: 3 }))
+        );
+        assert_eq!(third.await.unwrap(), Err(OrderError::Stopped));
+        let waiting = give(handle.clone());
+        tokio::task::yield_now().await;
+        drop(orders);
+        assert_eq!(waiting.await.unwrap(), Err(OrderError::Stopped));
+        assert_eq!(give(handle).await.unwrap(), Err(OrderError::Stopped));
+    }
+}
