@@ -16,5 +16,6 @@ mod python;
 mod replay;
 mod scenarios;
 mod shutdown;
+mod vigil;
 mod watch;
 mod workers;

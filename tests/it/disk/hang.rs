@@ -3,7 +3,7 @@
 use waypost_gateway::clock::system_now_ms;
 use waypost_proto::{
     session::Lane,
-    v1::{self, watch_event::Kind},
+    v1::{self, coverage::Reason, watch_event::Kind},
 };
 use waypost_tests::{
     Call, DiskError, FailingDisk, Form, Mount, Order, Process, World, hello, ping, stored_seqs,
@@ -25,6 +25,25 @@ async fn progress(stream: &mut tonic::Streaming<v1::WatchResponse>, count: usize
         }
     }
     resolved_ms
+}
+
+/// Reads on to the span in which the disk did not answer, and the largest `resolved_ms` that came before it.
+async fn disk_failed(stream: &mut tonic::Streaming<v1::WatchResponse>) -> (v1::Coverage, u64) {
+    let mut resolved_ms = 0;
+    loop {
+        let response = stream.message().await.unwrap().expect("the stream goes on");
+        for event in response.events {
+            match event.kind {
+                Some(Kind::Coverage(span)) if span.reason() == Reason::DiskFailed => {
+                    return (span, resolved_ms);
+                }
+                Some(Kind::Progress(progress)) => {
+                    resolved_ms = resolved_ms.max(progress.resolved_ms);
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 /// While the disk hangs, which it does between `hang` and the drop of what that returns.
@@ -76,6 +95,11 @@ async fn is_told_and_waited_for<Hanging>(gateway: &mut Process, hang: impl FnOnc
     assert!(
         resolved_ms < ack.receive_ms,
         "nobody was told that this moment was complete"
+    );
+    let (span, announced_ms) = disk_failed(&mut watch).await;
+    assert!(
+        announced_ms <= span.from_ms && span.from_ms + 5_000 <= span.until_ms,
+        "{announced_ms} was announced before {span:?}"
     );
     until(async || (gateway.admin("/readyz").await.0 == 200).then_some(())).await;
     // Once for each stall; a slow disk may have had one of its own.
