@@ -3,7 +3,8 @@
 //! Takes events and times, returns reports. Must not know the connection or the terminal.
 //!
 //! A user is called silent only up to the moment that the stream is complete for: by the gateway's
-//! clock and the stream's own progress, never because nothing came.
+//! clock and the stream's own progress, never because nothing came, and time in which the gateway could not hear
+//! does not count.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -12,8 +13,10 @@ use rustc_hash::FxHashMap;
 use serde::Serialize;
 use waypost_proto::{
     id::UserId,
-    v1::{Entry, State, watch_event::Kind},
+    v1::{self, Entry, State, deadline, watch_event::Kind},
 };
+
+use crate::coverage::{Coverage, Reason, Span};
 
 /// One line of output. Times are as in `freshness.proto`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -54,6 +57,25 @@ pub(super) enum Report {
     },
     /// A silent user has been heard again.
     HeardAgain { user: String, last_contact_ms: u64 },
+    /// The gateway could not hear, and silence means nothing. It still cannot while `until_ms` is 0.
+    Coverage {
+        from_ms: u64,
+        until_ms: u64,
+        reason: &'static str,
+    },
+    /// A deadline of this checker has passed.
+    Late {
+        user: String,
+        at_ms: u64,
+        last_contact_ms: u64,
+        due_ms: u64,
+    },
+    /// A user who was late is no longer.
+    Recovered {
+        user: String,
+        at_ms: u64,
+        last_contact_ms: u64,
+    },
     /// The stream does not say how far it is: nothing is known of anybody since.
     StreamStale { resolved_ms: u64 },
     /// It says so again.
@@ -69,6 +91,7 @@ pub(super) struct View {
     contacts: FxHashMap<UserId, u64>,
     /// Those of them who have not been called silent, longest silence first.
     speaking: BTreeSet<(u64, UserId)>,
+    coverage: Coverage,
     resolved_ms: u64,
     is_snapshot: bool,
     token: Bytes,
@@ -81,6 +104,7 @@ impl View {
             silent_after_ms,
             contacts: FxHashMap::default(),
             speaking: BTreeSet::new(),
+            coverage: Coverage::default(),
             resolved_ms: 0,
             is_snapshot: false,
             token: Bytes::new(),
@@ -143,9 +167,32 @@ impl View {
                     silent: self.contacts.len() - self.speaking.len(),
                 });
             }
-            // The gateway does not send these yet.
-            Kind::Coverage(_) | Kind::Deadline(_) => {}
+            Kind::Coverage(coverage) => self.take_coverage(&coverage, reports),
+            Kind::Deadline(deadline) => take_deadline(&deadline, reports),
         }
+    }
+
+    fn take_coverage(&mut self, coverage: &v1::Coverage, reports: &mut Vec<Report>) {
+        let reason = match coverage.reason() {
+            v1::coverage::Reason::Down => Reason::Down,
+            v1::coverage::Reason::Starting => Reason::Starting,
+            v1::coverage::Reason::Overloaded => Reason::Overloaded,
+            v1::coverage::Reason::DiskFailed => Reason::DiskFailed,
+            v1::coverage::Reason::ClockStepped => Reason::ClockStepped,
+            v1::coverage::Reason::Unspecified => return, // not of this contract
+        };
+        let span = Span {
+            from_ms: coverage.from_ms,
+            until_ms: (coverage.until_ms != 0).then_some(coverage.until_ms),
+            reason,
+            position: coverage.position,
+        };
+        self.coverage.apply(&self.coverage.change(vec![span]));
+        reports.push(Report::Coverage {
+            from_ms: coverage.from_ms,
+            until_ms: coverage.until_ms,
+            reason: reason.as_label(),
+        });
     }
 
     fn take_entry(&mut self, entry: &Entry, reports: &mut Vec<Report>) {
@@ -187,8 +234,13 @@ impl View {
 
     fn call_silent(&mut self, reports: &mut Vec<Report>) {
         let resolved_ms = self.resolved_ms;
+        let heard_ms = self.coverage.heard_ms(resolved_ms);
         while let Some(&(last_contact_ms, user)) = self.speaking.first()
-            && last_contact_ms.saturating_add(self.silent_after_ms) <= resolved_ms
+            && self
+                .coverage
+                .heard_ms(last_contact_ms)
+                .saturating_add(self.silent_after_ms)
+                <= heard_ms
         {
             self.speaking.pop_first();
             reports.push(Report::Silent {
@@ -202,7 +254,30 @@ impl View {
     fn forget(&mut self) {
         self.contacts.clear();
         self.speaking.clear();
+        self.coverage = Coverage::default();
         self.resolved_ms = 0;
+    }
+}
+
+fn take_deadline(deadline: &v1::Deadline, reports: &mut Vec<Report>) {
+    let Ok(user) = <[u8; 16]>::try_from(deadline.user.as_ref()).map(UserId) else {
+        return; // not of this contract
+    };
+    let (user, at_ms, last_contact_ms) =
+        (user.to_string(), deadline.at_ms, deadline.last_contact_ms);
+    match deadline.kind() {
+        deadline::Kind::Late => reports.push(Report::Late {
+            user,
+            at_ms,
+            last_contact_ms,
+            due_ms: deadline.due_ms,
+        }),
+        deadline::Kind::Recovered => reports.push(Report::Recovered {
+            user,
+            at_ms,
+            last_contact_ms,
+        }),
+        deadline::Kind::Unspecified => {} // not of this contract
     }
 }
 
@@ -274,6 +349,38 @@ impl Report {
             } => {
                 format!("{user}  HEARD AGAIN contact {}", age(*last_contact_ms))
             }
+            Self::Coverage {
+                from_ms,
+                until_ms: 0,
+                reason,
+            } => format!(
+                "the gateway cannot hear since {} ({reason}); silence means nothing",
+                age(*from_ms)
+            ),
+            Self::Coverage {
+                from_ms,
+                until_ms,
+                reason,
+            } => format!(
+                "the gateway could not hear from {} to {} ({reason}); silence in it means nothing",
+                age(*from_ms),
+                age(*until_ms)
+            ),
+            Self::Late {
+                user,
+                last_contact_ms,
+                due_ms,
+                ..
+            } => format!(
+                "{user}  LATE        contact {}  due {}",
+                age(*last_contact_ms),
+                age(*due_ms)
+            ),
+            Self::Recovered {
+                user,
+                last_contact_ms,
+                ..
+            } => format!("{user}  RECOVERED   contact {}", age(*last_contact_ms)),
             Self::StreamStale { resolved_ms } => format!(
                 "STREAM STALE: no progress; nothing is known of anybody since {}",
                 age(*resolved_ms)
@@ -349,6 +456,77 @@ mod tests {
                 _ => None,
             })
             .collect()
+    }
+
+    #[test]
+    fn time_in_which_the_gateway_could_not_hear_is_no_silence() {
+        let mut view = View::new(1_000);
+        let mut take = |kind| {
+            let mut reports = Vec::new();
+            view.take(kind, &mut reports);
+            reports
+        };
+        let progress = |resolved_ms| {
+            Kind::Progress(Progress {
+                resolved_ms,
+                ..Progress::default()
+            })
+        };
+        let is_silent = |reports: &[Report]| {
+            reports
+                .iter()
+                .any(|report| matches!(report, Report::Silent { .. }))
+        };
+        take(Kind::Header(Header::default()));
+        take(entry(State::Active, 10_000));
+        let told = take(Kind::Coverage(v1::Coverage {
+            from_ms: 10_500,
+            until_ms: 60_500,
+            reason: v1::coverage::Reason::Down.into(),
+            position: 7,
+        }));
+        assert_eq!(
+            told,
+            [Report::Coverage {
+                from_ms: 10_500,
+                until_ms: 60_500,
+                reason: "down"
+            }]
+        );
+        take(Kind::SnapshotEnd(SnapshotEnd::default()));
+        assert!(!is_silent(&take(progress(60_999))));
+        assert!(
+            is_silent(&take(progress(61_000))),
+            "a second that could be heard"
+        );
+    }
+
+    #[test]
+    fn events_of_deadlines_are_said_as_they_come() {
+        let mut view = View::new(1_000);
+        let mut told = |kind: deadline::Kind| {
+            let mut reports = Vec::new();
+            let deadline = v1::Deadline {
+                user: Bytes::copy_from_slice(&USER.0),
+                kind: kind.into(),
+                at_ms: 300,
+                last_contact_ms: 100,
+                due_ms: 250,
+                ..v1::Deadline::default()
+            };
+            view.take(Kind::Deadline(deadline), &mut reports);
+            reports.pop().map(|report| report.text(1_300))
+        };
+        let late = told(deadline::Kind::Late).unwrap();
+        assert!(
+            late.ends_with("LATE        contact 1.2 s ago  due 1.0 s ago"),
+            "{late}"
+        );
+        let recovered = told(deadline::Kind::Recovered).unwrap();
+        assert!(
+            recovered.ends_with("RECOVERED   contact 1.2 s ago"),
+            "{recovered}"
+        );
     }
 
     #[test]
