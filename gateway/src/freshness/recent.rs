@@ -5,9 +5,10 @@
 //!
 //! # Bounds
 //!
-//! At most as many values as [`Recent::new`] is told, 56 bytes each and what was made of them. The oldest
-//! commit makes way, and whoever has not read it by then reads the users themselves, which coalesces. A
-//! commit that is larger than all the room is not kept at all.
+//! At most as many values as [`Recent::new`] is told, 56 bytes each and what was made of them; every commit
+//! takes the room of one more, so that those that change nobody do not pile up. The oldest makes way, and
+//! whoever has not read it by then reads the users themselves, which coalesces. A commit that is larger
+//! than all the room is not kept at all.
 
 use std::{
     collections::VecDeque,
