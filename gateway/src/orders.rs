@@ -4,7 +4,7 @@
 //!
 //! # Bounds
 //!
-//! [`QUEUE_ORDERS`] wait, each of at most as many settings as one call may name; further calls wait for a place,
+//! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
 //! as many as the freshness service has connections for. The committer takes one between two groups of pings.
 
 use tokio::sync::{mpsc, oneshot};
