@@ -15,7 +15,6 @@
 //! buffer for any connection, and what it remembers of each user to get level again (see
 //! [`crate::freshness`]), however much happens meanwhile. It is not closed for being slow.
 
-pub mod client;
 mod listener;
 mod message;
 mod notices;
@@ -48,7 +47,7 @@ use crate::{
     store::Store,
 };
 
-/// The generated client and server of `waypost.v1.Freshness`.
+/// The generated server of `waypost.v1.Freshness`.
 #[allow(
     missing_docs,
     missing_debug_implementations,
@@ -59,8 +58,7 @@ use crate::{
     clippy::restriction
 )]
 pub mod rpc {
-    include!("gen/client/waypost.v1.rs");
-    include!("gen/server/waypost.v1.rs");
+    include!("gen/waypost.v1.rs");
 }
 
 /// Where checkers connect, and who may.

@@ -12,27 +12,19 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
-use bytes::Bytes;
+use anyhow::Context;
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 use tokio::time::{Instant, sleep};
-use tonic::transport::Channel;
-use waypost_gateway::{
-    clock::system_now_ms,
-    feed::{client, rpc::freshness_client::FreshnessClient},
-};
-use waypost_proto::{
-    id::UserId,
-    v1::{Entry, GetRequest, GetResponse, WatchEvent, WatchRequest, watch_event::Kind},
-};
+use waypost_checker::{CheckerError, Config, Entry, Event, Interruption, Selector, UserId};
+use waypost_gateway::clock::system_now_ms;
 
 use crate::report::Latencies;
 
 /// A connection to the freshness service, with the development checker's certificate.
 #[derive(Clone, Debug)]
 pub struct Checker {
-    client: FreshnessClient<Channel>,
+    service: waypost_checker::Checker,
 }
 
 /// An answer and the latest moment it can speak of.
@@ -62,11 +54,9 @@ struct WatchState {
 /// The stream's promises, checked entry by entry.
 #[derive(Debug, Default)]
 struct WatchBook {
-    is_snapshot: bool,
     /// No entry at or below may come any more.
     announced: u64,
     newest: FxHashMap<UserId, Seen>,
-    token: Bytes,
     faults: u64,
     first_fault: Option<String>,
 }
@@ -97,36 +87,21 @@ impl Checker {
             read("checker-dev.pem")?,
             read("checker-dev.key")?,
         );
-        let client = client::connect(
-            &format!("https://{freshness}"),
-            ca,
-            certificate,
-            key,
-            SERVER_NAME,
-        )
-        .await?;
-        Ok(Self { client })
+        let address = format!("https://{freshness}");
+        let config = Config::new(address, ca, certificate, key, SERVER_NAME);
+        let service = waypost_checker::Checker::connect(config).await?;
+        Ok(Self { service })
     }
 
     /// The entries of users, asked page by page.
     ///
     /// # Errors
-    /// When the service fails or answers with too few entries.
+    /// When the service fails.
     pub async fn get(&mut self, users: &[UserId]) -> anyhow::Result<Answer> {
         let mut entries = Vec::with_capacity(users.len());
         let mut resolved_ms = 0;
         for page in users.chunks(GET_PAGE_USERS) {
-            let user_ids = page
-                .iter()
-                .map(|user| Bytes::copy_from_slice(&user.0))
-                .collect();
-            let answer = self.ask(GetRequest { user_ids }).await?;
-            ensure!(
-                answer.entries.len() == page.len(),
-                "the gateway answered for {} users of {}",
-                answer.entries.len(),
-                page.len()
-            );
+            let answer = self.ask(page).await?;
             entries.extend(answer.entries);
             resolved_ms = resolved_ms.max(answer.resolved_ms);
         }
@@ -138,31 +113,33 @@ impl Checker {
     }
 
     /// Asks again for a while: a gateway that was just restarted is not there at once.
-    async fn ask(&mut self, request: GetRequest) -> Result<GetResponse, tonic::Status> {
+    async fn ask(&mut self, users: &[UserId]) -> Result<waypost_checker::Answer, CheckerError> {
         let patience = Instant::now() + ANSWER_PATIENCE;
         loop {
-            match self.client.get(request.clone()).await {
-                Ok(answer) => return Ok(answer.into_inner()),
+            match self.service.get(users).await {
                 Err(_not_there) if Instant::now() < patience => sleep(RECONNECT_PAUSE).await,
-                Err(status) => return Err(status),
+                answered => return answered,
             }
         }
     }
 
     /// Begins to watch all users.
-    #[must_use]
-    pub fn watch(&self) -> Watch {
+    ///
+    /// # Errors
+    /// When the address or the certificates cannot be used.
+    pub fn watch(&self) -> Result<Watch, CheckerError> {
         let state = Arc::new(WatchState::default());
-        let (mut client, state_of_task) = (self.client.clone(), state.clone());
+        let mut stream = self.service.watch(Selector::default(), None)?;
+        let state_of_task = state.clone();
         let task = tokio::spawn(async move {
             loop {
-                // The stream ends when the gateway does; a later one goes on where it was.
-                if let Err(_gateway_is_gone) = state_of_task.read(&mut client).await {
-                    sleep(RECONNECT_PAUSE).await;
+                match stream.next().await {
+                    Ok(event) => state_of_task.take(&event),
+                    Err(refusal) => break state_of_task.book.lock().fault(refusal.to_string()),
                 }
             }
         });
-        Watch { state, task }
+        Ok(Watch { state, task })
     }
 }
 
@@ -213,77 +190,47 @@ impl Drop for Watch {
 }
 
 impl WatchState {
-    async fn read(&self, client: &mut FreshnessClient<Channel>) -> Result<(), tonic::Status> {
-        let token = self.book.lock().token.clone();
-        let request = WatchRequest {
-            token,
-            ..WatchRequest::default()
-        };
-        let mut stream = client.watch(request).await?.into_inner();
-        while let Some(message) = stream.message().await? {
-            let now_ms = system_now_ms();
-            let mut book = self.book.lock();
-            let mut latencies = self.latencies.lock();
-            for event in message.events {
-                if let Some(Kind::Progress(progress)) = &event.kind {
-                    self.lag_ms.store(progress.lag_ms, Ordering::Relaxed);
-                }
-                if let Some(durable_ms) = book.take(event) {
-                    latencies.record_us(now_ms.saturating_sub(durable_ms) * 1_000);
-                }
-            }
+    fn take(&self, event: &Event) {
+        if let Event::Progress { lag_ms, .. } = event {
+            self.lag_ms.store(*lag_ms, Ordering::Relaxed);
         }
-        Ok(())
+        let Some(durable_ms) = self.book.lock().take(event) else {
+            return;
+        };
+        let took_ms = system_now_ms().saturating_sub(durable_ms);
+        self.latencies.lock().record_us(took_ms * 1_000);
     }
 }
 
 impl WatchBook {
     /// Checks and remembers one event. When it is a change, the result says since when it was durable.
-    fn take(&mut self, event: WatchEvent) -> Option<u64> {
-        match event.kind? {
-            Kind::Header(header) => {
-                self.is_snapshot = header.position == 0;
-                self.announced = header.position;
+    fn take(&mut self, event: &Event) -> Option<u64> {
+        match event {
+            Event::Connected { position } => self.announced = *position,
+            Event::Reset { .. } => self.announced = 0,
+            Event::SnapshotEnd { position, .. } | Event::Progress { position, .. } => {
+                self.announced = *position;
             }
-            Kind::Reset(_) => {
-                self.is_snapshot = true;
-                self.announced = 0;
+            Event::Entry { entry, is_snapshot } => {
+                self.take_entry(entry);
+                return (!is_snapshot).then_some(entry.durable_ms);
             }
-            Kind::SnapshotEnd(end) => {
-                self.is_snapshot = false;
-                self.announced = end.position;
-                self.token = end.token;
-            }
-            Kind::Progress(progress) => {
-                if progress.position < self.announced {
-                    self.fault(format!(
-                        "progress went back from {} to {}",
-                        self.announced, progress.position
-                    ));
-                }
-                self.announced = progress.position;
-                self.token = progress.token;
-            }
-            Kind::Entry(entry) => return self.take_entry(&entry),
-            Kind::Coverage(_) | Kind::Deadline(_) => {}
+            // The order within one stream is looked after by whoever reads it.
+            Event::Disconnected {
+                why: Interruption::Violation(violation),
+                ..
+            } => self.fault(violation.to_string()),
+            Event::Disconnected { .. }
+            | Event::Coverage(_)
+            | Event::Deadline(_)
+            | Event::Stale { .. }
+            | Event::Live { .. } => {}
         }
         None
     }
 
-    fn take_entry(&mut self, entry: &Entry) -> Option<u64> {
-        let Ok(user) = <[u8; 16]>::try_from(entry.user.as_ref()).map(UserId) else {
-            self.fault(format!(
-                "an entry names a user of {} bytes",
-                entry.user.len()
-            ));
-            return None;
-        };
-        if !self.is_snapshot && entry.position <= self.announced {
-            self.fault(format!(
-                "{user} came at position {}, after {} was announced",
-                entry.position, self.announced
-            ));
-        }
+    fn take_entry(&mut self, entry: &Entry) {
+        let user = entry.user;
         let seen = Seen {
             position: entry.position,
             contact_ms: entry.last_contact_ms,
@@ -296,7 +243,6 @@ impl WatchBook {
         {
             self.fault(format!("{user} went back from {before:?} to {seen:?}"));
         }
-        (!self.is_snapshot).then_some(entry.durable_ms)
     }
 
     fn fault(&mut self, what: String) {
@@ -312,82 +258,69 @@ const GET_PAGE_USERS: usize = 1_000;
 const ANSWER_PATIENCE: Duration = Duration::from_secs(10);
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-/// Progress comes at least every second.
-const REACH_TIMEOUT: Duration = Duration::from_secs(10);
+/// Progress comes at least every second, on a stream that may take ten to come back to a new gateway.
+const REACH_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[cfg(test)]
 mod tests {
-    use waypost_proto::v1::{Header, Progress, SnapshotEnd};
+    use waypost_checker::{State, Violation};
 
     use super::*;
 
-    fn event(kind: Kind) -> WatchEvent {
-        WatchEvent { kind: Some(kind) }
+    fn entry(position: u64, sample_ms: u64, is_snapshot: bool) -> Event {
+        Event::Entry {
+            entry: Entry {
+                user: UserId([1; 16]),
+                state: State::Active,
+                last_contact_ms: 0,
+                last_sample_ms: sample_ms,
+                last_fix_ms: 0,
+                durable_ms: 77,
+                position,
+                coalesced: 0,
+            },
+            is_snapshot,
+        }
     }
 
-    fn entry(user: u8, position: u64, sample_ms: u64) -> WatchEvent {
-        event(Kind::Entry(Entry {
-            user: Bytes::copy_from_slice(&[user; 16]),
-            position,
-            last_sample_ms: sample_ms,
-            durable_ms: 77,
-            ..Entry::default()
-        }))
-    }
-
-    fn after(events: impl IntoIterator<Item = WatchEvent>) -> (WatchBook, Vec<u64>) {
+    fn after(events: impl IntoIterator<Item = Event>) -> (WatchBook, Vec<u64>) {
         let mut book = WatchBook::default();
         let durable = events
             .into_iter()
-            .filter_map(|event| book.take(event))
+            .filter_map(|event| book.take(&event))
             .collect();
         (book, durable)
     }
 
-    fn snapshot() -> Vec<WatchEvent> {
-        vec![
-            event(Kind::Header(Header::default())),
-            entry(1, 5, 100),
-            entry(2, 3, 100),
-            event(Kind::SnapshotEnd(SnapshotEnd {
-                count: 2,
-                position: 5,
-                token: Bytes::from_static(b"t"),
-            })),
-        ]
-    }
-
     #[test]
     fn a_stream_in_order_has_no_fault_and_only_changes_are_timed() {
-        let mut events = snapshot();
-        events.extend([
-            entry(1, 6, 200),
-            event(Kind::Progress(Progress {
-                position: 6,
-                ..Progress::default()
-            })),
-        ]);
+        let events = [
+            Event::Connected { position: 0 },
+            entry(5, 100, true),
+            Event::Connected { position: 5 },
+            entry(6, 200, false),
+        ];
         let (book, durable) = after(events);
-        assert_eq!((book.faults, book.announced, durable), (0, 6, vec![77]));
+        assert_eq!((book.faults, book.announced, durable), (0, 5, vec![77]));
         assert_eq!(book.newest[&UserId([1; 16])].sample_ms, 200);
     }
 
     #[test]
     fn each_broken_promise_is_a_fault() {
+        let violation = Violation::WentBack {
+            announced: 6,
+            position: 4,
+        };
+        let disconnected = Event::Disconnected {
+            why: violation.into(),
+            retry_in: Duration::ZERO,
+        };
         for (broken, words) in [
-            (entry(1, 5, 100), "was announced"),
-            (entry(1, 6, 99), "went back"),
-            (
-                event(Kind::Progress(Progress {
-                    position: 4,
-                    ..Progress::default()
-                })),
-                "progress went back",
-            ),
+            (entry(6, 99, false), "went back"),
+            (entry(4, 100, false), "went back"),
+            (disconnected, "progress went back"),
         ] {
-            let mut events = snapshot();
-            events.push(broken);
-            let (book, _) = after(events);
+            let (book, _) = after([entry(5, 100, true), broken]);
             assert_eq!(book.faults, 1);
             assert!(book.first_fault.unwrap().contains(words));
         }

@@ -165,7 +165,7 @@ async fn load(
         storming.threads = CrewThreads::GivingWay;
     }
     let fleet = Arc::new(Fleet::enrol(&devices, &near, &config, progress).await?);
-    let watch = checker.as_ref().map(Checker::watch);
+    let watch = checker.as_ref().map(Checker::watch).transpose()?;
     let mut recorder = Recorder::default();
     let mut stage = Stage {
         scenario: &scenario,

@@ -4,11 +4,11 @@
 
 use anyhow::Context;
 use rustc_hash::FxHashMap;
+use waypost_checker::{Entry, State};
 use waypost_gateway::store::Store;
 use waypost_proto::{
     id::{DeviceId, UserId},
     ping::Ping,
-    v1::{Entry, State},
 };
 
 use crate::{
@@ -170,10 +170,10 @@ fn fault_of(expected: &Expected, before: &Entry, entry: &Entry, at_most_ms: u64)
         let least_ms = known_ms.max(before_ms);
         told_ms < least_ms || (expected.is_complete && told_ms != least_ms)
     };
-    if entry.user.as_ref() != expected.user.0 {
+    if entry.user != expected.user {
         Some("the entry is another user's".to_owned())
-    } else if entry.state() != State::Active {
-        Some(format!("the state is {:?}", entry.state()))
+    } else if entry.state != State::Active {
+        Some(format!("the state is {:?}", entry.state))
     } else if differs(entry.last_sample_ms, before.last_sample_ms, sample_ms) {
         Some(format!(
             "last_sample_ms is {}, not {sample_ms}",
@@ -317,7 +317,6 @@ const MAX_EXAMPLES: usize = 5;
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
     use waypost_proto::{
         outbox::{Event, Totals},
         ranges::SeqRange,
@@ -463,14 +462,27 @@ mod tests {
         );
     }
 
+    fn never_seen() -> Entry {
+        Entry {
+            user: DEVICE.user,
+            last_contact_ms: 0,
+            last_sample_ms: 0,
+            last_fix_ms: 0,
+            durable_ms: 0,
+            state: State::NeverSeen,
+            position: 0,
+            coalesced: 0,
+        }
+    }
+
     fn wrong(change: impl FnOnce(&mut Entry)) -> u64 {
         let mut entry = Entry {
-            user: Bytes::copy_from_slice(&DEVICE.user.0),
+            user: DEVICE.user,
             last_contact_ms: 60,
             last_sample_ms: 5_000,
             last_fix_ms: 4_000, // The fifth ping was no fix.
             durable_ms: 61,
-            state: State::Active.into(),
+            state: State::Active,
             position: 10,
             coalesced: 0,
         };
@@ -481,7 +493,7 @@ mod tests {
             entries: vec![entry],
             at_most_ms: 70,
         };
-        let findings = check_freshness(&[Expected::from(&ledger)], &[Entry::default()], &answer);
+        let findings = check_freshness(&[Expected::from(&ledger)], &[never_seen()], &answer);
         assert_eq!(findings.checked, 1);
         findings.wrong
     }
@@ -495,28 +507,24 @@ mod tests {
         assert_eq!(wrong(|entry| entry.last_contact_ms = 49), 1);
         assert_eq!(wrong(|entry| entry.last_contact_ms = 71), 1);
         assert_eq!(wrong(|entry| entry.position = 8), 1);
-        assert_eq!(wrong(|entry| entry.state = State::NeverSeen.into()), 1);
-        assert_eq!(wrong(|entry| entry.user = Bytes::from_static(&[8; 16])), 1);
+        assert_eq!(wrong(|entry| entry.state = State::NeverSeen), 1);
+        assert_eq!(wrong(|entry| entry.user = UserId([8; 16])), 1);
     }
 
     #[test]
     fn an_unanswered_ping_may_have_arrived() {
         let expected = Expected::from(&ledger(0));
         assert!(!expected.is_complete);
-        let entry = |sample_ms| Entry {
-            last_sample_ms: sample_ms,
-            ..Entry::default()
-        };
         let fault = |sample_ms| {
             let told = Entry {
-                user: Bytes::copy_from_slice(&DEVICE.user.0),
                 last_contact_ms: 60,
+                last_sample_ms: sample_ms,
                 last_fix_ms: sample_ms,
-                state: State::Active.into(),
+                state: State::Active,
                 position: 10,
-                ..entry(sample_ms)
+                ..never_seen()
             };
-            fault_of(&expected, &Entry::default(), &told, 70)
+            fault_of(&expected, &never_seen(), &told, 70)
         };
         assert_eq!(fault(3_000), None);
         assert_eq!(fault(5_000), None);

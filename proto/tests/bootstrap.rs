@@ -3,12 +3,14 @@
 //! Building needs no `protoc` and no generator: their output is committed. This test writes it anew and
 //! fails if that changed a file; commit the change, then it passes.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 #[test]
 fn generated_code_matches_the_schema() {
     let proto = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let gateway = proto.join("../gateway/src/gen");
     let descriptors = protox::compile(
         ["waypost/v1/device.proto", "waypost/v1/freshness.proto"],
         [proto],
@@ -22,6 +24,7 @@ fn generated_code_matches_the_schema() {
         .compile_fds(descriptors.clone())
         .expect("messages generate");
 
+    // Each half of the service lies with who speaks it: a checker is built without the gateway.
     let client = tempfile_dir("client");
     tonic_prost_build::configure()
         .extern_path(".waypost.v1", "::waypost_proto::v1")
@@ -41,30 +44,14 @@ fn generated_code_matches_the_schema() {
         .expect("the server generates");
 
     let changed: Vec<_> = [
-        (
-            messages.join("waypost.v1.rs"),
-            proto.join("src/gen/waypost.v1.rs"),
-        ),
-        (
-            client.join("waypost.v1.rs"),
-            gateway.join("client/waypost.v1.rs"),
-        ),
-        (
-            server.join("waypost.v1.rs"),
-            gateway.join("server/waypost.v1.rs"),
-        ),
+        ("src/gen/waypost.v1.rs", generated(&messages)),
+        ("../checker/src/gen/waypost.v1.rs", generated(&client)),
+        ("../gateway/src/gen/waypost.v1.rs", generated(&server)),
     ]
     .into_iter()
-    .filter(|(fresh, committed)| {
-        let fresh = fs::read_to_string(fresh).expect("the generator wrote a file");
-        if fs::read_to_string(committed).is_ok_and(|old| old == fresh) {
-            return false;
-        }
-        fs::create_dir_all(committed.parent().expect("a file has a folder")).expect("folder");
-        fs::write(committed, fresh).expect("the checkout can be written");
-        true
-    })
-    .map(|(_, committed)| committed)
+    .map(|(committed, fresh)| (proto.join(committed), fresh))
+    .filter(|(committed, fresh)| is_rewritten(committed, fresh))
+    .map(|(committed, _)| committed)
     .collect();
     assert!(
         changed.is_empty(),
@@ -72,7 +59,20 @@ fn generated_code_matches_the_schema() {
     );
 }
 
-fn tempfile_dir(name: &str) -> std::path::PathBuf {
+fn generated(dir: &Path) -> Vec<u8> {
+    fs::read(dir.join("waypost.v1.rs")).expect("the generator wrote a file")
+}
+
+fn is_rewritten(committed: &Path, fresh: &[u8]) -> bool {
+    if fs::read(committed).is_ok_and(|old| old == fresh) {
+        return false;
+    }
+    fs::create_dir_all(committed.parent().expect("a file has a folder")).expect("folder");
+    fs::write(committed, fresh).expect("the checkout can be written");
+    true
+}
+
+fn tempfile_dir(name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&dir).expect("a folder for generated code");
     dir

@@ -58,7 +58,7 @@ struct Trial {
     fleet: Arc<Fleet>,
     users: Vec<UserId>,
     /// What checkers were told before.
-    before: Vec<v1::Entry>,
+    before: Vec<waypost_checker::Entry>,
     watch: Watch,
     /// Makes each ping unlike all others.
     next_ping: AtomicU64,
@@ -98,7 +98,7 @@ impl Trial {
             .await
             .unwrap();
         let before = checker.get(&users).await.unwrap().entries;
-        let watch = checker.watch();
+        let watch = checker.watch().unwrap();
         let progress = Progress::silent();
         let fleet = Fleet::enrol(&devices, &target, &FleetConfig::default(), &progress)
             .await

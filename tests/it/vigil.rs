@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tonic::{Streaming, transport::Channel};
-use waypost_gateway::{clock::system_now_ms, feed::rpc::freshness_client::FreshnessClient};
+use waypost_checker::rpc::freshness_client::FreshnessClient;
+use waypost_gateway::clock::system_now_ms;
 use waypost_proto::{
     session::Lane,
     v1::{

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{task::JoinHandle, time::MissedTickBehavior};
-use waypost_gateway::feed::client;
+use waypost_checker::{Config, connect};
 use waypost_loadtest::{
     device::{Device, DeviceConfig, Observer},
     link::{LinkError, Links},
@@ -159,14 +159,14 @@ fn follow(gateway: &Process, said: &Arc<Mutex<Vec<Said>>>) -> JoinHandle<()> {
     tokio::spawn(async move {
         let mut token = bytes::Bytes::new();
         loop {
-            let connected = client::connect(
+            let config = Config::new(
                 &address,
                 &ca_pem,
                 &credentials.certificate_pem,
                 &credentials.private_key_pem,
                 "localhost",
             );
-            let Ok(mut client) = connected.await else {
+            let Ok(mut client) = connect(&config).await else {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             };

@@ -7,7 +7,7 @@ use std::{path::PathBuf, time::Duration};
 
 use parking_lot::Mutex;
 use rand::{RngExt, rngs::StdRng};
-use waypost_gateway::feed::client;
+use waypost_checker::{Config, connect};
 use waypost_proto::v1;
 
 use crate::{
@@ -188,13 +188,13 @@ impl Fleet {
     pub async fn audit_freshness(&self, gateway: &Process) -> Vec<Fault> {
         let credentials = gateway.authority().issue_checker("dev").unwrap();
         let address = format!("https://{}", gateway.addresses().freshness);
-        let mut checker = client::connect(
+        let mut checker = connect(&Config::new(
             &address,
             &self.ca_pem,
             &credentials.certificate_pem,
             &credentials.private_key_pem,
             "localhost",
-        )
+        ))
         .await
         .unwrap();
         let users = self

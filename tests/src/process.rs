@@ -13,10 +13,8 @@ use serde::Deserialize;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tonic::transport::Channel;
-use waypost_gateway::{
-    feed::{client, rpc::freshness_client::FreshnessClient},
-    pki::{Authority, Credentials, DEVELOPMENT_CHECKER},
-};
+use waypost_checker::{Config, connect, rpc::freshness_client::FreshnessClient};
+use waypost_gateway::pki::{Authority, Credentials, DEVELOPMENT_CHECKER};
 use waypost_proto::v1;
 
 use crate::{
@@ -270,17 +268,20 @@ impl Process {
     }
 
     pub async fn checker(&self) -> FreshnessClient<Channel> {
+        connect(&self.checker_config()).await.unwrap()
+    }
+
+    /// The freshness service, as the development checker reaches it.
+    pub fn checker_config(&self) -> Config {
         let authority = self.authority();
         let credentials = authority.issue_checker(DEVELOPMENT_CHECKER).unwrap();
-        client::connect(
-            &format!("https://{}", self.addresses().freshness),
+        Config::new(
+            format!("https://{}", self.addresses().freshness),
             authority.certificate_pem(),
             &credentials.certificate_pem,
             &credentials.private_key_pem,
             "localhost",
         )
-        .await
-        .unwrap()
     }
 
     /// What a checker is told of a device's user.

@@ -10,11 +10,10 @@ use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
+use waypost_checker::{Config as CheckerConfig, connect, rpc::freshness_client::FreshnessClient};
 use waypost_gateway::{
     clock::system_now_ms,
     config::Config,
-    feed::client,
-    feed::rpc::freshness_client::FreshnessClient,
     gateway::{Addresses, Gateway, GatewayError},
     pki::{Authority, Credentials},
     store::Store,
@@ -163,15 +162,18 @@ impl World {
     }
 
     pub async fn checker_with(&self, credentials: &Credentials) -> FreshnessClient<Channel> {
-        client::connect(
-            &format!("https://{}", self.addresses().freshness),
+        connect(&self.checker_config(credentials)).await.unwrap()
+    }
+
+    /// The freshness service, as it is reached with these certificates.
+    pub fn checker_config(&self, credentials: &Credentials) -> CheckerConfig {
+        CheckerConfig::new(
+            format!("https://{}", self.addresses().freshness),
             self.authority.certificate_pem(),
             &credentials.certificate_pem,
             &credentials.private_key_pem,
             "localhost",
         )
-        .await
-        .unwrap()
     }
 
     /// What a checker is told of a device's user.

@@ -27,7 +27,9 @@ use crate::{
     tls::{TlsConfig, freshness_server_config},
 };
 
-use super::{client::connect, rpc::freshness_client::FreshnessClient, *};
+use waypost_checker::{Config, connect, rpc::freshness_client::FreshnessClient};
+
+use super::*;
 
 const TRUST_DOMAIN: &str = "test.waypost";
 const OPS: &str = "spiffe://test.waypost/checker/ops";
@@ -142,13 +144,13 @@ impl Harness {
 
     async fn client(&self, uri: &str) -> FreshnessClient<Channel> {
         let (certificate, key) = self.pki.issue(SanType::URI(uri.try_into().unwrap()));
-        connect(
+        connect(&Config::new(
             &self.address,
             &self.pki.ca_pem,
             certificate,
             key,
             "localhost",
-        )
+        ))
         .await
         .unwrap()
     }
@@ -242,7 +244,8 @@ impl Harness {
     async fn serves_another(&self) -> bool {
         let (certificate, key) = self.pki.issue(SanType::URI(OPS.try_into().unwrap()));
         let (address, ca_pem) = (&self.address, &self.pki.ca_pem);
-        match connect(address, ca_pem, certificate, key, "localhost").await {
+        let config = Config::new(address, ca_pem, certificate, key, "localhost");
+        match connect(&config).await {
             Ok(mut client) => client.get(GetRequest::default()).await.is_ok(),
             Err(_) => false,
         }
@@ -1012,13 +1015,13 @@ async fn only_named_checkers_are_answered() {
 async fn a_certificate_of_another_authority_is_not_even_heard() {
     let harness = Harness::start();
     let (certificate, key) = Pki::new().issue(SanType::URI(OPS.try_into().unwrap()));
-    let client = connect(
+    let client = connect(&Config::new(
         &harness.address,
         &harness.pki.ca_pem,
         certificate,
         key,
         "localhost",
-    )
+    ))
     .await;
     // In TLS 1.3 the client may learn of it only when it first reads.
     if let Ok(mut client) = client {

@@ -1,22 +1,14 @@
 //! What a watching checker knows, and what it says of each event.
 //!
-//! Takes events and times, returns reports. Must not know the connection or the terminal.
-//!
-//! A user is called silent only up to the moment that the stream is complete for: by the gateway's
-//! clock and the stream's own progress, never because nothing came, and time in which the gateway could not hear
-//! does not count.
+//! Takes events and times, returns reports. Must not know the connection or the terminal, nor when a user
+//! is silent: that is for [`Silences`] to say.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
-use bytes::Bytes;
-use rustc_hash::FxHashMap;
 use serde::Serialize;
-use waypost_proto::{
-    id::UserId,
-    v1::{self, Entry, State, deadline, watch_event::Kind},
+use waypost_checker::{
+    Change, Deadline, Entry, Event, Gap, Interruption, Silences, coverage, deadline, reset,
 };
-
-use crate::coverage::{Coverage, Reason, Span};
 
 /// One line of output. Times are as in `freshness.proto`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,202 +78,164 @@ pub(super) enum Report {
 
 #[derive(Debug)]
 pub(super) struct View {
-    silent_after_ms: u64,
-    /// When each user was last heard, of those whose silence means something.
-    contacts: FxHashMap<UserId, u64>,
-    /// Those of them who have not been called silent, longest silence first.
-    speaking: BTreeSet<(u64, UserId)>,
-    coverage: Coverage,
-    resolved_ms: u64,
-    is_snapshot: bool,
-    token: Bytes,
+    silences: Silences,
+    changes: Vec<Change>,
 }
 
 impl View {
     /// Knows nobody yet.
     pub(super) fn new(silent_after_ms: u64) -> Self {
         Self {
-            silent_after_ms,
-            contacts: FxHashMap::default(),
-            speaking: BTreeSet::new(),
-            coverage: Coverage::default(),
-            resolved_ms: 0,
-            is_snapshot: false,
-            token: Bytes::new(),
+            silences: Silences::new(silent_after_ms),
+            changes: Vec::new(),
         }
-    }
-
-    /// Where to resume.
-    pub(super) fn token(&self) -> Bytes {
-        self.token.clone()
-    }
-
-    /// The moment up to which all is known.
-    pub(super) fn resolved_ms(&self) -> u64 {
-        self.resolved_ms
-    }
-
-    /// Whether this event shows that the stream moves: progress does, and in a snapshot, which has no
-    /// progress, everything.
-    pub(super) fn is_sign_of_life(&self, event: &Kind) -> bool {
-        self.is_snapshot || matches!(event, Kind::Header(_) | Kind::Progress(_))
     }
 
     /// Takes an event; what is to be said of it goes to `reports`.
-    pub(super) fn take(&mut self, event: Kind, reports: &mut Vec<Report>) {
-        match event {
-            Kind::Header(header) => {
-                self.is_snapshot = header.position == 0;
-                if self.is_snapshot {
-                    self.forget();
-                }
-                reports.push(Report::Connected {
-                    position: header.position,
-                });
-            }
-            Kind::Reset(reset) => {
-                self.is_snapshot = true;
-                self.forget();
-                reports.push(Report::Reset {
-                    reason: reset.reason().as_str_name(),
-                });
-            }
-            Kind::Entry(entry) => self.take_entry(&entry, reports),
-            Kind::SnapshotEnd(end) => {
-                self.is_snapshot = false;
-                self.token = end.token;
-                reports.push(Report::SnapshotEnd {
-                    count: end.count,
-                    position: end.position,
-                });
-            }
-            Kind::Progress(progress) => {
-                self.token = progress.token;
-                self.resolved_ms = self.resolved_ms.max(progress.resolved_ms);
-                self.call_silent(reports);
-                reports.push(Report::Progress {
-                    resolved_ms: progress.resolved_ms,
-                    position: progress.position,
-                    lag_ms: progress.lag_ms,
-                    users: self.contacts.len(),
-                    silent: self.contacts.len() - self.speaking.len(),
-                });
-            }
-            Kind::Coverage(coverage) => self.take_coverage(&coverage, reports),
-            Kind::Deadline(deadline) => take_deadline(&deadline, reports),
+    pub(super) fn take(&mut self, event: &Event, reports: &mut Vec<Report>) {
+        self.silences.take(event, &mut self.changes);
+        // A user's entry comes before what it means, progress after it.
+        let has_entry = matches!(event, Event::Entry { .. });
+        let said = self.report(event);
+        let silences = self.changes.drain(..).filter_map(Report::of_silence);
+        if has_entry {
+            reports.extend(said);
+            reports.extend(silences);
+        } else {
+            reports.extend(silences);
+            reports.extend(said);
         }
     }
 
-    fn take_coverage(&mut self, coverage: &v1::Coverage, reports: &mut Vec<Report>) {
-        let reason = match coverage.reason() {
-            v1::coverage::Reason::Down => Reason::Down,
-            v1::coverage::Reason::Starting => Reason::Starting,
-            v1::coverage::Reason::Overloaded => Reason::Overloaded,
-            v1::coverage::Reason::DiskFailed => Reason::DiskFailed,
-            v1::coverage::Reason::ClockStepped => Reason::ClockStepped,
-            v1::coverage::Reason::Unspecified => return, // not of this contract
-        };
-        let span = Span {
-            from_ms: coverage.from_ms,
-            until_ms: (coverage.until_ms != 0).then_some(coverage.until_ms),
-            reason,
-            position: coverage.position,
-        };
-        self.coverage.apply(&self.coverage.change(vec![span]));
-        reports.push(Report::Coverage {
-            from_ms: coverage.from_ms,
-            until_ms: coverage.until_ms,
-            reason: reason.as_label(),
-        });
+    fn report(&self, event: &Event) -> Option<Report> {
+        Some(match event {
+            &Event::Connected { position } => Report::Connected { position },
+            // The gateway gives no reason when a snapshot was interrupted and begins again.
+            Event::Reset {
+                reason: reset::Reason::Unspecified,
+            } => return None,
+            Event::Reset { reason } => Report::Reset {
+                reason: reason.as_str_name(),
+            },
+            Event::Entry { entry, is_snapshot } => Report::of_entry(entry, *is_snapshot),
+            &Event::SnapshotEnd {
+                count, position, ..
+            } => Report::SnapshotEnd { count, position },
+            &Event::Progress {
+                resolved_ms,
+                position,
+                lag_ms,
+                ..
+            } => Report::Progress {
+                resolved_ms,
+                position,
+                lag_ms,
+                users: self.silences.users(),
+                silent: self.silences.silent(),
+            },
+            &Event::Stale { resolved_ms } => Report::StreamStale { resolved_ms },
+            &Event::Live { resolved_ms } => Report::StreamLive { resolved_ms },
+            Event::Disconnected { why, retry_in } => Report::StreamLost {
+                error: with_causes(why),
+                retry_in_ms: u64::try_from(retry_in.as_millis()).unwrap_or(u64::MAX),
+            },
+            Event::Coverage(gap) => Report::of_gap(gap),
+            Event::Deadline(deadline) => return Report::of_deadline(deadline),
+        })
     }
+}
 
-    fn take_entry(&mut self, entry: &Entry, reports: &mut Vec<Report>) {
-        let Ok(user) = <[u8; 16]>::try_from(entry.user.as_ref()).map(UserId) else {
-            return; // not of this contract
-        };
-        let last_contact_ms = entry.last_contact_ms;
-        reports.push(Report::Entry {
-            user: user.to_string(),
-            state: entry.state().as_str_name().trim_start_matches("STATE_"),
-            last_contact_ms,
+/// An error and what caused it, in one line.
+fn with_causes(error: &Interruption) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let words = error.to_string();
+        if !text.contains(&words) {
+            text = format!("{text}: {words}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+impl Report {
+    fn of_entry(entry: &Entry, is_snapshot: bool) -> Self {
+        Self::Entry {
+            user: entry.user.to_string(),
+            state: entry.state.as_str_name().trim_start_matches("STATE_"),
+            last_contact_ms: entry.last_contact_ms,
             last_sample_ms: entry.last_sample_ms,
             last_fix_ms: entry.last_fix_ms,
             durable_ms: entry.durable_ms,
             position: entry.position,
             coalesced: entry.coalesced,
-            is_snapshot: self.is_snapshot,
-        });
-        let before = self.contacts.remove(&user);
-        let was_speaking = before.is_some_and(|before_ms| self.speaking.remove(&(before_ms, user)));
-        if entry.state() != State::Active {
-            return;
-        }
-        self.contacts.insert(user, last_contact_ms);
-        match before {
-            Some(before_ms) if !was_speaking && last_contact_ms <= before_ms => {}
-            Some(_) if !was_speaking => {
-                self.speaking.insert((last_contact_ms, user));
-                reports.push(Report::HeardAgain {
-                    user: user.to_string(),
-                    last_contact_ms,
-                });
-            }
-            _ => {
-                self.speaking.insert((last_contact_ms, user));
-            }
+            is_snapshot,
         }
     }
 
-    fn call_silent(&mut self, reports: &mut Vec<Report>) {
-        let resolved_ms = self.resolved_ms;
-        let heard_ms = self.coverage.heard_ms(resolved_ms);
-        while let Some(&(last_contact_ms, user)) = self.speaking.first()
-            && self
-                .coverage
-                .heard_ms(last_contact_ms)
-                .saturating_add(self.silent_after_ms)
-                <= heard_ms
-        {
-            self.speaking.pop_first();
-            reports.push(Report::Silent {
+    fn of_gap(gap: &Gap) -> Self {
+        Self::Coverage {
+            from_ms: gap.from_ms,
+            until_ms: gap.until_ms.unwrap_or_default(),
+            reason: match gap.reason {
+                coverage::Reason::Unspecified => "unspecified",
+                coverage::Reason::Down => "down",
+                coverage::Reason::Starting => "starting",
+                coverage::Reason::Overloaded => "overloaded",
+                coverage::Reason::DiskFailed => "disk_failed",
+                coverage::Reason::ClockStepped => "clock_stepped",
+            },
+        }
+    }
+
+    fn of_deadline(deadline: &Deadline) -> Option<Self> {
+        let &Deadline {
+            at_ms,
+            last_contact_ms,
+            due_ms,
+            ..
+        } = deadline;
+        let user = deadline.user.to_string();
+        match deadline.kind {
+            deadline::Kind::Late => Some(Self::Late {
+                user,
+                at_ms,
+                last_contact_ms,
+                due_ms,
+            }),
+            deadline::Kind::Recovered => Some(Self::Recovered {
+                user,
+                at_ms,
+                last_contact_ms,
+            }),
+            deadline::Kind::Unspecified => None, // not of this contract
+        }
+    }
+
+    fn of_silence(change: Change) -> Option<Self> {
+        match change {
+            Change::Silent {
+                user,
+                last_contact_ms,
+                resolved_ms,
+            } => Some(Self::Silent {
                 user: user.to_string(),
                 last_contact_ms,
                 resolved_ms,
-            });
+            }),
+            Change::HeardAgain {
+                user,
+                last_contact_ms,
+            } => Some(Self::HeardAgain {
+                user: user.to_string(),
+                last_contact_ms,
+            }),
+            // Its entry says the same.
+            Change::Closed { .. } => None,
         }
     }
 
-    fn forget(&mut self) {
-        self.contacts.clear();
-        self.speaking.clear();
-        self.coverage = Coverage::default();
-        self.resolved_ms = 0;
-    }
-}
-
-fn take_deadline(deadline: &v1::Deadline, reports: &mut Vec<Report>) {
-    let Ok(user) = <[u8; 16]>::try_from(deadline.user.as_ref()).map(UserId) else {
-        return; // not of this contract
-    };
-    let (user, at_ms, last_contact_ms) =
-        (user.to_string(), deadline.at_ms, deadline.last_contact_ms);
-    match deadline.kind() {
-        deadline::Kind::Late => reports.push(Report::Late {
-            user,
-            at_ms,
-            last_contact_ms,
-            due_ms: deadline.due_ms,
-        }),
-        deadline::Kind::Recovered => reports.push(Report::Recovered {
-            user,
-            at_ms,
-            last_contact_ms,
-        }),
-        deadline::Kind::Unspecified => {} // not of this contract
-    }
-}
-
-impl Report {
     /// For people, who read ages more easily than times. `now_ms` is this machine's clock; where it is
     /// not set as the gateway's is, ages are off by as much.
     pub(super) fn text(&self, now_ms: u64) -> String {
@@ -419,86 +373,85 @@ impl fmt::Display for Age {
 
 #[cfg(test)]
 mod tests {
-    use waypost_proto::v1::{Header, Progress, Reset, SnapshotEnd};
+    use waypost_checker::{Resume, State, UserId};
 
     use super::*;
 
     const USER: UserId = UserId([1; 16]);
 
-    fn entry(state: State, last_contact_ms: u64) -> Kind {
-        let user = Bytes::copy_from_slice(&USER.0);
-        Kind::Entry(Entry {
-            user,
-            state: state.into(),
-            last_contact_ms,
-            ..Entry::default()
-        })
+    fn entry(last_contact_ms: u64) -> Event {
+        Event::Entry {
+            entry: Entry {
+                user: USER,
+                state: State::Active,
+                last_contact_ms,
+                last_sample_ms: 0,
+                last_fix_ms: 0,
+                durable_ms: 0,
+                position: 1,
+                coalesced: 0,
+            },
+            is_snapshot: false,
+        }
     }
 
-    fn progress(resolved_ms: u64) -> Kind {
-        Kind::Progress(Progress {
+    fn progress(resolved_ms: u64) -> Event {
+        Event::Progress {
             resolved_ms,
-            ..Progress::default()
-        })
+            position: 1,
+            lag_ms: 0,
+            resume: Resume::from_bytes(&[1; 10]).unwrap(),
+        }
     }
 
-    /// What is said of silence after these events, in words.
-    fn said(view: &mut View, events: impl IntoIterator<Item = Kind>) -> Vec<&'static str> {
+    /// The names of what is reported of these events.
+    fn said(view: &mut View, events: impl IntoIterator<Item = Event>) -> Vec<String> {
         let mut reports = Vec::new();
         events
             .into_iter()
-            .for_each(|event| view.take(event, &mut reports));
+            .for_each(|event| view.take(&event, &mut reports));
         reports
             .iter()
-            .filter_map(|report| match report {
-                Report::Silent { .. } => Some("silent"),
-                Report::HeardAgain { .. } => Some("heard again"),
-                _ => None,
+            .map(|report| {
+                serde_json::to_value(report).unwrap()["event"]
+                    .as_str()
+                    .unwrap()
+                    .to_owned()
             })
             .collect()
     }
 
     #[test]
-    fn time_in_which_the_gateway_could_not_hear_is_no_silence() {
-        let mut view = View::new(1_000);
-        let mut take = |kind| {
-            let mut reports = Vec::new();
-            view.take(kind, &mut reports);
-            reports
-        };
-        let progress = |resolved_ms| {
-            Kind::Progress(Progress {
-                resolved_ms,
-                ..Progress::default()
-            })
-        };
-        let is_silent = |reports: &[Report]| {
-            reports
-                .iter()
-                .any(|report| matches!(report, Report::Silent { .. }))
-        };
-        take(Kind::Header(Header::default()));
-        take(entry(State::Active, 10_000));
-        let told = take(Kind::Coverage(v1::Coverage {
-            from_ms: 10_500,
-            until_ms: 60_500,
-            reason: v1::coverage::Reason::Down.into(),
-            position: 7,
-        }));
+    fn silences_are_said_between_what_shows_them_and_the_count_that_holds_them() {
+        let mut view = View::new(100);
         assert_eq!(
-            told,
+            said(&mut view, [entry(1_000), progress(1_100), entry(1_200)]),
+            ["entry", "silent", "progress", "entry", "heard_again"]
+        );
+    }
+
+    #[test]
+    fn a_gap_is_said_and_time_in_it_is_no_silence() {
+        let mut view = View::new(1_000);
+        let gap = Gap {
+            from_ms: 10_500,
+            until_ms: Some(60_500),
+            reason: coverage::Reason::Down,
+            position: 7,
+        };
+        let mut reports = Vec::new();
+        view.take(&Event::Coverage(gap), &mut reports);
+        assert_eq!(
+            reports,
             [Report::Coverage {
                 from_ms: 10_500,
                 until_ms: 60_500,
                 reason: "down"
             }]
         );
-        take(Kind::SnapshotEnd(SnapshotEnd::default()));
-        assert!(!is_silent(&take(progress(60_999))));
-        assert!(
-            is_silent(&take(progress(61_000))),
-            "a second that could be heard"
-        );
+        let early = [entry(10_000), progress(60_999)];
+        assert_eq!(said(&mut view, early), ["entry", "progress"]);
+        assert_eq!(said(&mut view, [progress(61_000)]), ["silent", "progress"]);
     }
 
     #[test]
@@ -506,15 +459,15 @@ mod tests {
         let mut view = View::new(1_000);
         let mut told = |kind: deadline::Kind| {
             let mut reports = Vec::new();
-            let deadline = v1::Deadline {
-                user: Bytes::copy_from_slice(&USER.0),
-                kind: kind.into(),
+            let deadline = Deadline {
+                user: USER,
+                kind,
                 at_ms: 300,
+                position: 1,
                 last_contact_ms: 100,
                 due_ms: 250,
-                ..v1::Deadline::default()
             };
-            view.take(Kind::Deadline(deadline), &mut reports);
+            view.take(&Event::Deadline(deadline), &mut reports);
             reports.pop().map(|report| report.text(1_300))
         };
         let late = told(deadline::Kind::Late).unwrap();
@@ -527,85 +480,22 @@ mod tests {
             recovered.ends_with("RECOVERED   contact 1.2 s ago"),
             "{recovered}"
         );
+        assert_eq!(told(deadline::Kind::Unspecified), None);
     }
 
     #[test]
-    fn silence_is_said_once_and_only_up_to_where_the_stream_is_complete() {
+    fn a_snapshot_that_begins_again_is_no_reset_by_the_gateway() {
         let mut view = View::new(100);
-        assert!(said(&mut view, [entry(State::Active, 1_000), progress(1_099)]).is_empty());
-        assert_eq!(
-            said(&mut view, [progress(1_100), progress(1_200)]),
-            ["silent"]
-        );
-        assert!(said(&mut view, [entry(State::Active, 1_000)]).is_empty());
-        assert_eq!(
-            said(&mut view, [entry(State::Active, 1_250), progress(1_300)]),
-            ["heard again"]
-        );
-        assert_eq!(said(&mut view, [progress(1_350)]), ["silent"]);
-    }
-
-    #[test]
-    fn a_pause_is_not_silence() {
-        let mut view = View::new(100);
-        let events = [
-            entry(State::Active, 1_000),
-            entry(State::Paused, 1_000),
-            progress(9_000),
-        ];
-        assert!(said(&mut view, events).is_empty());
-        assert!(said(&mut view, [entry(State::NeverSeen, 0), progress(9_100)]).is_empty());
-    }
-
-    #[test]
-    fn after_a_reset_what_was_known_counts_no_more() {
-        let mut view = View::new(100);
-        said(
-            &mut view,
-            [entry(State::Active, 1_000), Kind::Reset(Reset::default())],
-        );
-        assert!(said(&mut view, [progress(9_000)]).is_empty());
-        assert_eq!(view.contacts.len(), 0);
-    }
-
-    #[test]
-    fn the_token_is_of_what_was_worked_through() {
-        let mut view = View::new(100);
-        let (first, second) = (Bytes::from_static(b"1"), Bytes::from_static(b"2"));
-        let end = SnapshotEnd {
-            token: first.clone(),
-            ..SnapshotEnd::default()
-        };
-        said(&mut view, [Kind::SnapshotEnd(end), entry(State::Active, 1)]);
-        assert_eq!(view.token(), first);
-        said(
-            &mut view,
-            [Kind::Progress(Progress {
-                token: second.clone(),
-                ..Progress::default()
-            })],
-        );
-        assert_eq!(view.token(), second);
-    }
-
-    #[test]
-    fn entries_alone_do_not_show_that_the_stream_moves() {
-        let mut view = View::new(100);
-        said(&mut view, [Kind::Header(Header::default())]);
-        assert!(
-            view.is_sign_of_life(&entry(State::Active, 1)),
-            "a snapshot has no progress"
-        );
-        said(&mut view, [Kind::SnapshotEnd(SnapshotEnd::default())]);
-        assert!(!view.is_sign_of_life(&entry(State::Active, 1)));
-        assert!(view.is_sign_of_life(&progress(1)));
+        let reset = |reason| Event::Reset { reason };
+        assert!(said(&mut view, [reset(reset::Reason::Unspecified)]).is_empty());
+        assert_eq!(said(&mut view, [reset(reset::Reason::BadToken)]), ["reset"]);
     }
 
     #[test]
     fn programs_read_one_object_a_line() {
         let mut view = View::new(100);
         let mut reports = Vec::new();
-        view.take(entry(State::Active, 5), &mut reports);
+        view.take(&entry(5), &mut reports);
         let json: serde_json::Value =
             serde_json::from_str(&serde_json::to_string(&reports[0]).unwrap()).unwrap();
         assert_eq!(json["event"], "entry");
