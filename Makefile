@@ -21,7 +21,7 @@ run: setup ## starts a gateway and a simulated fleet, until Ctrl-C
 test: setup ## everything that proves the promises; what CI runs
 	@.ci/python
 	@.ci/prometheus
-	$(CARGO) build --locked --workspace --bins
+	$(CARGO) build --locked --workspace --bins --examples
 	$(CARGO) test --locked --workspace --no-fail-fast
 
 .PHONY: soak

@@ -141,7 +141,7 @@ pub fn binary(name: &str) -> PathBuf {
     let built = test.parent().and_then(Path::parent).unwrap().join(name);
     assert!(
         built.exists(),
-        "{} is not built: run `make test`, or `cargo build --workspace --bins`",
+        "{} is not built: run `make test`, or `cargo build --workspace --bins --examples`",
         built.display()
     );
     built
