@@ -127,6 +127,12 @@ impl Readiness {
         });
     }
 
+    /// Tells of every new stage.
+    #[must_use]
+    pub fn subscribe(&self) -> watch::Receiver<Stage> {
+        self.stage.subscribe()
+    }
+
     /// The stage now.
     #[must_use]
     pub fn stage(&self) -> Stage {

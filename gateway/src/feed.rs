@@ -1,8 +1,8 @@
 //! The freshness service: tells checkers how fresh users are, over gRPC.
 //!
 //! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream, `notices` what is
-//! told on it beside entries. Must not know devices or commits: it reads [`Freshness`], the [`Bulletin`], and events
-//! of deadlines from the store.
+//! told on it beside entries, and `discovery` what tools ask. Must not know devices or commits: it reads
+//! [`Freshness`], the [`Bulletin`], and events of deadlines from the store.
 //!
 //! # Bounds
 //!
@@ -15,6 +15,7 @@
 //! buffer for any connection, and what it remembers of each user to get level again (see
 //! [`crate::freshness`]), however much happens meanwhile. It is not closed for being slow.
 
+mod discovery;
 mod listener;
 mod message;
 mod notices;
@@ -43,8 +44,8 @@ use self::{
     token::Tokens,
 };
 use crate::{
-    bulletin::Bulletin, clock::Clock, freshness::Freshness, metrics::Metrics, orders::OrderHandle,
-    store::Store,
+    admin::Readiness, bulletin::Bulletin, clock::Clock, freshness::Freshness, metrics::Metrics,
+    orders::OrderHandle, store::Store,
 };
 
 /// The generated server of `waypost.v1.Freshness`.
@@ -164,6 +165,8 @@ pub struct FeedParts {
     pub token_key: [u8; 32],
     /// The gateway's clock.
     pub clock: Clock,
+    /// What the health service says.
+    pub readiness: Readiness,
     /// What it counts with.
     pub metrics: Metrics,
 }
@@ -217,6 +220,9 @@ impl Feed {
     pub async fn run(self, cancel: CancellationToken) {
         let watchers = TaskTracker::new();
         let metrics = self.parts.metrics.clone();
+        let stages = self.parts.readiness.subscribe();
+        let (reporter, health) = discovery::health().await;
+        let (reflection, older_reflection) = discovery::reflection();
         let service = Service {
             tokens: Tokens::new(self.parts.incarnation, &self.parts.token_key),
             trust_domain: self.parts.trust_domain,
@@ -245,6 +251,9 @@ impl Feed {
             .max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
         let serving = server
             .add_service(FreshnessServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(health)
+            .add_service(reflection)
+            .add_service(older_reflection)
             .serve_with_incoming_shutdown(connections, cancel.clone().cancelled_owned());
         info!(listen = %self.listen, "freshness service is up");
         let serving = async {
@@ -259,6 +268,7 @@ impl Feed {
             () = serving => {}
             // Whoever does not read its farewell is not waited for.
             () = async { cancel.cancelled().await; sleep(FAREWELL).await } => {}
+            never = discovery::follow(reporter, stages) => match never {},
         }
     }
 }

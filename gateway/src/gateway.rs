@@ -197,6 +197,7 @@ impl Gateway {
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
+                readiness: readiness.clone(),
                 metrics: metrics.clone(),
             },
         )?;

@@ -8,14 +8,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use prost::Message as _;
+
 #[test]
 fn generated_code_matches_the_schema() {
     let proto = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let descriptors = protox::compile(
-        ["waypost/v1/device.proto", "waypost/v1/freshness.proto"],
-        [proto],
-    )
-    .expect("the schema compiles");
+    let freshness = "waypost/v1/freshness.proto";
+    let descriptors = protox::compile(["waypost/v1/device.proto", freshness], [proto])
+        .expect("the schema compiles");
 
     let messages = tempfile_dir("messages");
     prost_build::Config::new()
@@ -43,10 +43,16 @@ fn generated_code_matches_the_schema() {
         .compile_fds(descriptors)
         .expect("the server generates");
 
+    // What the gateway tells grpcurl and its like, comments included.
+    let described = protox::compile([freshness], [proto])
+        .expect("the schema compiles")
+        .encode_to_vec();
+
     let changed: Vec<_> = [
         ("src/gen/waypost.v1.rs", generated(&messages)),
         ("../checker/src/gen/waypost.v1.rs", generated(&client)),
         ("../gateway/src/gen/waypost.v1.rs", generated(&server)),
+        ("../gateway/src/gen/freshness.bin", described),
     ]
     .into_iter()
     .map(|(committed, fresh)| (proto.join(committed), fresh))

@@ -3,6 +3,7 @@
 
 mod checker;
 mod crash;
+mod discovery;
 mod disk;
 mod early;
 mod freshness;

@@ -122,6 +122,7 @@ impl Harness {
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
+            readiness: Readiness::starting(),
             metrics: metrics.clone(),
         };
         let feed = Feed::bind(&config, tls, parts).unwrap();
