@@ -1,17 +1,21 @@
 //! Another language: a device and a checker in Python, written from the `.proto` files alone.
 //!
 //! What they prove is in `tests/python/test_client.py`; here is the gateway it runs against, and the
-//! look into the store that no client has.
+//! look into the store that no client has. And a checker to start from, `checker_example.py`.
 
 use std::{
     env,
     path::{Path, PathBuf},
+    process::Stdio,
 };
 
 use serde_json::{Value, json};
-use tokio::process::Command;
-use waypost_proto::ping::Ping;
-use waypost_tests::World;
+use tokio::{
+    io::{AsyncBufReadExt as _, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+};
+use waypost_proto::{ping::Ping, session::Lane};
+use waypost_tests::{Process, World, hello, ping, within_minutes};
 
 /// The interpreter that has what `tests/python/requirements.txt` names.
 fn python() -> PathBuf {
@@ -101,4 +105,89 @@ async fn a_python_client_that_knows_only_the_schema_sends_pings_reads_acks_and_w
         .collect();
     stored.sort_unstable_by_key(|line| line["seq"].as_u64());
     assert_eq!(stored, told);
+}
+
+/// The example as a process, and what it says.
+struct Example {
+    _process: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Example {
+    fn start(gateway: &Process) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/checker_example.py");
+        let mut process = Command::new(python())
+            .arg("-B")
+            .arg(script)
+            .args(["--freshness", &gateway.addresses().freshness.to_string()])
+            .arg("--pki")
+            .arg(gateway.data_dir().join("pki"))
+            .arg("--state")
+            .arg(gateway.scratch("checker.json"))
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(process.stdout.take().unwrap()).lines();
+        Self {
+            _process: process,
+            lines,
+        }
+    }
+
+    /// All it says up to the first line that begins and ends so.
+    async fn says(&mut self, begin: &str, end: &str) -> Vec<String> {
+        let mut said: Vec<String> = Vec::new();
+        let reading = async {
+            while !said
+                .last()
+                .is_some_and(|line| line.starts_with(begin) && line.ends_with(end))
+            {
+                let line = self.lines.next_line().await.unwrap();
+                said.push(line.unwrap_or_else(|| panic!("it ended after {said:?}")));
+            }
+        };
+        within_minutes(reading).await;
+        said
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_checker_goes_on_where_it_was_after_either_end_was_restarted() {
+    let mut gateway = Process::start(&[]).await;
+    let device = gateway.device(1);
+    let entry = format!("entry {} ACTIVE", device.id.user);
+    let sample = |number| format!(" {}", ping(number).time_ms);
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    live.send_pings(epoch, &[ping(1)]).await;
+    live.ack().await;
+
+    let mut checker = Example::start(&gateway);
+    checker.says("connected 0", "").await;
+    checker.says(&entry, &sample(1)).await;
+    checker.says("snapshot_end 1", "").await;
+    live.send_pings(epoch, &[ping(2)]).await;
+    live.ack().await;
+    checker.says(&entry, &sample(2)).await;
+
+    gateway.kill();
+    checker.says("lost ", "").await;
+    checker.says("stale ", "").await;
+    gateway.restart().await;
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, epoch)).await;
+    live.welcome().await;
+    live.send_pings(epoch, &[ping(3)]).await;
+    live.ack().await;
+    let mut said = checker.says(&entry, &sample(3)).await;
+    drop(checker);
+
+    live.send_pings(epoch, &[ping(4)]).await;
+    live.ack().await;
+    let mut later = Example::start(&gateway);
+    said.extend(later.says(&entry, &sample(4)).await);
+    let is_anew = |line: &&String| *line == "connected 0" || line.starts_with("snapshot_end");
+    assert_eq!(said.iter().find(is_anew), None, "{said:?}");
 }
