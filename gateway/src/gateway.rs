@@ -26,7 +26,7 @@ use crate::{
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
-    orders,
+    orders::{self, OrderHandle},
     session::SessionParts,
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
@@ -104,6 +104,7 @@ pub struct Gateway {
     metrics: Metrics,
     readiness: Readiness,
     commit: CommitHandle,
+    orders: OrderHandle,
     committer: Committer,
     workers: Workers,
     accept: AcceptParts,
@@ -168,7 +169,7 @@ impl Gateway {
             }),
             metrics: metrics.clone(),
         });
-        let (order, orders) = orders::queue();
+        let (orders, ordered) = orders::queue();
         let (commit, committer) = Committer::new(
             &config.commit,
             CommitParts {
@@ -180,7 +181,7 @@ impl Gateway {
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
-                orders,
+                orders: ordered,
                 turned_away: admission.turned_away(),
             },
         );
@@ -193,7 +194,7 @@ impl Gateway {
                 freshness: Arc::clone(&freshness),
                 bulletin,
                 store: Arc::downgrade(&store),
-                order,
+                order: orders.clone(),
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
@@ -239,6 +240,7 @@ impl Gateway {
             metrics,
             readiness,
             commit,
+            orders,
             committer,
             workers,
             accept,
@@ -265,6 +267,7 @@ impl Gateway {
             metrics,
             readiness,
             commit,
+            orders,
             committer,
             workers,
             accept,
@@ -282,6 +285,7 @@ impl Gateway {
             sample(
                 freshness,
                 commit,
+                orders,
                 metrics,
                 draining.clone(),
                 closing.clone(),
@@ -375,6 +379,7 @@ fn commit_failed(
 async fn sample(
     freshness: Arc<Freshness>,
     commit: CommitHandle,
+    orders: OrderHandle,
     metrics: Metrics,
     draining: CancellationToken,
     closing: CancellationToken,
@@ -393,6 +398,7 @@ async fn sample(
             .commits
             .queued_backfill
             .set(commit.depth(Lane::Backfill) as f64);
+        metrics.vigil.queued_orders.set(orders.depth() as f64);
         metrics.freshness.users.set(freshness.users() as f64);
         metrics.freshness.changes.set(freshness.changes() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);

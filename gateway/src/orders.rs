@@ -64,6 +64,12 @@ pub fn queue() -> (OrderHandle, Orders) {
 }
 
 impl OrderHandle {
+    /// How many orders wait.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.orders.max_capacity() - self.orders.capacity()
+    }
+
     /// Sets a checker's deadlines, and returns when that is on disk, with its position.
     ///
     /// # Errors
@@ -126,8 +132,10 @@ mod tests {
             Err(OrderError::TooMany(TooMany { most: 3 }))
         );
         assert_eq!(third.await.unwrap(), Err(OrderError::Stopped));
+        assert_eq!(handle.depth(), 0);
         let waiting = give(handle.clone());
         tokio::task::yield_now().await;
+        assert_eq!(handle.depth(), 1);
         drop(orders);
         assert_eq!(waiting.await.unwrap(), Err(OrderError::Stopped));
         assert_eq!(give(handle).await.unwrap(), Err(OrderError::Stopped));

@@ -17,6 +17,8 @@ pub struct VigilMetrics {
     pub deadlines: Gauge,
     /// Those of them whose user is late.
     pub late: Gauge,
+    /// Orders of checkers that wait for the committer.
+    pub queued_orders: Gauge,
     /// Events of deadlines, by kind, a label of [`DEADLINE_EVENTS`].
     pub events: ByLabel,
 }
@@ -38,6 +40,10 @@ impl VigilMetrics {
             late: new_gauge(
                 "waypost_deadlines_late",
                 "Deadlines that have passed and whose user was not heard since.",
+            ),
+            queued_orders: new_gauge(
+                "waypost_orders_queued",
+                "Calls of checkers that wait for the committer.",
             ),
             events: by_label(
                 "waypost_deadline_events_total",
