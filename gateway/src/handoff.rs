@@ -2,8 +2,8 @@
 //!
 //! Requests wait in a queue per lane, answers in a mailbox per session, and a bell per worker tells that
 //! there are some. Knows order, receipt and who is to be woken; must not know what a request means, what
-//! a record is, or where anything is stored. All that waits or wakes here comes from `crate::sync`, so that
-//! `tests/schedules` can try out the orders in which sessions and committer meet.
+//! a record is, or where anything is stored. All that waits or wakes here comes from `crate::sync`, or is a
+//! waker under a lock of it, so that `tests/schedules` can try out the orders in which sessions and committer meet.
 //!
 //! # Bounds
 //!
