@@ -162,7 +162,9 @@ async fn main() -> anyhow::Result<()> {
             Event::Connected { .. }
             | Event::Reset { .. }
             | Event::Entry { .. }
-            | Event::Coverage(_) => {}
+            | Event::Coverage(_)
+            // Who has paused is not silent: the user's entry says so, and closes what was called silent.
+            | Event::Transition(_) => {}
         }
     }
 }

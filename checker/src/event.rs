@@ -56,6 +56,8 @@ pub enum Event {
     Coverage(Gap),
     /// A registered deadline passed, or the user came back. In a snapshot, the LATE that holds.
     Deadline(Deadline),
+    /// A holder has paused or resumed.
+    Transition(Transition),
     /// For some time nothing was learned of anybody: what is after `resolved_ms` is unknown.
     Stale {
         /// The moment up to which all is known.
@@ -126,6 +128,21 @@ pub struct Deadline {
     pub due_ms: u64,
 }
 
+/// A holder has paused sharing, or resumed. The user's entry says what holds now; this is each change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Transition {
+    /// Whose holder.
+    pub user: UserId,
+    /// What holds since: [`State::Paused`] or [`State::Active`].
+    pub state: State,
+    /// When the commit was made that says so.
+    pub at_ms: u64,
+    /// That commit.
+    pub position: u64,
+    /// Tells apart the transitions of one commit, which come in their order.
+    pub number: u32,
+}
+
 /// Why a stream ended that will be begun again.
 #[derive(Debug, thiserror::Error)]
 pub enum Interruption {
@@ -178,6 +195,20 @@ impl From<v1::Coverage> for Gap {
             reason: span.reason(),
             position: span.position,
         }
+    }
+}
+
+impl TryFrom<v1::Transition> for Transition {
+    type Error = Violation;
+
+    fn try_from(transition: v1::Transition) -> Result<Self, Violation> {
+        Ok(Self {
+            user: user_of(&transition.user)?,
+            state: transition.state(),
+            at_ms: transition.at_ms,
+            position: transition.position,
+            number: transition.number,
+        })
     }
 }
 

@@ -26,7 +26,7 @@ use waypost_proto::{
     v1::{Progress, Reset, SnapshotEnd, coverage, deadline, reset, watch_event::Kind},
 };
 
-use crate::{Deadline, Entry, Event, Gap, Resume};
+use crate::{Deadline, Entry, Event, Gap, Resume, Transition};
 
 /// Some 2 MB. A gateway announces twice a second, so this is reached beyond 100,000 changes a second.
 pub(crate) const MAX_GIVEN: usize = 65_536;
@@ -111,6 +111,7 @@ enum What {
     Entry(UserId),
     Deadline(UserId, deadline::Kind),
     Gap(u64, coverage::Reason),
+    Transition(UserId, u32),
 }
 
 impl fmt::Display for What {
@@ -118,6 +119,7 @@ impl fmt::Display for What {
         match self {
             Self::Entry(user) => write!(f, "{user}"),
             Self::Deadline(user, kind) => write!(f, "{} of {user}", kind.as_str_name()),
+            Self::Transition(user, number) => write!(f, "transition {number}, of {user}"),
             Self::Gap(from_ms, reason) => write!(f, "{} from {from_ms}", reason.as_str_name()),
         }
     }
@@ -245,6 +247,12 @@ impl Follower {
                 let deadline = Deadline::try_from(deadline)?;
                 let what = What::Deadline(deadline.user, deadline.kind);
                 self.give(deadline.position, what, Event::Deadline(deadline), events)
+            }
+            Kind::Transition(transition) => {
+                let transition = Transition::try_from(transition)?;
+                let what = What::Transition(transition.user, transition.number);
+                let position = transition.position;
+                self.give(position, what, Event::Transition(transition), events)
             }
         }
     }

@@ -34,7 +34,7 @@ pub use waypost_proto::{
 pub use self::{
     checker::{Answer, Checker, DeadlinePage, DeadlineSetting, DeadlineState, StalePage},
     connection::{CheckerError, Config, connect},
-    event::{Deadline, Entry, Event, Gap, Interruption},
+    event::{Deadline, Entry, Event, Gap, Interruption, Transition},
     follow::Violation,
     resume::{BadResume, Resume},
     silence::{Change, Silences},

@@ -140,6 +140,7 @@ impl Silences {
             Event::Coverage(gap) => self.take_gap(gap),
             Event::Connected { .. }
             | Event::Deadline(_)
+            | Event::Transition(_)
             | Event::Stale { .. }
             | Event::Live { .. }
             | Event::Disconnected { .. } => {}

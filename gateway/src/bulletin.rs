@@ -1,9 +1,9 @@
-//! The bulletin: what checkers are told beside the freshness of users. When the gateway could not hear, and who
-//! is late by their deadlines.
+//! The bulletin: what checkers are told beside the freshness of users. When the gateway could not hear, who
+//! is late by their deadlines, and up to when holders paused and resumed.
 //!
 //! Written by the committer when a commit is durable and before its position is published, read by the feed: when
-//! a position is published, everything up to it is here. Knows what is true now; events of deadlines are read from the
-//! store, where they are kept. Must not know streams or where commits come from.
+//! a position is published, everything up to it is here. Knows what is true now; events of deadlines and transitions
+//! are read from the store, where they are kept. Must not know streams or where commits come from.
 
 use std::collections::BTreeMap;
 
@@ -14,6 +14,7 @@ use waypost_proto::id::UserId;
 use crate::{
     coverage::{self, Coverage, Span},
     deadlines::{self, Checker, Event, Kind, Late, Registration},
+    sharing::Transition,
 };
 
 /// What is true now. Nothing is, of a store that is new.
@@ -26,6 +27,10 @@ pub struct Bulletin {
 struct State {
     coverage: Coverage,
     checkers: FxHashMap<Checker, Notices>,
+    /// The newest transition.
+    newest_transition: u64,
+    /// The newest transition that is no longer kept.
+    forgotten_transition: u64,
     /// The newest position of a store when it was opened: what it holds for a checker is not looked up before the
     /// checker asks.
     restored: u64,
@@ -48,30 +53,34 @@ pub struct News {
     pub coverage: Option<coverage::Change>,
     /// Deadlines and their events.
     pub deadlines: Vec<deadlines::Change>,
+    /// Holders who paused or resumed, in that order.
+    pub transitions: Vec<Transition>,
 }
 
 impl News {
     /// Whether it says nothing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.coverage.is_none() && self.deadlines.is_empty()
+        self.coverage.is_none() && self.deadlines.is_empty() && self.transitions.is_empty()
     }
 }
 
 impl Bulletin {
-    /// What a store says: its spans, its deadlines, the newest event of each checker that it no longer keeps, and its
-    /// position.
+    /// What a store says: its spans, its deadlines, the newest event of each checker and the newest transition that it
+    /// no longer keeps, and its position.
     #[must_use]
     pub fn restore<'a>(
         coverage: Coverage,
         deadlines: impl IntoIterator<Item = &'a Registration>,
         forgotten: impl IntoIterator<Item = (Checker, u64)>,
+        forgotten_transition: u64,
         position: u64,
     ) -> Self {
         let mut state = State {
             coverage,
-            checkers: FxHashMap::default(),
+            forgotten_transition,
             restored: position,
+            ..State::default()
         };
         for registration in deadlines {
             if let Some(late) = registration.late {
@@ -90,6 +99,9 @@ impl Bulletin {
     /// Takes what is durable.
     pub fn publish(&self, news: &News) {
         let mut state = self.state.write();
+        if let Some(transition) = news.transitions.last() {
+            state.newest_transition = transition.position;
+        }
         if let Some(change) = &news.coverage {
             state.coverage.apply(change);
         }
@@ -125,6 +137,19 @@ impl Bulletin {
         notices.forgotten = notices.forgotten.max(position);
     }
 
+    /// Transitions up to a position are about to be deleted.
+    pub fn forget_transitions(&self, position: u64) {
+        let mut state = self.state.write();
+        state.forgotten_transition = state.forgotten_transition.max(position);
+    }
+
+    /// The newest transition, or a position beyond it.
+    #[must_use]
+    pub fn newest_transition(&self) -> u64 {
+        let state = self.state.read();
+        state.newest_transition.max(state.restored)
+    }
+
     /// Looks at the spans.
     pub fn coverage<T>(&self, look: impl FnOnce(&Coverage) -> T) -> T {
         look(&self.state.read().coverage)
@@ -147,6 +172,7 @@ impl Bulletin {
         let notices = state.checkers.get(&checker);
         notices
             .map_or(0, |notices| notices.forgotten)
+            .max(state.forgotten_transition)
             .max(state.coverage.forgotten().position)
     }
 
@@ -173,7 +199,10 @@ impl Bulletin {
         Now {
             late,
             spans: state.coverage.said_between(0, u64::MAX),
-            position: newest.max(state.coverage.position()).max(state.restored),
+            position: newest
+                .max(state.newest_transition)
+                .max(state.coverage.position())
+                .max(state.restored),
         }
     }
 }

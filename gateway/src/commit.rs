@@ -4,11 +4,12 @@
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
 //! Between groups it writes what the [`Vigil`] has to say, and what checkers order.
-//! Knows device records and order; must not know connections, queues or RocksDB.
+//! Knows device records, who has paused, and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
-//! The map of device records holds one record per device that the certificate authority has admitted.
+//! The map of device records holds one record per device that the certificate authority has admitted, and
+//! [`Holders`] a few bytes for each user who has paused.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{
@@ -33,7 +34,7 @@ use waypost_proto::{
     device::{Admission, Claim, Deferral, DeviceRecord, Judgement, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::{Ping, RejectCode},
-    session::{Request, Settled, Welcomed, batch_len},
+    session::{Granted, Request, Settled, Welcomed, batch_len},
 };
 
 use crate::{
@@ -48,6 +49,7 @@ use crate::{
     metrics::{Fates, Metrics},
     orders::{Order, Orders},
     rate::{Bucket, Rate},
+    sharing::{Holders, Sharing, Transition},
     store::{Batch, CommitError, Day, PingKey, Store, record},
     vigil::Vigil,
 };
@@ -111,6 +113,7 @@ pub struct Committer {
     metrics: Metrics,
     clock: Clock,
     devices: FxHashMap<DeviceId, DeviceRecord>,
+    holders: Holders,
     /// What the thinning rule compares with; empty while the rule is off. Not kept on disk: after a
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
     last_stored: FxHashMap<DeviceId, LastStored>,
@@ -143,6 +146,8 @@ pub struct CommitParts {
     pub clock: Clock,
     /// All device records of the store.
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
+    /// Who has paused.
+    pub holders: Holders,
     /// The last position that the store holds.
     pub position: u64,
     /// How long pings are kept, and events of deadlines.
@@ -164,6 +169,8 @@ impl Committer {
             config.group_pings,
             parts.clock.clone(),
         );
+        let paused = &parts.metrics.freshness.paused;
+        paused.set(parts.holders.paused() as f64);
         let committer = Self {
             requests,
             policy: config.policy(parts.retention),
@@ -172,6 +179,7 @@ impl Committer {
             metrics: parts.metrics,
             clock: parts.clock,
             devices: parts.devices,
+            holders: parts.holders,
             last_stored: FxHashMap::default(),
             position: parts.position,
             day: None,
@@ -285,10 +293,10 @@ impl Committer {
     /// Calls late who was not heard in time by the last moment that was announced.
     fn call_late(&mut self) -> Result<(), CommitError> {
         let said = self.said_next();
-        let freshness = &self.freshness;
-        let news = self
-            .vigil
-            .call_late(self.resolved_ms, said, |user| contact(freshness, user));
+        let (freshness, holders) = (&self.freshness, &self.holders);
+        let news = self.vigil.call_late(self.resolved_ms, said, |user| {
+            contact(freshness, holders, user)
+        });
         self.say(&news)
     }
 
@@ -296,11 +304,11 @@ impl Committer {
     fn obey(&mut self, order: Order) -> Result<(), CommitError> {
         let _waiting = self.pulse.wait();
         let said = self.said_next();
-        let freshness = &self.freshness;
+        let (freshness, holders) = (&self.freshness, &self.holders);
         let news = self
             .vigil
             .set_deadlines(order.checker, &order.settings, said, |user| {
-                contact(freshness, user)
+                contact(freshness, holders, user)
             });
         let answer = match news {
             Ok(news) => {
@@ -334,7 +342,7 @@ impl Committer {
         self.store.commit(batch)?;
         self.durable(position, bytes, started.elapsed());
         self.vigil.publish(news);
-        self.freshness.publish(position, self.resolved_ms, &[]);
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
         Ok(())
     }
 
@@ -394,17 +402,23 @@ impl Committer {
                 continue;
             };
             judged.batch.put_device(&device, record.get());
-            judged.changes.push((device.user, record.get().clocks));
+            // A position that moved would tell of a contact as well as a clock.
+            let is_visible = self.holders.sharing(&device.user) == Sharing::Active
+                || judged.has_transition_of(&device.user);
+            if is_visible {
+                judged.changes.push((device.user, record.get().clocks));
+            }
         }
 
         let contacts = judged.changes.iter();
-        let news = self.vigil.heard(
+        let mut news = self.vigil.heard(
             contacts.map(|(user, clocks)| (*user, clocks.last_contact_ms)),
             Said {
                 position,
                 at_ms: commit_ms,
             },
         );
+        news.transitions = std::mem::take(&mut judged.transitions);
         judged.batch.put_news(&news);
 
         let bytes = judged.batch.size_bytes();
@@ -414,7 +428,7 @@ impl Committer {
 
         self.vigil.publish(&news);
         self.freshness
-            .publish(position, resolved_ms, &judged.changes);
+            .publish(position, resolved_ms, &judged.changes, &news.transitions);
 
         self.metrics.settled(&judged.fates);
         let commits = &self.metrics.commits;
@@ -422,6 +436,8 @@ impl Committer {
         commits.size_pings.record(judged.fates.accepted as f64);
         commits.size_batches.record(judged.answers.len() as f64);
         commits.known_devices.set(self.devices.len() as f64);
+        let paused = &self.metrics.freshness.paused;
+        paused.set(self.holders.paused() as f64);
         let mut rings = Rings::default();
         for (reply, answer) in judged.answers {
             reply.answer(answer, &mut rings);
@@ -443,9 +459,23 @@ impl Committer {
             commit_ms,
             position,
         } = moment;
+        let was_paused = self.holders.sharing(&device.user) == Sharing::Paused;
+        if let Request::Control { wish, .. } = request {
+            let said = Said {
+                position,
+                at_ms: commit_ms,
+            };
+            if let Some(to) = self.holders.grant(device.user, wish, said) {
+                judged.turn(device.user, to, said);
+            }
+        }
+        let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
         let record = self.devices.entry(device).or_default();
-        record.contact(receive_ms);
-        record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
+        // To pause and to resume is to be heard. In between no clock moves, also none that would show later.
+        if !(was_paused && is_paused) {
+            record.contact(receive_ms);
+            record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
+        }
         if record.position != position {
             record.position = position;
             judged.touched.push(device);
@@ -480,13 +510,18 @@ impl Committer {
                     settled: record.settled.clone(),
                     receive_ms,
                     position,
+                    is_paused,
                 })
             }
             Request::Batch { batch, .. } if batch.epoch != record.epoch => Answer::Fenced,
             Request::Batch { batch, columns } => {
                 let mut last_stored = self.last_stored.get(&device).copied();
+                let deferral = deferral.filter(|_| !is_paused);
                 let judgement = match deferral {
                     Some(deferral) => record.defer(&batch.pings, &batch.malformed, deferral.code),
+                    None if is_paused => {
+                        record.refuse(&batch.pings, &batch.malformed, RejectCode::Paused)
+                    }
                     None => record.judge(
                         &batch.pings,
                         &batch.malformed,
@@ -502,9 +537,11 @@ impl Committer {
                 let settled = judged.settle(device, record, &batch, columns, judgement, moment);
                 Answer::Settled(Settled {
                     retry_after_ms,
+                    is_paused,
                     ..settled
                 })
             }
+            Request::Control { id, .. } => Answer::Granted(Granted { id }),
             Request::Heartbeat => Answer::Settled(Settled {
                 epoch: record.epoch,
                 pings: 0,
@@ -517,6 +554,7 @@ impl Committer {
                 commit_ms,
                 position,
                 retry_after_ms: 0,
+                is_paused,
             }),
         }
     }
@@ -533,7 +571,9 @@ impl Committer {
         moment: Moment,
         judged: &mut Judged,
     ) -> Answer {
-        let record = self.devices.get_mut(&device);
+        // A holder who has paused may have resumed when Hello is judged; only then is it known what becomes of the pings.
+        let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
+        let record = self.devices.get_mut(&device).filter(|_| !is_paused);
         match (request, record) {
             (Request::Batch { batch, columns }, Some(record))
                 if deferral.is_none()
@@ -581,34 +621,46 @@ impl Committer {
         self.forget_events(now_ms.saturating_sub(self.policy.retention_ms))
     }
 
-    /// Deletes the events of deadlines whose retention is over.
+    /// Deletes the events of deadlines and the transitions whose retention is over.
     fn forget_events(&self, before_ms: u64) -> Result<(), CommitError> {
-        let old = match self.store.events_before(before_ms) {
-            Ok(old) => old,
+        let found = self.store.events_before(before_ms).and_then(|events| {
+            let transition = self.store.newest_transition_before(before_ms)?;
+            Ok((events, transition))
+        });
+        let (events, transition) = match found {
+            Ok(found) => found,
             // They are only kept for longer.
             Err(error) => {
-                warn!(%error, "events of deadlines whose retention is over could not be found");
+                warn!(%error, "events for checkers whose retention is over could not be found");
                 return Ok(());
             }
         };
-        if old.is_empty() {
+        if events.is_empty() && transition.is_none() {
             return Ok(());
         }
         let mut batch = self.store.batch();
-        for (checker, position) in old {
-            // Told first: no reader may take what is gone for what never was.
+        // Told first: no reader may take what is gone for what never was.
+        for (checker, position) in events {
             self.vigil.forget(checker, position);
             batch.forget_events(checker, position);
+        }
+        if let Some(position) = transition {
+            self.vigil.forget_transitions(position);
+            batch.forget_transitions(position);
         }
         self.store.commit(batch)
     }
 }
 
-/// What is known of a user's silence. Nobody can pause yet.
-fn contact(freshness: &Freshness, user: &UserId) -> Contact {
+/// What is known of a user's silence.
+fn contact(freshness: &Freshness, holders: &Holders, user: &UserId) -> Contact {
     Contact {
         last_contact_ms: freshness.last_contact_ms(user),
-        standing: Standing::Active { since_ms: 0 },
+        standing: match holders.sharing(user) {
+            // To resume is to be heard, so it cannot be later than the last contact.
+            Sharing::Active => Standing::Active { since_ms: 0 },
+            Sharing::Paused => Standing::Silenced,
+        },
     }
 }
 
@@ -621,6 +673,8 @@ struct Judged {
     /// Devices whose record was changed by early data.
     touched_early: Vec<DeviceId>,
     changes: Vec<(UserId, waypost_proto::device::Clocks)>,
+    /// In the order in which they were wanted.
+    transitions: Vec<Transition>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
     gaps: u64,
@@ -633,10 +687,28 @@ impl Judged {
             touched: Vec::new(),
             touched_early: Vec::new(),
             changes: Vec::new(),
+            transitions: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
             gaps: 0,
         }
+    }
+
+    /// Notes that a holder has paused or resumed.
+    fn turn(&mut self, user: UserId, to: Sharing, said: Said) {
+        self.transitions.push(Transition {
+            user,
+            to,
+            at_ms: said.at_ms,
+            position: said.position,
+            number: u32::try_from(self.transitions.len()).unwrap_or(u32::MAX),
+        });
+    }
+
+    fn has_transition_of(&self, user: &UserId) -> bool {
+        self.transitions
+            .iter()
+            .any(|transition| transition.user == *user)
     }
 
     /// Writes down and counts what became of a batch.
@@ -691,6 +763,7 @@ impl Judged {
             commit_ms,
             position,
             retry_after_ms: 0,
+            is_paused: false,
         }
     }
 }

@@ -1,6 +1,6 @@
 //! How fresh every user is, in memory: written by the committer, read by the feed.
 //!
-//! Knows users, clocks and positions. Must not know where commits come from, who reads, or what the time
+//! Knows users, whether they share, clocks and positions. Must not know where commits come from, who reads, or what the time
 //! is; has no task of its own. What is published here is durable already.
 //!
 //! # Bounds
@@ -28,6 +28,7 @@ pub use self::{
     index::{Head, LastSeen, Reader, Step, Update},
     recent::{Commit, Encoded},
 };
+use crate::sharing::{Pause, Sharing, Transition};
 
 /// The freshness of every user, and the head that readers wait for.
 #[derive(Debug)]
@@ -59,16 +60,18 @@ pub struct Silence {
 }
 
 impl Freshness {
-    /// The state of a store: its devices in any order, and the moment up to which it holds every
-    /// contact.
+    /// The state of a store: its devices in any order, who has paused, and the moment up to which it holds
+    /// every contact.
     #[must_use]
     pub fn restore(
         devices: impl Iterator<Item = (DeviceId, Clocks, u64)>,
+        paused: impl IntoIterator<Item = (UserId, Pause)>,
         resolved_ms: u64,
     ) -> Self {
         let mut index = Index::new(BLOCK);
         index.restore(
             devices.map(|(id, clocks, position)| (id.user, clocks, position)),
+            paused.into_iter(),
             resolved_ms,
         );
         let head = watch::Sender::new(index.head());
@@ -86,12 +89,19 @@ impl Freshness {
         self
     }
 
-    /// Makes a durable commit visible. Called by the committer alone, with ascending positions; every
-    /// contact received up to `resolved_ms` is in this commit or an earlier one.
-    pub fn publish(&self, position: u64, resolved_ms: u64, changes: &[(UserId, Clocks)]) {
+    /// Makes a durable commit visible: who was heard, and who paused or resumed, in that order. Called by the
+    /// committer alone, with ascending positions; every contact received up to `resolved_ms` is in this commit or
+    /// an earlier one.
+    pub fn publish(
+        &self,
+        position: u64,
+        resolved_ms: u64,
+        contacts: &[(UserId, Clocks)],
+        transitions: &[Transition],
+    ) {
         let head = {
             let mut index = self.index.write();
-            index.publish(position, resolved_ms, changes);
+            index.publish(position, resolved_ms, contacts, transitions);
             index.head()
         };
         self.head.send_replace(head);
@@ -150,7 +160,7 @@ impl Freshness {
         )
     }
 
-    /// Up to `limit` users without contact since `older_than_ms`, from `after` on, longest silence
+    /// Up to `limit` users who share and were not heard since `older_than_ms`, from `after` on, longest silence
     /// first. Looks at every user, a block at a time.
     #[must_use]
     pub fn stale(&self, older_than_ms: u64, after: Option<Silence>, limit: usize) -> StalePage {
@@ -164,7 +174,10 @@ impl Freshness {
                     last_contact_ms,
                     user: seen.user,
                 };
-                if older_than_ms <= last_contact_ms || after.is_some_and(|after| silence <= after) {
+                if seen.sharing == Sharing::Paused
+                    || older_than_ms <= last_contact_ms
+                    || after.is_some_and(|after| silence <= after)
+                {
                     continue;
                 }
                 // One more than asked for, to know whether there is a next page.
@@ -251,7 +264,7 @@ mod tests {
     }
 
     fn empty() -> Freshness {
-        Freshness::restore(std::iter::empty(), 0)
+        Freshness::restore(std::iter::empty(), [], 0)
     }
 
     #[test]
@@ -279,6 +292,7 @@ mod tests {
                 (device(1, 8), old, 3),
             ]
             .into_iter(),
+            [],
             40,
         );
         assert_eq!(freshness.users(), 2);
@@ -295,6 +309,7 @@ mod tests {
                 Some(LastSeen {
                     user: user(1),
                     clocks,
+                    sharing: Sharing::Active,
                     position: 5
                 }),
                 None
@@ -312,8 +327,8 @@ mod tests {
     #[test]
     fn nothing_goes_back() {
         let freshness = empty();
-        freshness.publish(1, 100, &[(user(1), heard(90))]);
-        freshness.publish(2, 80, &[(user(1), heard(50))]);
+        freshness.publish(1, 100, &[(user(1), heard(90))], &[]);
+        freshness.publish(2, 80, &[(user(1), heard(50))], &[]);
         freshness.resolve(70);
         assert_eq!(
             freshness.head(),
@@ -330,10 +345,54 @@ mod tests {
     }
 
     #[test]
+    fn whoever_has_paused_is_not_silent_and_stands_where_the_pause_began_also_after_a_restart() {
+        let pause = |position, to| Transition {
+            user: user(1),
+            to,
+            at_ms: 70,
+            position,
+            number: 0,
+        };
+        let freshness = empty();
+        freshness.publish(1, 50, &[(user(1), heard(50)), (user(2), heard(50))], &[]);
+        let paused = [pause(2, Sharing::Paused)];
+        freshness.publish(2, 70, &[(user(1), heard(70))], &paused);
+        let listed = |freshness: &Freshness| -> Vec<UserId> {
+            let page = freshness.stale(1_000, None, 9);
+            page.users.iter().map(|seen| seen.user).collect()
+        };
+        assert_eq!(listed(&freshness), [user(2)]);
+        let seen = freshness.get(&[user(1)]).0[0].unwrap();
+        assert_eq!((seen.sharing, seen.position), (Sharing::Paused, 2));
+
+        // What the device did meanwhile changed its record, at 5, and shows nowhere.
+        let device = |n| DeviceId {
+            user: user(n),
+            device: 1,
+        };
+        let lasting = Pause {
+            position: 2,
+            since_ms: 70,
+        };
+        let restored = Freshness::restore(
+            [(device(1), heard(70), 5), (device(2), heard(50), 1)].into_iter(),
+            [(user(1), lasting)],
+            100,
+        );
+        assert_eq!(restored.get(&[user(1)]).0[0], Some(seen));
+        assert_eq!(restored.head().position, 5);
+        assert_eq!(listed(&restored), [user(2)]);
+
+        let resumed = [pause(6, Sharing::Active)];
+        restored.publish(6, 200, &[(user(1), heard(200))], &resumed);
+        assert_eq!(listed(&restored), [user(2), user(1)]);
+    }
+
+    #[test]
     fn subscribers_hear_of_commits_and_of_idle_time() {
         let freshness = empty();
         let mut heads = freshness.subscribe();
-        freshness.publish(1, 10, &[(user(1), heard(10))]);
+        freshness.publish(1, 10, &[(user(1), heard(10))], &[]);
         assert!(heads.has_changed().unwrap());
         assert_eq!(
             *heads.borrow_and_update(),
@@ -358,7 +417,7 @@ mod tests {
         // Users 1 and 2 fell silent in the same millisecond; 9 is not silent at all.
         let contacts = [(5, 300), (2, 100), (1, 100), (7, 200), (9, 500)];
         let changes: Vec<_> = contacts.map(|(n, at_ms)| (user(n), heard(at_ms))).into();
-        freshness.publish(1, 600, &changes);
+        freshness.publish(1, 600, &changes, &[]);
 
         let mut after = None;
         let mut listed = Vec::new();
@@ -373,7 +432,7 @@ mod tests {
                 break;
             }
             // The one who speaks up between two pages is not listed; nobody else is moved.
-            freshness.publish(1 + pages, 600, &[(user(5), heard(550))]);
+            freshness.publish(1 + pages, 600, &[(user(5), heard(550))], &[]);
         }
         assert_eq!(listed, [user(1), user(2), user(7)]);
         assert_eq!(pages, 2);

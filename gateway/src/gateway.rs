@@ -28,6 +28,7 @@ use crate::{
     metrics::Metrics,
     orders::{self, OrderHandle},
     session::SessionParts,
+    sharing::Holders,
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
     tls::{self, TlsError},
@@ -130,10 +131,12 @@ impl Gateway {
         let clock = Clock::starting_at(recovered.high_water_ms);
         // Nothing is said of the time since an earlier process until it is written down that nobody was heard in it.
         let heard_until_ms = (recovered.high_water_ms != 0).then_some(recovered.high_water_ms);
+        let holders = store.load_holders()?;
         let freshness = Freshness::restore(
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
+            holders.paused.iter().copied(),
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -142,6 +145,7 @@ impl Gateway {
             store.load_coverage()?,
             &deadlines.registrations,
             deadlines.forgotten,
+            holders.forgotten,
             recovered.position,
         ));
         info!(
@@ -178,6 +182,7 @@ impl Gateway {
                 metrics: metrics.clone(),
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
+                holders: Holders::restore(holders.paused),
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,

@@ -23,7 +23,7 @@ use std::{
 use waypost_proto::{
     device::{Claim, Deferral},
     id::DeviceId,
-    session::{Lane, Request, Settled, Welcomed, batch_len},
+    session::{Granted, Lane, Request, Settled, Welcomed, batch_len},
 };
 
 use crate::{
@@ -63,6 +63,8 @@ pub enum Answer {
     Welcomed(Welcomed),
     /// To a batch or a heartbeat.
     Settled(Settled),
+    /// To what the holder wanted.
+    Granted(Granted),
     /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
     /// it before Hello is judged.
     Fenced,
@@ -548,7 +550,7 @@ fn send(
 
 fn request_len(request: &Request) -> usize {
     match request {
-        Request::Hello(_) | Request::Heartbeat => 1,
+        Request::Hello(_) | Request::Heartbeat | Request::Control { .. } => 1,
         Request::Batch { batch, .. } => batch_len(batch) as usize,
     }
 }

@@ -52,6 +52,7 @@ pub mod pki;
 mod port;
 pub mod rate;
 pub mod session;
+pub mod sharing;
 mod steer;
 pub mod store;
 mod sync;

@@ -62,7 +62,7 @@ pub use self::{
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
     fates::{Fates, REJECTS},
-    freshness::{FreshnessMetrics, RESETS},
+    freshness::{FreshnessMetrics, RESETS, SHARINGS},
     limits::{LIMITS, LimitMetrics},
     resumption::{DROPS, HANDSHAKES, ResumptionMetrics},
     series::ByLabel,

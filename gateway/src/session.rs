@@ -639,6 +639,10 @@ impl<'a> Shell<'a> {
                     self.early = Some(Box::new(EarlyBatch::Settled(one)));
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
+                Answer::Granted(granted) => {
+                    let frame = self.session.handle_granted(granted);
+                    self.write(lane, encoded(&frame)).await?;
+                }
                 Answer::Fenced if self.early.is_some() => {
                     if let Some(EarlyBatch::Asked(request)) = self.early.take().map(|early| *early)
                         && let Some(rest) = self.ask(lane, request, None)?

@@ -8,6 +8,7 @@
 //! - `meta`: format version, incarnation, secret, and the last position, which every commit writes.
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
+//! - `users` and `transitions`: who has paused, and each change of that (`holders`).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
 //!   a whole when retention is over.
 //!
@@ -40,6 +41,7 @@ use waypost_proto::{
 };
 
 mod folder;
+mod holders;
 mod keys;
 mod notices;
 pub mod record;
@@ -48,12 +50,14 @@ mod space;
 mod watermark;
 
 use folder::{Folder, Lock};
+use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
 use record::{PingRecord, RecordError};
 use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
 
+pub use holders::KeptHolders;
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
 pub use settings::StoreConfig;
@@ -119,7 +123,7 @@ enum Operation {
 enum Family {
     Devices,
     Day(Day),
-    /// One of [`notices`], by its name.
+    /// One of [`notices`] or [`holders`], by its name.
     Notices(&'static str),
 }
 
@@ -309,7 +313,15 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 5] = [META, DEVICES, COVERAGE, DEADLINES, EVENTS];
+const PERMANENT: [&str; 7] = [
+    META,
+    DEVICES,
+    COVERAGE,
+    DEADLINES,
+    EVENTS,
+    USERS,
+    TRANSITIONS,
+];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
 const META_FORMAT: &[u8] = b"format";
@@ -852,7 +864,7 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
     families.extend(
-        [COVERAGE, DEADLINES, EVENTS]
+        [COVERAGE, DEADLINES, EVENTS, USERS, TRANSITIONS]
             .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
     families.extend(

@@ -129,8 +129,8 @@ impl Vigil {
         let mut changes = Vec::new();
         bulletin.coverage(|coverage| deadlines.heard(contacts, said, coverage, &mut changes));
         News {
-            coverage: None,
             deadlines: changes,
+            ..News::default()
         }
     }
 
@@ -152,8 +152,8 @@ impl Vigil {
         });
         self.is_behind = turn.is_behind;
         News {
-            coverage: None,
             deadlines: changes,
+            ..News::default()
         }
     }
 
@@ -184,14 +184,19 @@ impl Vigil {
             deadlines.set(checker, settings, said, coverage, contact_of, &mut changes)
         })?;
         Ok(News {
-            coverage: None,
             deadlines: changes,
+            ..News::default()
         })
     }
 
     /// A checker's events up to a position are about to be deleted.
     pub fn forget(&self, checker: Checker, position: u64) {
         self.bulletin.forget(checker, position);
+    }
+
+    /// Transitions up to a position are about to be deleted.
+    pub fn forget_transitions(&self, position: u64) {
+        self.bulletin.forget_transitions(position);
     }
 
     /// Publishes news that are durable.
@@ -212,6 +217,10 @@ impl Vigil {
                 metrics.events.of(event.kind.as_label()).increment(1);
             }
         }
+        for transition in &news.transitions {
+            let to = transition.to.as_label();
+            self.metrics.freshness.transitions.of(to).increment(1);
+        }
         self.show();
     }
 
@@ -230,7 +239,7 @@ impl Vigil {
             (!spans.is_empty()).then(|| self.bulletin.coverage(|coverage| coverage.change(spans)));
         News {
             coverage,
-            deadlines: Vec::new(),
+            ..News::default()
         }
     }
 }
@@ -292,7 +301,7 @@ mod tests {
             position: 3,
         };
         let coverage = Coverage::restore([lasted], Forgotten::default());
-        let bulletin = Arc::new(Bulletin::restore(coverage, [], [], 3));
+        let bulletin = Arc::new(Bulletin::restore(coverage, [], [], 0, 3));
         let start = Start {
             heard_until_ms: 1_000,
             began_ms: HOUR_MS,
@@ -391,7 +400,7 @@ mod tests {
         });
         let rows: Vec<_> = rows.collect();
         let coverage = bulletin.coverage(Clone::clone);
-        let bulletin = Arc::new(Bulletin::restore(coverage, &rows, [], 3));
+        let bulletin = Arc::new(Bulletin::restore(coverage, &rows, [], 0, 3));
         let start = Start {
             heard_until_ms: late_ms,
             began_ms: 2 * HOUR_MS,

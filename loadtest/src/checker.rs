@@ -223,6 +223,7 @@ impl WatchBook {
             Event::Disconnected { .. }
             | Event::Coverage(_)
             | Event::Deadline(_)
+            | Event::Transition(_)
             | Event::Stale { .. }
             | Event::Live { .. } => {}
         }

@@ -296,6 +296,27 @@ impl DeviceRecord {
         (judgement, samples)
     }
 
+    /// Refuses a batch of the current epoch for ever, whatever is in it. What was settled before is a duplicate, as
+    /// ever.
+    pub fn refuse(
+        &mut self,
+        pings: &[Ping],
+        malformed: &[(u64, RejectCode)],
+        code: RejectCode,
+    ) -> Judgement {
+        debug_assert!(!is_retryable(code), "{code:?} is not for ever");
+        let seqs = pings.iter().map(|ping| ping.seq);
+        let mut judgement = Judgement::default();
+        for seq in seqs.chain(malformed.iter().map(|&(seq, _)| seq)) {
+            match self.settled.insert(seq) {
+                Verdict::Duplicate => judgement.duplicate += 1,
+                Verdict::TooSparse => judgement.rejects.push((seq, RejectCode::TooSparse)),
+                Verdict::New => judgement.rejects.push((seq, code)),
+            }
+        }
+        judgement
+    }
+
     /// Puts a batch of the current epoch off without judging it: what is settled already is a duplicate,
     /// as ever, and all else may be sent again later. Nothing is settled here, so that the same pings
     /// are judged when they come back.
@@ -552,6 +573,28 @@ mod tests {
 
         let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
         assert_eq!((again.stored.len(), again.duplicate), (0, 6));
+    }
+
+    #[test]
+    fn what_comes_while_the_holder_has_paused_is_settled_and_moves_nothing() {
+        let mut device = device_in_epoch(1);
+        device.settled.insert(1);
+        let before = device.clocks;
+        let pings = [ping(1, NOW_MS), ping(2, NOW_MS)];
+        let malformed = [(3, RejectCode::BadCoordinates)];
+        let refused = device.refuse(&pings, &malformed, RejectCode::Paused);
+        assert_eq!(
+            refused,
+            Judgement {
+                duplicate: 1,
+                rejects: vec![(2, RejectCode::Paused), (3, RejectCode::Paused)],
+                ..Judgement::default()
+            }
+        );
+        assert_eq!((device.settled.floor(), device.clocks), (3, before));
+        // After the holder has resumed they are what they were: settled, and not stored.
+        let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
+        assert_eq!((again.stored.len(), again.duplicate), (0, 3));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::{
     frame::FrameError,
     ping::RejectCode,
     ranges::{RangeSet, SeqRange},
-    v1,
+    v1::{self, control_result::Outcome},
 };
 
 /// One of a device's two streams.
@@ -183,6 +183,22 @@ pub enum Request {
     },
     /// Only a sign of life; answered with [`Settled`].
     Heartbeat,
+    /// What the holder wants; answered with [`Granted`].
+    Control {
+        /// The device's name for it.
+        id: u64,
+        /// What is wanted.
+        wish: Wish,
+    },
+}
+
+/// What a holder may want of the gateway, for all devices of the user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Nothing is kept and nothing is told until the holder resumes.
+    Pause,
+    /// Share again.
+    Resume,
 }
 
 /// What follows from a frame.
@@ -209,6 +225,15 @@ pub struct Welcomed {
     pub receive_ms: u64,
     /// The commit that holds it.
     pub position: u64,
+    /// Whether the holder has paused.
+    pub is_paused: bool,
+}
+
+/// The committer's answer to [`Request::Control`]: it holds, durably.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Granted {
+    /// The device's name for it.
+    pub id: u64,
 }
 
 /// The committer's answer to [`Request::Batch`] and [`Request::Heartbeat`].
@@ -237,6 +262,8 @@ pub struct Settled {
     pub position: u64,
     /// How long the device should wait before it sends more; 0 when it need not.
     pub retry_after_ms: u32,
+    /// Whether the holder has paused.
+    pub is_paused: bool,
 }
 
 /// One connection of a device.
@@ -311,8 +338,16 @@ impl Session {
             (Some(lane), Some(Kind::Heartbeat(_)) | None) => {
                 Ok(Step::Ask(lane, Request::Heartbeat))
             }
-            (Some(lane), Some(Kind::Control(control))) => {
-                Ok(Step::Answer(lane, not_supported(control.id)))
+            (Some(lane), Some(Kind::Control(v1::Control { id, action }))) => {
+                use v1::control::Action;
+                let wish = match action {
+                    Some(Action::Pause(_)) => Wish::Pause,
+                    Some(Action::Resume(_)) => Wish::Resume,
+                    Some(Action::Erase(_) | Action::Export(_)) | None => {
+                        return Ok(Step::Answer(lane, result(id, Outcome::NotSupported)));
+                    }
+                };
+                Ok(Step::Ask(lane, Request::Control { id, wish }))
             }
         }
     }
@@ -350,6 +385,7 @@ impl Session {
             server_ms: welcomed.receive_ms,
             incarnation: self.incarnation.clone(),
             position: welcomed.position,
+            paused: welcomed.is_paused,
         };
         Ok((
             v1::GatewayFrame {
@@ -410,10 +446,17 @@ impl Session {
             position: newest.position,
             flow: Some(self.flow(retry_after_ms)),
             missing,
+            paused: newest.is_paused,
         };
         Some(v1::GatewayFrame {
             kind: Some(v1::gateway_frame::Kind::Ack(ack)),
         })
+    }
+
+    /// Takes the answer to what the holder wanted.
+    #[must_use]
+    pub fn handle_granted(&self, granted: Granted) -> v1::GatewayFrame {
+        result(granted.id, Outcome::Done)
     }
 
     /// A stream is done: its lane may be opened again.
@@ -514,8 +557,8 @@ pub fn batch_len(batch: &DecodedBatch) -> u32 {
     u32::try_from(batch.pings.len() + batch.malformed.len()).unwrap_or(u32::MAX)
 }
 
-fn not_supported(id: u64) -> v1::GatewayFrame {
-    let outcome = v1::control_result::Outcome::NotSupported.into();
+fn result(id: u64, outcome: Outcome) -> v1::GatewayFrame {
+    let outcome = outcome.into();
     v1::GatewayFrame {
         kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult {
             id,
@@ -570,6 +613,7 @@ mod tests {
             settled: RangeSet::default(),
             receive_ms: 1,
             position: 1,
+            is_paused: false,
         }
     }
 
@@ -586,6 +630,7 @@ mod tests {
             commit_ms: 3,
             position: 4,
             retry_after_ms: 0,
+            is_paused: false,
         }
     }
 
@@ -821,21 +866,70 @@ mod tests {
     }
 
     #[test]
-    fn a_control_is_answered_and_a_frame_of_the_future_is_a_sign_of_life() {
+    fn what_the_holder_wants_is_asked_of_the_committer_and_granted_when_it_has_answered() {
+        let mut session = session();
+        let control = |id, action| v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Control(v1::Control {
+                id,
+                action: Some(action),
+            })),
+        };
+        let pause = control(4, v1::control::Action::Pause(v1::control::Pause {}));
+        let resume = control(5, v1::control::Action::Resume(v1::control::Resume {}));
+        assert_eq!(
+            session.handle_frame(None, pause.clone()),
+            Err(Violation::HelloExpected)
+        );
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        for (frame, id, wish) in [(pause, 4, Wish::Pause), (resume, 5, Wish::Resume)] {
+            assert_eq!(
+                session.handle_frame(Some(Lane::Live), frame),
+                Ok(Step::Ask(Lane::Live, Request::Control { id, wish }))
+            );
+            assert_eq!(
+                session.handle_granted(Granted { id }),
+                result(id, Outcome::Done)
+            );
+        }
+    }
+
+    #[test]
+    fn a_device_is_told_that_the_holder_has_paused() {
+        let mut session = session();
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        let mut welcomed = welcomed(1);
+        welcomed.is_paused = true;
+        let (frame, _) = session.handle_welcomed(&welcomed).unwrap();
+        let Some(v1::gateway_frame::Kind::Welcome(welcome)) = frame.kind else {
+            panic!("{frame:?}");
+        };
+        assert!(welcome.paused);
+        let mut one = settled(0);
+        assert!(!ack(session.handle_settled(vec![one.clone()])).paused);
+        one.is_paused = true;
+        assert!(ack(session.handle_settled(vec![one])).paused);
+    }
+
+    #[test]
+    fn an_unknown_wish_is_answered_and_a_frame_of_the_future_is_a_sign_of_life() {
         let mut session = session();
         session
             .handle_frame(None, hello(v1::Lane::Live, 1))
             .unwrap();
         let control = v1::Control {
             id: 4,
-            action: Some(v1::control::Action::Pause(v1::control::Pause {})),
+            action: Some(v1::control::Action::Erase(v1::control::Erase {})),
         };
         let frame = v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Control(control)),
         };
         assert_eq!(
             session.handle_frame(Some(Lane::Live), frame),
-            Ok(Step::Answer(Lane::Live, not_supported(4)))
+            Ok(Step::Answer(Lane::Live, result(4, Outcome::NotSupported)))
         );
         let unknown = v1::DeviceFrame { kind: None };
         assert_eq!(

@@ -13,6 +13,7 @@ mod ingest;
 mod limits;
 mod network;
 mod operations;
+mod pause;
 mod power_loss;
 mod python;
 mod replay;

@@ -92,7 +92,7 @@ impl Following {
                 (self.token, self.position) = (progress.token, progress.position);
                 self.announced_ms = progress.resolved_ms;
             }
-            Kind::Header(_) | Kind::Entry(_) => {}
+            Kind::Header(_) | Kind::Entry(_) | Kind::Transition(_) => {}
             Kind::Reset(reset) => panic!("{reset:?}"),
         }
     }

@@ -64,13 +64,13 @@ const CONTROLS: [(&str, &str, &str, &str); 11] = [
         "publishes_before_the_commit",
         "commit.rs",
         "self.store.commit(judged.batch)?;",
-        "self.freshness.publish(position, resolved_ms, &judged.changes); self.store.commit(judged.batch)?;",
+        "self.freshness.publish(position, resolved_ms, &judged.changes, &news.transitions); self.store.commit(judged.batch)?;",
     ),
     (
         "answers_before_it_publishes",
         "commit.rs",
-        "        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
-        "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer, &mut Rings::default()); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes);",
+        "        self.freshness\n            .publish(position, resolved_ms, &judged.changes, &news.transitions);",
+        "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer, &mut Rings::default()); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes, &news.transitions);",
     ),
 ];
 

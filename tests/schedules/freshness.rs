@@ -4,6 +4,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
+use waypost_gateway::sharing::Transition;
 use waypost_proto::{device::Clocks, id::UserId};
 
 use crate::store::Store;
@@ -31,7 +32,14 @@ impl Freshness {
         }
     }
 
-    pub(crate) fn publish(&self, position: u64, resolved_ms: u64, changes: &[(UserId, Clocks)]) {
+    pub(crate) fn publish(
+        &self,
+        position: u64,
+        resolved_ms: u64,
+        changes: &[(UserId, Clocks)],
+        transitions: &[Transition],
+    ) {
+        assert!(transitions.is_empty(), "nobody pauses in a schedule");
         assert!(
             position <= self.store.durable_position(),
             "visible before it was durable: position {position}"

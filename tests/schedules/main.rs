@@ -25,9 +25,9 @@ mod plan;
 mod store;
 mod sync;
 
-// The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, the vigil has no
+// The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, the vigil and those who share have no
 // threads, and no checker orders anything: all of these are used as they are.
-use waypost_gateway::{bulletin, deadlines, disk, gather, lookout, orders, rate, vigil};
+use waypost_gateway::{bulletin, deadlines, disk, gather, lookout, orders, rate, sharing, vigil};
 
 use std::{panic, sync::Arc, time::Instant};
 

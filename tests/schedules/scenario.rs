@@ -35,6 +35,7 @@ use crate::{
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
     orders,
     plan::{Plan, Tally},
+    sharing::Holders,
     store::Store,
     sync::Alarm,
     vigil::{Vigil, VigilParts},
@@ -85,6 +86,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
             devices: (0..Plan::MOST_SESSIONS)
                 .map(|at| (device(at), record.clone()))
                 .collect(),
+            holders: Holders::default(),
             position: 0,
             retention: Duration::from_secs(86_400),
             vigil: Vigil::new(VigilParts {
@@ -332,6 +334,7 @@ impl Session {
                 tally.settled += 1;
                 (settled.receive_ms, settled.position)
             }
+            Answer::Granted(granted) => panic!("{granted:?} was not asked for"),
             Answer::Fenced => {
                 assert!(self.is_welcomed, "a batch was judged before its Hello");
                 assert!(self.is_foreign, "fenced in its own epoch");

@@ -88,6 +88,13 @@ impl Store {
         Ok(Vec::new())
     }
 
+    pub(crate) fn newest_transition_before(
+        &self,
+        _moment_ms: u64,
+    ) -> Result<Option<u64>, CommitError> {
+        Ok(None)
+    }
+
     pub(crate) fn note_heard(&self, _until_ms: u64) {}
 
     pub(crate) fn durable_position(&self) -> u64 {
@@ -131,6 +138,8 @@ impl Batch {
     }
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}
+
+    pub(crate) fn forget_transitions(&mut self, _upto: u64) {}
 
     pub(crate) fn size_bytes(&self) -> usize {
         self.pings.len()

@@ -105,6 +105,9 @@ impl Following {
             Event::Deadline(deadline) => {
                 format!("deadline{}@{}", deadline.user.0[0], deadline.position)
             }
+            Event::Transition(transition) => {
+                format!("transition{}@{}", transition.number, transition.position)
+            }
             Event::Stale { resolved_ms } => format!("stale{resolved_ms}"),
             Event::Live { resolved_ms } => format!("live{resolved_ms}"),
             Event::Disconnected { .. } => "disconnected".to_owned(),
@@ -162,7 +165,7 @@ fn what_a_stored_resume_covers_is_dropped_also_when_the_gateway_goes_further_bac
 }
 
 #[test]
-fn gaps_and_deadlines_are_given_once_too_and_only_in_their_place() {
+fn gaps_deadlines_and_transitions_are_given_once_too_and_only_in_their_place() {
     let gap = |position, until_ms| {
         Kind::Coverage(v1::Coverage {
             from_ms: 3,
@@ -178,6 +181,14 @@ fn gaps_and_deadlines_are_given_once_too_and_only_in_their_place() {
             ..v1::Deadline::default()
         })
     };
+    let turn = |position, number| {
+        Kind::Transition(v1::Transition {
+            user: Bytes::copy_from_slice(&user(1).0),
+            position,
+            number,
+            ..v1::Transition::default()
+        })
+    };
     let mut following = Following::new(None);
     // Those of a snapshot are not in its count.
     following
@@ -189,16 +200,28 @@ fn gaps_and_deadlines_are_given_once_too_and_only_in_their_place() {
             snapshot_end(1, 5),
         ])
         .unwrap();
-    following.take([gap(6, 9), late(7), entry(1, 7)]).unwrap();
+    // Two in one commit, to and fro.
+    following
+        .take([gap(6, 9), turn(6, 0), turn(6, 1), late(7), entry(1, 7)])
+        .unwrap();
     assert_eq!(
         following.said(),
-        "connected0 gap3 deadline1@4 s1@5 end5 gap3 deadline1@7 e1@7"
+        "connected0 gap3 deadline1@4 s1@5 end5 gap3 transition0@6 transition1@6 deadline1@7 e1@7"
     );
     following
-        .stream([header(5), gap(6, 9), late(7), entry(1, 7), progress(7)])
+        .stream([
+            header(5),
+            gap(6, 9),
+            turn(6, 0),
+            turn(6, 1),
+            turn(6, 2),
+            late(7),
+            entry(1, 7),
+            progress(7),
+        ])
         .unwrap();
-    assert_eq!(following.said(), "connected5 progress7");
-    for kind in [gap(7, 9), late(7)] {
+    assert_eq!(following.said(), "connected5 transition2@6 progress7");
+    for kind in [gap(7, 9), late(7), turn(7, 0)] {
         let violation = following.take([kind]).unwrap_err();
         assert!(matches!(violation, Violation::AfterAnnouncement { .. }));
     }

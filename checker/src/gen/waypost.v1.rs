@@ -115,6 +115,7 @@ pub mod freshness_client {
         }
         /// Users without contact since a moment, longest silence first. Read `resolved_ms` beside it: a user
         /// is only known to be silent up to there. And read `coverage`: of the time in these spans nothing is known.
+        /// Users who have paused are not listed: their silence says nothing.
         pub async fn list_stale(
             &mut self,
             request: impl tonic::IntoRequest<::waypost_proto::v1::ListStaleRequest>,
@@ -140,16 +141,16 @@ pub mod freshness_client {
             self.inner.unary(req, path, codec).await
         }
         /// Snapshot and changes in one ordered stream:
-        /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
-        /// resumed: Header, (Entry | Progress | Coverage | Deadline)\*
-        /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline)\*
+        /// anew:    Header, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Transition)\*
+        /// resumed: Header, (Entry | Progress | Coverage | Deadline | Transition)\*
+        /// reset:   Header, Reset, Entry\*, SnapshotEnd, (Entry | Progress | Coverage | Deadline | Transition)\*
         /// Entries of a snapshot come in no particular order. Before its end come, by position, the spans of Coverage
         /// that are known and a LATE for each user who is late by a deadline of this checker; `count` leaves them out.
         /// To resume, pass the token of the last SnapshotEnd or Progress that was fully worked through: every
         /// user changed since comes, with the latest value, every span that began or ended since, and every event of a
-        /// deadline since, in order. Tokens do not expire; what has been dropped since one is told by Reset.
-        /// Coverage and Deadline come before the first Progress at or beyond their position. They are never merged or
-        /// left out, however slowly the stream is read. A stream that breaks may bring those again that came after
+        /// deadline and every transition since, in order. Tokens do not expire; what has been dropped since one is told by
+        /// Reset. Coverage, Deadline and Transition come before the first Progress at or beyond their position. They are never
+        /// merged or left out, however slowly the stream is read. A stream that breaks may bring those again that came after
         /// the last token: their positions tell.
         pub async fn watch(
             &mut self,

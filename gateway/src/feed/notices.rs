@@ -1,10 +1,10 @@
-//! What a stream tells beside entries: when the gateway could not hear, and who is late.
+//! What a stream tells beside entries: when the gateway could not hear, who is late, and who paused and resumed.
 //!
-//! Knows how far a stream has told of both, and how they become messages. Must not know entries or when a stream
+//! Knows how far a stream has told of each, and how they become messages. Must not know entries or when a stream
 //! announces a position; it is asked to tell up to one before that.
 //!
-//! Spans and who is late now are on the [`Bulletin`]; events are read from the store, and only when there is one that
-//! the stream has not told. So a stream with nothing to tell costs a look at two numbers.
+//! Spans and who is late now are on the [`Bulletin`]; events of deadlines and transitions are read from the store, and
+//! only when there is one that the stream has not told. So a stream with nothing to tell costs a look at three numbers.
 //!
 //! # Bounds
 //!
@@ -29,6 +29,7 @@ use crate::{
     bulletin::Bulletin,
     coverage::{Coverage, Reason, Span},
     deadlines::{self, Checker, Event, LONGEST_MS, Registration, Setting},
+    sharing::Transition,
     store::{ReadError, Store},
 };
 
@@ -66,7 +67,7 @@ impl From<NoticeError> for Status {
             NoticeError::Gone => Self::aborted(format!("{error}: come back with your token")),
             NoticeError::Closed => Self::unavailable(error.to_string()),
             NoticeError::Unreadable(unreadable) => {
-                error!(%unreadable, "deadlines could not be read");
+                error!(%unreadable, "events for checkers could not be read");
                 Self::internal("the gateway cannot read its store")
             }
         }
@@ -81,6 +82,7 @@ pub(super) struct Told {
     beginning: vec::IntoIter<Kind>,
     beginning_position: u64,
     spans: u64,
+    transitions: u64,
     events: u64,
 }
 
@@ -101,6 +103,7 @@ impl Notices {
             beginning: Vec::new().into_iter(),
             beginning_position: 0,
             spans: position,
+            transitions: position,
             events: position,
         }
     }
@@ -120,6 +123,7 @@ impl Notices {
             beginning: beginning.into_iter(),
             beginning_position: now.position,
             spans: now.position,
+            transitions: now.position,
             events: now.position,
         };
         (told, now.position)
@@ -148,6 +152,9 @@ impl Notices {
             events.extend(spans.iter().flatten().map(coverage_event));
             told.spans = upto;
         }
+        if told.transitions < upto && !self.tell_transitions(told, upto, &wants, events).await? {
+            return Ok(false);
+        }
         if upto <= told.events || self.bulletin.newest_event(told.checker) <= told.events {
             told.events = told.events.max(upto);
             return Ok(true);
@@ -167,6 +174,35 @@ impl Notices {
         };
         let wanted = read.iter().filter(|event| wants(&event.user));
         events.extend(wanted.map(deadline_event));
+        Ok(is_all)
+    }
+
+    async fn tell_transitions(
+        &self,
+        told: &mut Told,
+        upto: u64,
+        wants: impl Fn(&UserId) -> bool,
+        events: &mut Vec<Kind>,
+    ) -> Result<bool, NoticeError> {
+        if self.bulletin.newest_transition() <= told.transitions {
+            told.transitions = upto;
+            return Ok(true);
+        }
+        let positions = told.transitions + 1..upto + 1;
+        let read = self
+            .read(move |store| store.transitions(positions, EVENTS_PER_CHUNK))
+            .await?;
+        // After reading, as below.
+        if told.transitions < self.forgotten(told.checker) {
+            return Err(NoticeError::Gone);
+        }
+        let is_all = read.len() < EVENTS_PER_CHUNK;
+        told.transitions = match read.last() {
+            Some(last) if !is_all => last.position,
+            _ => upto,
+        };
+        let wanted = read.iter().filter(|transition| wants(&transition.user));
+        events.extend(wanted.map(transition_event));
         Ok(is_all)
     }
 
@@ -305,6 +341,16 @@ fn deadline_event(event: &Event) -> Kind {
         position: event.position,
         last_contact_ms: event.last_contact_ms,
         due_ms: event.due_ms,
+    })
+}
+
+fn transition_event(transition: &Transition) -> Kind {
+    Kind::Transition(v1::Transition {
+        user: id(&transition.user),
+        state: wire::state(transition.to).into(),
+        at_ms: transition.at_ms,
+        position: transition.position,
+        number: transition.number,
     })
 }
 

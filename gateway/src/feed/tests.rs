@@ -107,7 +107,7 @@ impl Harness {
             ..TlsConfig::default()
         })
         .unwrap();
-        let freshness = Arc::new(Freshness::restore(std::iter::empty(), 0));
+        let freshness = Arc::new(Freshness::restore(std::iter::empty(), [], 0));
         let bulletin = Arc::new(Bulletin::default());
         let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
         let store = Arc::new(store);
@@ -168,7 +168,7 @@ impl Harness {
 
     fn publish(&self, position: u64, users: &[u8]) {
         let changes: Vec<_> = users.iter().map(|&n| (user(n), heard(position))).collect();
-        self.freshness.publish(position, position, &changes);
+        self.freshness.publish(position, position, &changes, &[]);
     }
 
     /// Says something at a position of its own, as the committer does.
@@ -178,7 +178,7 @@ impl Harness {
         batch.put_news(news);
         self.store.commit(batch).unwrap();
         self.bulletin.publish(news);
-        self.freshness.publish(position, position, &[]);
+        self.freshness.publish(position, position, &[], &[]);
     }
 
     fn say_span(&self, position: u64, from_ms: u64, until_ms: Option<u64>) {
@@ -195,7 +195,7 @@ impl Harness {
             position,
             &News {
                 coverage: Some(change),
-                deadlines: Vec::new(),
+                ..News::default()
             },
         );
     }
@@ -234,8 +234,8 @@ impl Harness {
         self.say(
             position,
             &News {
-                coverage: None,
                 deadlines: changes,
+                ..News::default()
             },
         );
     }
@@ -612,7 +612,7 @@ async fn silence_is_asked_for_in_time_that_the_gateway_could_hear() {
     let heard: Vec<_> = [(1, 100), (2, 149), (3, 150), (4, 800)]
         .map(|(n, at_ms)| (user(n), heard(at_ms)))
         .into();
-    harness.freshness.publish(1, 1_000, &heard);
+    harness.freshness.publish(1, 1_000, &heard, &[]);
     let mut ops = harness.client(OPS).await;
     let silent_for = |silent_for_ms| ListStaleRequest {
         silent_for_ms,
@@ -835,7 +835,7 @@ async fn nothing_is_announced_before_it_was_sent_while_commits_go_on() {
         for commit in 1..=COMMITS {
             // The time is the number of the commit, so `resolved_ms` says which commits it covers.
             let changes: Vec<_> = users_of(commit).map(|user| (user, heard(commit))).collect();
-            freshness.publish(commit, commit, &changes);
+            freshness.publish(commit, commit, &changes, &[]);
         }
     });
 

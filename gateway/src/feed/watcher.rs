@@ -8,8 +8,8 @@
 //!   of that moment has been put into it, and a position only when no entry at or below it can come.
 //! - A stream that is level passes on each commit in the words that were found for it once, for all streams.
 //!   One that is behind reads the users themselves, and gets its own words for newer and fewer values.
-//! - Spans of coverage and events of deadlines come before the first announcement at or beyond their position,
-//!   after the entries of the step ([`super::notices`]).
+//! - Spans of coverage, transitions and events of deadlines come before the first announcement at or beyond their
+//!   position, after the entries of the step ([`super::notices`]).
 //! - Whoever cannot be brought level by following the changes within a progress interval, because users
 //!   change faster than it reads, is brought level by a sweep; so `resolved_ms` moves on under any load.
 
@@ -252,7 +252,7 @@ impl Watcher {
         for commit in commits {
             // Asked for only when something of it is wanted.
             let encoded = || commit.encoded(wire::encode_commit);
-            if self.selector.wants_all(State::Active) {
+            if self.selector.wants_all() {
                 count += commit.seen().len();
                 message.push(encoded().bytes.clone());
                 continue;
@@ -293,8 +293,7 @@ impl Watcher {
     }
 
     fn wants(&self, seen: &LastSeen) -> bool {
-        // All known users are in this state.
-        self.selector.wants_state(State::Active) && self.selector.wants_user(&seen.user)
+        self.selector.wants_state(wire::state(seen.sharing)) && self.selector.wants_user(&seen.user)
     }
 
     /// Adds what is to be told before the next announcement, or a part of it. True if that was all.

@@ -10,7 +10,10 @@ use waypost_proto::{
 };
 
 use super::token::Scope;
-use crate::freshness::{Encoded, LastSeen, Silence, Update};
+use crate::{
+    freshness::{Encoded, LastSeen, Silence, Update},
+    sharing::Sharing,
+};
 
 /// Users in one Get.
 const MAX_GET_USERS: usize = 1_000;
@@ -73,9 +76,9 @@ impl Selector {
         self.states.is_empty() || self.states.contains(&state)
     }
 
-    /// Whether all users are selected, in this state.
-    pub(super) fn wants_all(&self, state: State) -> bool {
-        self.users.is_none() && self.wants_state(state)
+    /// Whether all users are selected, in all states.
+    pub(super) fn wants_all(&self) -> bool {
+        self.users.is_none() && self.states.is_empty()
     }
 
     /// Whether this user is selected, whatever its state.
@@ -135,7 +138,7 @@ pub(super) fn page_token(next: Option<Silence>) -> Bytes {
 pub(super) fn entries(seen: &[LastSeen]) -> impl Iterator<Item = v1::Entry> {
     let mut ids = ids(seen.iter());
     seen.iter()
-        .map(move |seen| active(ids.split_to(16), seen, 0))
+        .map(move |seen| entry_of(ids.split_to(16), seen, 0))
 }
 
 /// What a stream is handed, as events.
@@ -143,7 +146,7 @@ pub(super) fn updates(updates: &[Update]) -> impl Iterator<Item = Kind> {
     let mut ids = ids(updates.iter().map(|update| &update.seen));
     updates
         .iter()
-        .map(move |update| Kind::Entry(active(ids.split_to(16), &update.seen, update.coalesced)))
+        .map(move |update| Kind::Entry(entry_of(ids.split_to(16), &update.seen, update.coalesced)))
 }
 
 /// Events as they stand in a message.
@@ -177,7 +180,7 @@ fn encode_event(kind: Kind, bytes: &mut BytesMut) {
 
 /// The entry of one user.
 pub(super) fn entry(seen: &LastSeen) -> v1::Entry {
-    active(Bytes::copy_from_slice(&seen.user.0), seen, 0)
+    entry_of(Bytes::copy_from_slice(&seen.user.0), seen, 0)
 }
 
 /// The entry of a user that this store has never heard of.
@@ -196,14 +199,22 @@ fn ids<'a>(seen: impl ExactSizeIterator<Item = &'a LastSeen>) -> Bytes {
     ids.freeze()
 }
 
-fn active(user: Bytes, seen: &LastSeen, coalesced: u32) -> v1::Entry {
+/// What a user's state is called on the wire.
+pub(super) fn state(sharing: Sharing) -> State {
+    match sharing {
+        Sharing::Active => State::Active,
+        Sharing::Paused => State::Paused,
+    }
+}
+
+fn entry_of(user: Bytes, seen: &LastSeen, coalesced: u32) -> v1::Entry {
     v1::Entry {
         user,
         last_contact_ms: seen.clocks.last_contact_ms,
         last_sample_ms: seen.clocks.last_sample_ms,
         last_fix_ms: seen.clocks.last_fix_ms,
         durable_ms: seen.clocks.durable_ms,
-        state: State::Active.into(),
+        state: state(seen.sharing).into(),
         position: seen.position,
         coalesced,
     }
@@ -246,6 +257,7 @@ mod tests {
                     last_contact_ms: 1 << (20 * n),
                     ..Clocks::default()
                 },
+                sharing: Sharing::Active,
                 position: u64::from(n),
             })
             .collect();

@@ -34,6 +34,7 @@ use super::{
     changes::{Change, Changes, Place},
     recent::{Commit, Recent},
 };
+use crate::sharing::{Pause, Sharing, Transition};
 
 /// How many changes or users one [`Index::read`] looks at, and so how long it holds a lock and how many
 /// entries it hands out at most. Some tens of microseconds.
@@ -62,6 +63,8 @@ pub struct LastSeen {
     pub user: UserId,
     /// The newest over all of the user's devices.
     pub clocks: Clocks,
+    /// Whether the holder shares.
+    pub sharing: Sharing,
     /// The commit that changed it last.
     pub position: u64,
 }
@@ -224,10 +227,11 @@ impl Index {
         }
     }
 
-    /// Puts the devices of a store in place; they come in any order.
+    /// Puts the devices of a store in place, which come in any order, and who has paused.
     pub(super) fn restore(
         &mut self,
         devices: impl Iterator<Item = (UserId, Clocks, u64)>,
+        paused: impl Iterator<Item = (UserId, Pause)>,
         resolved_ms: u64,
     ) {
         for (user, clocks, position) in devices {
@@ -236,6 +240,13 @@ impl Index {
             seen.clocks = seen.clocks.newest(clocks);
             seen.position = seen.position.max(position);
             self.head.position = self.head.position.max(position);
+        }
+        for (user, pause) in paused {
+            let at = self.place(user);
+            let seen = &mut self.users[at as usize];
+            seen.sharing = Sharing::Paused;
+            // Its devices may have changed since, which is nobody's business.
+            seen.position = pause.position;
         }
         let mut places: Vec<Place> = (0..)
             .zip(&self.users)
@@ -260,25 +271,21 @@ impl Index {
         &mut self,
         position: u64,
         resolved_ms: u64,
-        changes: &[(UserId, Clocks)],
+        contacts: &[(UserId, Clocks)],
+        transitions: &[Transition],
     ) {
         debug_assert!(self.head.position < position, "positions ascend");
-        let mut changed = Vec::with_capacity(changes.len());
-        for &(id, clocks) in changes {
+        let mut changed = Vec::with_capacity(contacts.len());
+        for &(id, clocks) in contacts {
             let user = self.place(id);
             let seen = &mut self.users[user as usize];
             seen.clocks = seen.clocks.newest(clocks);
-            // Two devices of one user in one commit are one change.
-            if seen.position != position {
-                let previous = std::mem::replace(&mut seen.position, position);
-                let ordinal = &mut self.ordinals[user as usize];
-                *ordinal = ordinal.wrapping_add(1);
-                changed.push(Change {
-                    at: Place { position, user },
-                    ordinal: *ordinal,
-                    previous,
-                });
-            }
+            changed.extend(self.change(user, position));
+        }
+        for transition in transitions {
+            let user = self.place(transition.user);
+            self.users[user as usize].sharing = transition.to;
+            changed.extend(self.change(user, position));
         }
         changed.sort_unstable_by_key(|change| change.at);
         changed.iter().for_each(|&change| self.changes.push(change));
@@ -529,6 +536,23 @@ impl Index {
         Step::Level(sweep.start)
     }
 
+    /// Moves a user to a commit. None if it is there already: two devices of one user in one commit are one
+    /// change.
+    fn change(&mut self, user: u32, position: u64) -> Option<Change> {
+        let seen = &mut self.users[user as usize];
+        if seen.position == position {
+            return None;
+        }
+        let previous = std::mem::replace(&mut seen.position, position);
+        let ordinal = &mut self.ordinals[user as usize];
+        *ordinal = ordinal.wrapping_add(1);
+        Some(Change {
+            at: Place { position, user },
+            ordinal: *ordinal,
+            previous,
+        })
+    }
+
     fn place(&mut self, user: UserId) -> u32 {
         let next = self.next_user();
         let at = *self.by_id.entry(user).or_insert(next);
@@ -536,6 +560,7 @@ impl Index {
             self.users.push(LastSeen {
                 user,
                 clocks: Clocks::default(),
+                sharing: Sharing::Active,
                 position: 0,
             });
             self.ordinals.push(0);
@@ -574,9 +599,18 @@ mod tests {
         }
     }
 
+    fn sharing(is_paused: bool) -> Sharing {
+        if is_paused {
+            Sharing::Paused
+        } else {
+            Sharing::Active
+        }
+    }
+
     #[derive(Clone, Debug)]
     enum Event {
-        Publish(Vec<(u8, u64)>),
+        /// Users who are heard, and then users who pause or resume.
+        Publish(Vec<(u8, u64)>, Vec<u8>),
         /// A new reader of everything.
         Start,
         /// A new reader from a position this many before the head.
@@ -588,7 +622,10 @@ mod tests {
 
     fn event() -> impl Strategy<Value = Event> {
         prop_oneof![
-            3 => prop::collection::vec((0u8..20, 0u64..1000), 0..12).prop_map(Event::Publish),
+            3 => (
+                prop::collection::vec((0u8..20, 0u64..1000), 0..12),
+                prop::collection::vec(0u8..20, 0..3)
+            ).prop_map(|(heard, turned)| Event::Publish(heard, turned)),
             1 => Just(Event::Start),
             1 => (0u64..40).prop_map(Event::Resume),
             8 => any::<usize>().prop_map(Event::Read),
@@ -606,6 +643,7 @@ mod tests {
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     struct Value {
         contact_ms: u64,
+        is_paused: bool,
         position: u64,
         changes: u64,
     }
@@ -622,16 +660,36 @@ mod tests {
                 .unwrap_or_default()
         }
 
-        fn publish(&mut self, changes: &[(u8, u64)]) {
+        /// Who turns pauses, or resumes.
+        fn publish(&mut self, heard: &[(u8, u64)], turned: &[u8]) -> Vec<Transition> {
             let mut now = self.at(self.head());
             let position = self.head() + 1;
-            for &(n, at_ms) in changes {
+            let mut change = |n, change: &mut dyn FnMut(&mut Value)| {
                 let value = now.entry(user(n)).or_default();
-                value.contact_ms = at_ms.max(value.contact_ms);
                 value.changes += u64::from(value.position != position);
                 value.position = position;
+                change(value);
+            };
+            for &(n, at_ms) in heard {
+                change(n, &mut |value| {
+                    value.contact_ms = at_ms.max(value.contact_ms)
+                });
+            }
+            let mut transitions = Vec::new();
+            for &n in turned {
+                change(n, &mut |value| {
+                    value.is_paused = !value.is_paused;
+                    transitions.push(Transition {
+                        user: user(n),
+                        to: sharing(value.is_paused),
+                        at_ms: 0,
+                        position,
+                        number: 0,
+                    });
+                });
             }
             self.commits.push(now);
+            transitions
         }
     }
 
@@ -696,8 +754,8 @@ mod tests {
         ) -> Result<(), TestCaseError> {
             let value = truth[&seen.user];
             prop_assert_eq!(
-                (value.contact_ms, value.position),
-                (seen.clocks.last_contact_ms, seen.position)
+                (value.contact_ms, sharing(value.is_paused), value.position),
+                (seen.clocks.last_contact_ms, seen.sharing, seen.position)
             );
             prop_assert!(
                 self.handed.insert((seen.user, seen.position)),
@@ -750,13 +808,13 @@ mod tests {
         let mut readers: Vec<Checked> = Vec::new();
         for event in events {
             match event {
-                Event::Publish(changes) => {
-                    model.publish(&changes);
-                    let changes: Vec<_> = changes
+                Event::Publish(contacts, turned) => {
+                    let transitions = model.publish(&contacts, &turned);
+                    let contacts: Vec<_> = contacts
                         .iter()
                         .map(|&(n, at_ms)| (user(n), heard(at_ms)))
                         .collect();
-                    index.publish(model.head(), 0, &changes);
+                    index.publish(model.head(), 0, &contacts, &transitions);
                 }
                 Event::Start | Event::Resume(_) => {
                     let began = model.head();
@@ -842,7 +900,7 @@ mod tests {
     fn a_sweep_gets_level_with_users_who_change_faster_than_they_are_read() {
         let mut index = Index::new(BLOCK);
         let everybody: Vec<_> = (0..50).map(|n| (user(n), heard(1))).collect();
-        index.publish(1, 10, &everybody);
+        index.publish(1, 10, &everybody, &[]);
         let mut reader = index.reader_after(0);
 
         // Following alone never gets there: whoever is next has moved away.
@@ -852,7 +910,7 @@ mod tests {
                 index.read(&mut reader, |_| true, &mut entries),
                 Step::Behind
             );
-            index.publish(position, 10 * position, &everybody);
+            index.publish(position, 10 * position, &everybody, &[]);
         }
         reader.sweep(index.sweep_target());
         entries.clear();
@@ -861,7 +919,7 @@ mod tests {
             if let Step::Level(head) = index.read(&mut reader, |_| true, &mut entries) {
                 break head;
             }
-            index.publish(position, 10 * position, &everybody);
+            index.publish(position, 10 * position, &everybody, &[]);
             position += 1;
         };
         assert_eq!(
@@ -879,9 +937,9 @@ mod tests {
     #[test]
     fn the_list_of_changes_stays_short_however_long_it_runs() {
         let mut index = Index::new(BLOCK);
-        index.publish(1, 0, &[(user(0), heard(1)), (user(1), heard(1))]);
+        index.publish(1, 0, &[(user(0), heard(1)), (user(1), heard(1))], &[]);
         for position in 2..10_000 {
-            index.publish(position, 0, &[(user(1), heard(position))]);
+            index.publish(position, 0, &[(user(1), heard(position))], &[]);
         }
         assert!(index.changes() <= 2 * 2 + FEW_BLOCKS);
         let mut entries = Vec::new();
@@ -895,7 +953,7 @@ mod tests {
     fn a_reader_gets_only_whom_it_wants_and_is_level_all_the_same() {
         let mut index = Index::new(BLOCK);
         let everybody: Vec<_> = (0..50).map(|n| (user(n), heard(1))).collect();
-        index.publish(1, 5, &everybody);
+        index.publish(1, 5, &everybody, &[]);
         let mut reader = index.reader_from_start();
         let mut entries = Vec::new();
         let step = loop {

@@ -5,7 +5,7 @@
 //!
 //! # Bounds
 //!
-//! At most as many values as [`Recent::new`] is told, 56 bytes each and what was made of them; every commit
+//! At most as many values as [`Recent::new`] is told, 64 bytes each and what was made of them; every commit
 //! takes the room of one more, so that those that change nobody do not pile up. The oldest makes way, and
 //! whoever has not read it by then reads the users themselves, which coalesces. A commit that is larger
 //! than all the room is not kept at all.
@@ -121,11 +121,13 @@ mod tests {
     use waypost_proto::{device::Clocks, id::UserId};
 
     use super::*;
+    use crate::sharing::Sharing;
 
     fn seen(users: u8, position: u64) -> Vec<LastSeen> {
         let seen = |n| LastSeen {
             user: UserId([n; 16]),
             clocks: Clocks::default(),
+            sharing: Sharing::Active,
             position,
         };
         (0..users).map(seen).collect()

@@ -16,6 +16,10 @@ use super::{
 pub struct FreshnessMetrics {
     /// Users with a known last sign of life.
     pub users: Gauge,
+    /// Those of them who have paused.
+    pub paused: Gauge,
+    /// Holders who paused and resumed, by what holds since, a label of [`SHARINGS`].
+    pub transitions: ByLabel,
     /// Open Watch streams.
     pub watchers: Gauge,
     /// Open Watch streams that have not been level for a progress interval.
@@ -39,6 +43,16 @@ impl FreshnessMetrics {
             users: new_gauge(
                 "waypost_freshness_users",
                 "Users with a known last sign of life.",
+            ),
+            paused: new_gauge(
+                "waypost_freshness_paused_users",
+                "Users whose holder has paused sharing.",
+            ),
+            transitions: by_label(
+                "waypost_freshness_transitions_total",
+                "Holders who paused and resumed, by what holds since.",
+                "state",
+                &SHARINGS,
             ),
             watchers: new_gauge("waypost_freshness_watchers", "Open Watch streams."),
             lagging: new_gauge(
@@ -102,12 +116,25 @@ impl LagMetrics {
 /// Why a Watch began again instead of resuming; as `Reset.Reason` in `freshness.proto`.
 pub const RESETS: [&str; 4] = ["other_store", "other_selector", "bad_token", "markers_gone"];
 
+/// Whether a holder shares; as `State` in `freshness.proto`.
+pub const SHARINGS: [&str; 2] = ["active", "paused"];
+
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::{
         clock::system_now_ms,
         metrics::{Metrics, tests::series},
+        sharing::Sharing,
     };
+
+    #[test]
+    fn each_state_that_a_holder_can_choose_has_a_series_of_its_own() {
+        assert_eq!(
+            [Sharing::Active, Sharing::Paused].map(Sharing::as_label),
+            SHARINGS
+        );
+    }
 
     #[test]
     fn the_lag_grows_while_the_stream_stands_still() {

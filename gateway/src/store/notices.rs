@@ -99,12 +99,13 @@ pub struct KeptDeadlines {
 }
 
 impl Batch {
-    /// Adds what a commit says of when the gateway could hear and of deadlines.
+    /// Adds what a commit says beside pings.
     pub fn put_news(&mut self, news: &News) {
         if let Some(change) = &news.coverage {
             self.put_coverage(change);
         }
         self.put_deadlines(&news.deadlines);
+        self.put_transitions(&news.transitions);
     }
 
     fn put_coverage(&mut self, change: &coverage::Change) {
@@ -290,26 +291,11 @@ impl Store {
                 break;
             };
             let checker = first.checker;
-            // Positions and moments ascend together.
-            let (mut old, mut young) = (None, u64::MAX);
-            let mut probe = first.position;
-            loop {
-                let at = self.first_event(&event_key(checker, probe, UserId([0; 16])))?;
-                match at.filter(|event| event.checker == checker) {
-                    Some(event) if event.at_ms < moment_ms => old = Some(event.position),
-                    _ => young = probe,
-                }
-                let low = old.map_or(first.position, |old| old + 1);
-                if young <= low {
-                    break;
-                }
-                // Doubling first, so that the search does not depend on how large a position could be.
-                probe = if young == u64::MAX {
-                    low + (low - first.position)
-                } else {
-                    low + (young - low) / 2
-                };
-            }
+            let old = newest_before(first.position, moment_ms, |from| {
+                let event = self.first_event(&event_key(checker, from, UserId([0; 16])))?;
+                let event = event.filter(|event| event.checker == checker);
+                Ok(event.map(|event| (event.position, event.at_ms)))
+            })?;
             found.extend(old.map(|old| (checker, old)));
             next = after(checker);
         }
@@ -341,6 +327,34 @@ impl Store {
             options,
             IteratorMode::From(first, Direction::Forward),
         )
+    }
+}
+
+/// The newest position of before a moment, among those from `first` on. `from` gives the first position at or beyond
+/// another, and its moment.
+pub(super) fn newest_before(
+    first: u64,
+    moment_ms: u64,
+    from: impl Fn(u64) -> Result<Option<(u64, u64)>, ReadError>,
+) -> Result<Option<u64>, ReadError> {
+    // Positions and moments ascend together.
+    let (mut old, mut young) = (None, u64::MAX);
+    let mut probe = first;
+    loop {
+        match from(probe)? {
+            Some((position, at_ms)) if at_ms < moment_ms => old = Some(position),
+            _ => young = probe,
+        }
+        let low = old.map_or(first, |old| old + 1);
+        if young <= low {
+            return Ok(old);
+        }
+        // Doubling first, so that the search does not depend on how large a position could be.
+        probe = if young == u64::MAX {
+            low + (low - first)
+        } else {
+            low + (young - low) / 2
+        };
     }
 }
 
@@ -494,14 +508,11 @@ mod tests {
     }
 
     fn say(store: &Store, deadlines: Vec<deadlines::Change>) {
-        let coverage = None;
-        commit(
-            store,
-            &News {
-                coverage,
-                deadlines,
-            },
-        );
+        let news = News {
+            deadlines,
+            ..News::default()
+        };
+        commit(store, &news);
     }
 
     #[test]
@@ -512,14 +523,11 @@ mod tests {
         let most = MOST_SPANS as u64;
         let mut say = |store: &Store, spans: Vec<Span>| {
             let change = kept.change(spans);
-            let deadlines = Vec::new();
-            commit(
-                store,
-                &News {
-                    coverage: Some(change.clone()),
-                    deadlines,
-                },
-            );
+            let news = News {
+                coverage: Some(change.clone()),
+                ..News::default()
+            };
+            commit(store, &news);
             kept.apply(&change);
         };
         let span = |number: u64, until_ms| Span {

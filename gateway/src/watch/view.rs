@@ -7,7 +7,8 @@ use std::fmt;
 
 use serde::Serialize;
 use waypost_checker::{
-    Change, Deadline, Entry, Event, Gap, Interruption, Silences, coverage, deadline, reset,
+    Change, Deadline, Entry, Event, Gap, Interruption, Silences, State, Transition, coverage,
+    deadline, reset,
 };
 
 /// One line of output. Times are as in `freshness.proto`.
@@ -68,6 +69,10 @@ pub(super) enum Report {
         at_ms: u64,
         last_contact_ms: u64,
     },
+    /// A holder has paused: from here on silence means nothing.
+    Paused { user: String, at_ms: u64 },
+    /// A holder shares again.
+    Resumed { user: String, at_ms: u64 },
     /// The stream does not say how far it is: nothing is known of anybody since.
     StreamStale { resolved_ms: u64 },
     /// It says so again.
@@ -141,6 +146,7 @@ impl View {
             },
             Event::Coverage(gap) => Report::of_gap(gap),
             Event::Deadline(deadline) => return Report::of_deadline(deadline),
+            Event::Transition(transition) => return Report::of_transition(transition),
         })
     }
 }
@@ -210,6 +216,15 @@ impl Report {
                 last_contact_ms,
             }),
             deadline::Kind::Unspecified => None, // not of this contract
+        }
+    }
+
+    fn of_transition(transition: &Transition) -> Option<Self> {
+        let (user, at_ms) = (transition.user.to_string(), transition.at_ms);
+        match transition.state {
+            State::Paused => Some(Self::Paused { user, at_ms }),
+            State::Active => Some(Self::Resumed { user, at_ms }),
+            _ => None, // not of this contract
         }
     }
 
@@ -335,6 +350,12 @@ impl Report {
                 last_contact_ms,
                 ..
             } => format!("{user}  RECOVERED   contact {}", age(*last_contact_ms)),
+            Self::Paused { user, at_ms } => {
+                format!("{user}  HAS PAUSED  {}", age(*at_ms))
+            }
+            Self::Resumed { user, at_ms } => {
+                format!("{user}  HAS RESUMED {}", age(*at_ms))
+            }
             Self::StreamStale { resolved_ms } => format!(
                 "STREAM STALE: no progress; nothing is known of anybody since {}",
                 age(*resolved_ms)
@@ -373,7 +394,7 @@ impl fmt::Display for Age {
 
 #[cfg(test)]
 mod tests {
-    use waypost_checker::{Resume, State, UserId};
+    use waypost_checker::{Resume, UserId};
 
     use super::*;
 
@@ -481,6 +502,28 @@ mod tests {
             "{recovered}"
         );
         assert_eq!(told(deadline::Kind::Unspecified), None);
+    }
+
+    #[test]
+    fn a_pause_and_its_end_are_said_as_such() {
+        let mut view = View::new(1_000);
+        let mut told = |state| {
+            let mut reports = Vec::new();
+            let transition = Transition {
+                user: USER,
+                state,
+                at_ms: 300,
+                position: 1,
+                number: 0,
+            };
+            view.take(&Event::Transition(transition), &mut reports);
+            reports.pop().map(|report| report.text(1_300))
+        };
+        let paused = told(State::Paused).unwrap();
+        assert!(paused.ends_with("HAS PAUSED  1.0 s ago"), "{paused}");
+        let resumed = told(State::Active).unwrap();
+        assert!(resumed.ends_with("HAS RESUMED 1.0 s ago"), "{resumed}");
+        assert_eq!(told(State::Unspecified), None);
     }
 
     #[test]

@@ -28,6 +28,7 @@ use waypost_gateway::{
     metrics::Metrics,
     orders,
     session::SessionConfig,
+    sharing::Holders,
     store::{Store, StoreConfig},
     vigil::{Vigil, VigilParts},
 };
@@ -98,7 +99,7 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
         system_now_ms(),
     )?);
     let clock = Clock::starting_at(0);
-    let freshness = Arc::new(Freshness::restore(iter::empty(), clock.now_ms()));
+    let freshness = Arc::new(Freshness::restore(iter::empty(), [], clock.now_ms()));
     let metrics = Metrics::new();
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
@@ -117,6 +118,7 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
             metrics,
             clock,
             devices: FxHashMap::default(),
+            holders: Holders::default(),
             position: 0,
             retention: StoreConfig::default().retention,
         },

@@ -13,7 +13,7 @@ use waypost_proto::{
     device::{Admission, Claim, DeviceRecord, LastStored, Policy},
     ping::{Ping, RejectCode},
     ranges::MAX_RANGES,
-    session::{Lane, Limits, Request, Session, Settled, Step, Welcomed, batch_len},
+    session::{Granted, Lane, Limits, Request, Session, Settled, Step, Welcomed, batch_len},
     v1::{self, gateway_frame::Kind},
 };
 
@@ -280,6 +280,7 @@ impl Gateway {
                         commit_ms: self.now_ms,
                         position: 1,
                         retry_after_ms: 0,
+                        is_paused: false,
                     };
                     self.settle(at, generation, settled, sum, accepted);
                 }
@@ -296,8 +297,16 @@ impl Gateway {
                         commit_ms: self.now_ms,
                         position: 1,
                         retry_after_ms: 0,
+                        is_paused: false,
                     };
                     self.settle(at, generation, settled, 0, 0);
+                }
+                Request::Control { id, .. } => {
+                    let connection = &self.connections[at];
+                    if connection.generation == generation {
+                        let frame = connection.session.handle_granted(Granted { id });
+                        assert!(matches!(frame.kind, Some(Kind::ControlResult(_))));
+                    }
                 }
             }
             assert!(before.epoch <= self.record.epoch);
@@ -318,6 +327,7 @@ impl Gateway {
             settled: self.record.settled.clone(),
             receive_ms: self.now_ms,
             position: 1,
+            is_paused: false,
         };
         let connection = &mut self.connections[at];
         if connection.generation != generation {

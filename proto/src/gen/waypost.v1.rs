@@ -167,10 +167,16 @@ pub struct PingBatch {
 /// Nothing to report, still here. Counts as contact and is answered with an Ack.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Heartbeat {}
-/// What the holder asks for. Answered with ControlResult.
+/// What the holder asks for. Answered with ControlResult, which comes when it is on disk.
+///
+/// Pause holds for the user, on all devices and across restarts, until any of the user's devices resumes. Checkers are
+/// told PAUSED in place of silence, and nothing that they can see moves: neither contacts nor connections nor pings
+/// show. Pings that come meanwhile are refused for ever with PAUSED, whenever they were sampled. Asking for what is so
+/// already is DONE and changes nothing. Stop sampling before you ask to pause, and send what is to be kept before it.
+/// To ask again after a broken connection, send the newest wish and no older one.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Control {
-    /// Chosen by the device; ControlResult repeats it. Repeating a request with the same id is safe.
+    /// Chosen by the device; ControlResult repeats it.
     #[prost(uint64, tag = "1")]
     pub id: u64,
     #[prost(oneof = "control::Action", tags = "2, 3, 4, 5")]
@@ -283,6 +289,9 @@ pub struct Welcome {
     /// The commit that recorded this contact; on the same axis as Ack.position.
     #[prost(uint64, tag = "8")]
     pub position: u64,
+    /// The holder has paused, perhaps on another device: see Control.
+    #[prost(bool, tag = "9")]
+    pub paused: bool,
 }
 /// What the gateway accepts.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -360,6 +369,9 @@ pub struct Ack {
     /// With a TOO_SPARSE reject: the ranges that are missing between the settled ones, to send first.
     #[prost(message, repeated, tag = "15")]
     pub missing: ::prost::alloc::vec::Vec<SeqRange>,
+    /// The holder has paused, perhaps on another device: see Control. A Heartbeat finds out whether that still holds.
+    #[prost(bool, tag = "16")]
+    pub paused: bool,
 }
 /// One refused ping.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -398,7 +410,7 @@ pub mod reject {
         TooOld = 3,
         /// a column of the batch cannot be read, or a value is out of its range
         Schema = 4,
-        /// the holder has paused sharing
+        /// it came while the holder had paused sharing
         Paused = 5,
         /// the holder has erased this user's data
         Erased = 6,
@@ -717,7 +729,8 @@ pub struct WatchRequest {
     /// come in the snapshot as NEVER_SEEN.
     #[prost(bytes = "bytes", repeated, tag = "2")]
     pub user_ids: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
-    /// Only entries in these states; empty for all.
+    /// Only entries in these states; empty for all. Transitions come in any case, so that nobody takes one who has left
+    /// a state for one who is silent in it.
     #[prost(enumeration = "State", repeated, tag = "3")]
     pub states: ::prost::alloc::vec::Vec<i32>,
 }
@@ -729,7 +742,7 @@ pub struct WatchResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchEvent {
-    #[prost(oneof = "watch_event::Kind", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "watch_event::Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub kind: ::core::option::Option<watch_event::Kind>,
 }
 /// Nested message and enum types in `WatchEvent`.
@@ -750,6 +763,8 @@ pub mod watch_event {
         Deadline(super::Deadline),
         #[prost(message, tag = "7")]
         Reset(super::Reset),
+        #[prost(message, tag = "8")]
+        Transition(super::Transition),
     }
 }
 /// The first event of every stream.
@@ -782,7 +797,7 @@ pub struct Progress {
     /// one, less the time in those spans.
     #[prost(uint64, tag = "1")]
     pub resolved_ms: u64,
-    /// No entry, span or event of a deadline at or below this position will come later.
+    /// No entry, span, transition or event of a deadline at or below this position will come later.
     #[prost(uint64, tag = "2")]
     pub position: u64,
     /// How far resolved_ms was behind the gateway's clock when this was sent.
@@ -926,6 +941,23 @@ pub mod deadline {
         }
     }
 }
+/// The holder has paused or resumed sharing. The user's entry says what holds now; this says each change, once.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Transition {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub user: ::prost::bytes::Bytes,
+    /// PAUSED, or ACTIVE again
+    #[prost(enumeration = "State", tag = "2")]
+    pub state: i32,
+    /// when the commit was made that says so
+    #[prost(uint64, tag = "3")]
+    pub at_ms: u64,
+    #[prost(uint64, tag = "4")]
+    pub position: u64,
+    /// tells apart the transitions of one position, which come in their order
+    #[prost(uint32, tag = "5")]
+    pub number: u32,
+}
 /// The token could not be used. A snapshot follows on the same stream; forget what came before.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Reset {
@@ -954,7 +986,7 @@ pub mod reset {
         OtherSelector = 2,
         /// the token cannot be read or was not issued here
         BadToken = 3,
-        /// erasure markers, spans or events of deadlines since the token have been dropped
+        /// erasure markers, spans, transitions or events of deadlines since the token have been dropped
         MarkersGone = 4,
     }
     impl Reason {
@@ -990,7 +1022,7 @@ pub mod reset {
 pub enum State {
     Unspecified = 0,
     Active = 1,
-    /// the holder has paused sharing; silence means nothing
+    /// the holder has paused sharing; silence means nothing, and no time here moves
     Paused = 2,
     /// the holder has erased everything
     Erased = 3,

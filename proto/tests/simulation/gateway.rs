@@ -263,7 +263,7 @@ impl Gateway {
             {
                 pings += match &submission.request {
                     Request::Batch { batch, .. } => batch_len(batch),
-                    Request::Hello(_) | Request::Heartbeat => 1,
+                    Request::Hello(_) | Request::Heartbeat | Request::Control { .. } => 1,
                 };
                 taken.push(submission);
             }
@@ -356,6 +356,7 @@ impl Gateway {
                     settled: record.settled.clone(),
                     receive_ms,
                     position,
+                    is_paused: false,
                 })
             }
             Request::Batch { batch, .. } if batch.epoch != record.epoch => Answer::Fenced,
@@ -405,9 +406,11 @@ impl Gateway {
                     commit_ms,
                     position,
                     retry_after_ms: deferral.map_or(0, |deferral| deferral.retry_after_ms),
+                    is_paused: false,
                 })
             }
-            Request::Heartbeat => Answer::Settled(Settled {
+            // No device of this world pauses.
+            Request::Heartbeat | Request::Control { .. } => Answer::Settled(Settled {
                 epoch: record.epoch,
                 pings: 0,
                 accepted: 0,
@@ -419,6 +422,7 @@ impl Gateway {
                 commit_ms,
                 position,
                 retry_after_ms: 0,
+                is_paused: false,
             }),
         };
         group.records.insert(device, record.clone());

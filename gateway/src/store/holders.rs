@@ -1,0 +1,311 @@
+//! Who has paused, and each change of that, in the store: keys, values, and how they are read back.
+//!
+//! Knows the layout of two families. Must not know when anybody may pause or who is told.
+//!
+//! # Families
+//!
+//! - `users`: `user` → what holds for all devices of a user. There is a row only while the holder has paused.
+//! - `transitions`: `position | number within the commit` → a transition; and under one zero byte, which is no such
+//!   key, the newest one that is no longer kept.
+
+use std::ops::Range;
+
+use prost::Message;
+use rocksdb::{Direction, IteratorMode};
+use waypost_proto::id::UserId;
+
+use super::{
+    Batch, ReadError, Store, bad_key, bad_value, notices,
+    record::{self, RecordError},
+};
+use crate::sharing::{Pause, Sharing, Transition};
+
+pub(super) const USERS: &str = "users";
+pub(super) const TRANSITIONS: &str = "transitions";
+
+const FORGOTTEN_KEY: [u8; 1] = [0];
+const TRANSITION_KEY_BYTES: usize = 8 + 4;
+
+/// What is kept of a user. Field numbers are for ever, here and below.
+#[derive(Clone, PartialEq, Message)]
+struct UserRow {
+    #[prost(uint64, tag = "1")]
+    paused_position: u64,
+    #[prost(uint64, tag = "2")]
+    paused_since_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct TransitionRow {
+    #[prost(bytes = "vec", tag = "1")]
+    user: Vec<u8>,
+    /// 1 is active, 2 is paused; as `State` in `freshness.proto`.
+    #[prost(uint32, tag = "2")]
+    to: u32,
+    #[prost(uint64, tag = "3")]
+    at_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ForgottenRow {
+    #[prost(uint64, tag = "1")]
+    position: u64,
+}
+
+/// Who has paused, as a store has it.
+#[derive(Debug, Default)]
+pub struct KeptHolders {
+    /// Those who have.
+    pub paused: Vec<(UserId, Pause)>,
+    /// The newest transition that is no longer kept; 0 for none.
+    pub forgotten: u64,
+}
+
+impl Batch {
+    /// Adds the transitions of one commit, in the order in which they came to be.
+    pub(super) fn put_transitions(&mut self, transitions: &[Transition]) {
+        for transition in transitions {
+            match transition.to {
+                Sharing::Paused => {
+                    let row = UserRow {
+                        paused_position: transition.position,
+                        paused_since_ms: transition.at_ms,
+                    };
+                    self.put(USERS, &transition.user.0, &row);
+                }
+                Sharing::Active => self.delete(USERS, &transition.user.0),
+            }
+            let row = TransitionRow {
+                user: transition.user.0.to_vec(),
+                to: match transition.to {
+                    Sharing::Active => 1,
+                    Sharing::Paused => 2,
+                },
+                at_ms: transition.at_ms,
+            };
+            let key = transition_key(transition.position, transition.number);
+            self.put(TRANSITIONS, &key, &row);
+        }
+    }
+
+    /// Deletes the transitions up to a position, and says so.
+    pub fn forget_transitions(&mut self, upto: u64) {
+        self.put(
+            TRANSITIONS,
+            &FORGOTTEN_KEY,
+            &ForgottenRow { position: upto },
+        );
+        let (first, end) = (
+            transition_key(0, 0),
+            transition_key(upto.saturating_add(1), 0),
+        );
+        self.delete_range(TRANSITIONS, &first..&end);
+    }
+}
+
+impl Store {
+    /// Who has paused.
+    ///
+    /// # Errors
+    /// When a row cannot be read: somebody would be called silent who is not.
+    pub fn load_holders(&self) -> Result<KeptHolders, ReadError> {
+        let mut kept = KeptHolders::default();
+        for row in self.scan(&self.family(USERS), None) {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(USERS, &key))?;
+            let row: UserRow =
+                record::decode_row(&value).map_err(|source| bad_value(USERS, &key, source))?;
+            let pause = Pause {
+                position: row.paused_position,
+                since_ms: row.paused_since_ms,
+            };
+            kept.paused.push((UserId(user), pause));
+        }
+        let family = self.family(TRANSITIONS);
+        let forgotten = self
+            .db
+            .get_cf(&family, FORGOTTEN_KEY)
+            .map_err(|error| ReadError::RocksDb(error.into_string()))?;
+        if let Some(value) = forgotten {
+            let row: ForgottenRow = record::decode_row(&value)
+                .map_err(|source| bad_value(TRANSITIONS, &FORGOTTEN_KEY, source))?;
+            kept.forgotten = row.position;
+        }
+        Ok(kept)
+    }
+
+    /// The transitions at the positions in a range, in order, at most `limit`, and those of one position always
+    /// together.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn transitions(
+        &self,
+        positions: Range<u64>,
+        limit: usize,
+    ) -> Result<Vec<Transition>, ReadError> {
+        let mut found: Vec<Transition> = Vec::new();
+        let mut next = self.transitions_from(positions.start);
+        while let Some(transition) = next.next().transpose()? {
+            let is_of_next = found
+                .last()
+                .is_none_or(|last| last.position < transition.position);
+            if positions.end <= transition.position || (limit <= found.len() && is_of_next) {
+                break;
+            }
+            found.push(transition);
+        }
+        Ok(found)
+    }
+
+    /// The newest position of a transition of before a moment; none if there is no such transition.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn newest_transition_before(&self, moment_ms: u64) -> Result<Option<u64>, ReadError> {
+        let first = |from| {
+            let transition = self.transitions_from(from).next().transpose()?;
+            Ok(transition.map(|transition| (transition.position, transition.at_ms)))
+        };
+        match first(0)? {
+            None => Ok(None),
+            Some((oldest, _)) => notices::newest_before(oldest, moment_ms, first),
+        }
+    }
+
+    fn transitions_from(
+        &self,
+        position: u64,
+    ) -> impl Iterator<Item = Result<Transition, ReadError>> {
+        let key = transition_key(position, 0);
+        let mode = IteratorMode::From(&key, Direction::Forward);
+        let rows = self.db.iterator_cf(&self.family(TRANSITIONS), mode);
+        rows.filter(|row| row.as_ref().map_or(true, |(key, _)| **key != FORGOTTEN_KEY))
+            .map(|row| {
+                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+                transition(&key, &value)
+            })
+    }
+}
+
+fn transition_key(position: u64, number: u32) -> [u8; TRANSITION_KEY_BYTES] {
+    let mut key = [0; TRANSITION_KEY_BYTES];
+    key[..8].copy_from_slice(&position.to_be_bytes());
+    key[8..].copy_from_slice(&number.to_be_bytes());
+    key
+}
+
+fn transition(key: &[u8], value: &[u8]) -> Result<Transition, ReadError> {
+    let (position, number) = key
+        .split_first_chunk()
+        .and_then(|(position, number)| {
+            let number = u32::from_be_bytes(number.try_into().ok()?);
+            Some((u64::from_be_bytes(*position), number))
+        })
+        .ok_or_else(|| bad_key(TRANSITIONS, key))?;
+    let bad_value = |source| bad_value(TRANSITIONS, key, source);
+    let row: TransitionRow = record::decode_row(value).map_err(bad_value)?;
+    let user = <[u8; 16]>::try_from(&*row.user).map_err(|_| bad_value(RecordError::Malformed))?;
+    let to = match row.to {
+        1 => Sharing::Active,
+        2 => Sharing::Paused,
+        _ => return Err(bad_value(RecordError::Malformed)),
+    };
+    Ok(Transition {
+        user: UserId(user),
+        to,
+        at_ms: row.at_ms,
+        position,
+        number,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{bulletin::News, store::StoreConfig};
+
+    const NOON_MS: u64 = 1_767_268_800_000;
+
+    fn open(data_dir: &Path) -> Store {
+        Store::open(data_dir, &StoreConfig::default(), NOON_MS).unwrap()
+    }
+
+    fn change(n: u8, position: u64, number: u32, to: Sharing) -> Transition {
+        Transition {
+            user: UserId([n; 16]),
+            to,
+            at_ms: NOON_MS + 10 * position,
+            position,
+            number,
+        }
+    }
+
+    fn say(store: &Store, transitions: Vec<Transition>) {
+        let mut batch = store.batch();
+        batch.put_news(&News {
+            transitions,
+            ..News::default()
+        });
+        store.commit(batch).unwrap();
+    }
+
+    #[test]
+    fn who_has_paused_comes_back_and_each_change_in_its_order() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        use Sharing::{Active, Paused};
+        let first = vec![change(1, 3, 0, Paused), change(2, 3, 1, Paused)];
+        // In one commit, to and fro.
+        let second = vec![
+            change(1, 4, 0, Active),
+            change(3, 4, 1, Paused),
+            change(1, 4, 2, Paused),
+            change(3, 4, 3, Active),
+        ];
+        let third = vec![change(2, 9, 0, Active)];
+        let all = [first.clone(), second.clone(), third.clone()].concat();
+        for transitions in [first, second.clone(), third] {
+            say(&store, transitions);
+        }
+        drop(store);
+        let store = open(folder.path());
+        let kept = store.load_holders().unwrap();
+        let pause = Pause {
+            position: 4,
+            since_ms: NOON_MS + 40,
+        };
+        assert_eq!(kept.paused, [(UserId([1; 16]), pause)]);
+        assert_eq!(kept.forgotten, 0);
+        let read = |positions, limit| store.transitions(positions, limit).unwrap();
+        assert_eq!(read(0..u64::MAX, 100), all);
+        assert_eq!(read(4..9, 1), second, "a commit as a whole");
+        assert_eq!(read(5..9, 100), []);
+    }
+
+    #[test]
+    fn old_transitions_are_found_and_deleted_and_nobody_resumes_by_that() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        for position in (2..100).step_by(3) {
+            say(&store, vec![change(1, position, 0, Sharing::Paused)]);
+        }
+        for (moment, expected) in [(0, None), (2, None), (3, Some(2)), (50, Some(47))] {
+            let found = store
+                .newest_transition_before(NOON_MS + 10 * moment)
+                .unwrap();
+            assert_eq!(found, expected, "before {moment}");
+        }
+        let mut batch = store.batch();
+        batch.forget_transitions(47);
+        store.commit(batch).unwrap();
+        drop(store);
+        let store = open(folder.path());
+        let kept = store.load_holders().unwrap();
+        assert_eq!((kept.paused.len(), kept.forgotten), (1, 47));
+        let left = store.transitions(0..u64::MAX, usize::MAX).unwrap();
+        assert_eq!((left[0].position, left.len()), (50, 17));
+    }
+}
