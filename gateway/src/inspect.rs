@@ -54,6 +54,7 @@ struct StoreReport {
     incarnation: String,
     position: u64,
     users: u64,
+    paused_users: u64,
     devices: u64,
     rows: u64,
     pings: u64,
@@ -64,6 +65,8 @@ struct StoreReport {
 #[derive(Debug, PartialEq, Eq, Serialize)]
 struct UserReport {
     user: String,
+    /// 0 while the holder shares.
+    paused_since_ms: u64,
     devices: Vec<DeviceReport>,
 }
 
@@ -151,6 +154,7 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
             .collect(),
         position: recovered.position,
         users: users.len() as u64,
+        paused_users: store.load_holders()?.paused.len() as u64,
         devices: devices.len() as u64,
         rows: all.rows,
         pings: all.pings,
@@ -181,8 +185,11 @@ fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> 
     if devices.is_empty() {
         return Err(InspectError::UnknownUser(user));
     }
+    let mut paused = store.load_holders()?.paused.into_iter();
+    let pause = paused.find(|(paused, _)| *paused == user);
     Ok(UserReport {
         user: user.to_string(),
+        paused_since_ms: pause.map_or(0, |(_, pause)| pause.since_ms),
         devices,
     })
 }
@@ -233,7 +240,11 @@ impl fmt::Display for StoreReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "incarnation  {}", self.incarnation)?;
         writeln!(f, "position     {}", self.position)?;
-        writeln!(f, "users        {}", self.users)?;
+        writeln!(
+            f,
+            "users        {}, {} of them paused",
+            self.users, self.paused_users
+        )?;
         writeln!(f, "devices      {}", self.devices)?;
         writeln!(f, "pings        {} in {} rows", self.pings, self.rows)?;
         writeln!(f, "on disk      {} bytes", self.size_bytes)?;
@@ -244,7 +255,11 @@ impl fmt::Display for StoreReport {
 
 impl fmt::Display for UserReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "user {}", self.user)?;
+        write!(f, "user {}", self.user)?;
+        match self.paused_since_ms {
+            0 => writeln!(f)?,
+            since_ms => writeln!(f, ", paused since {}", Moment(since_ms))?,
+        }
         self.devices
             .iter()
             .try_for_each(|device| write!(f, "{device}"))
@@ -324,7 +339,11 @@ mod tests {
     };
 
     use super::*;
-    use crate::store::{PingKey, StoreConfig, record};
+    use crate::{
+        bulletin::News,
+        sharing::{Sharing, Transition},
+        store::{PingKey, StoreConfig, record},
+    };
 
     #[derive(Parser)]
     struct Command {
@@ -404,7 +423,7 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_str(&inspect(&folder, &["--json"]).unwrap()).unwrap();
         let mut expected = serde_json::json!({
-            "incarnation": incarnation, "position": 8, "users": 1, "devices": 2, "rows": 2, "pings": 10,
+            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "devices": 2, "rows": 2, "pings": 10,
             "days": [{"day": "2026-08-20", "rows": 2, "pings": 10}],
         });
         expected["size_bytes"] = json["size_bytes"].clone();
@@ -438,7 +457,7 @@ mod tests {
         };
         assert_eq!(
             json,
-            serde_json::json!({"user": USER, "devices": [device(7), device(8)]})
+            serde_json::json!({"user": USER, "paused_since_ms": 0, "devices": [device(7), device(8)]})
         );
         let text = inspect(&folder, &["--user", USER]).unwrap();
         for line in [
@@ -457,6 +476,35 @@ mod tests {
         assert!(
             matches!(stranger, Err(InspectError::UnknownUser(_))),
             "{stranger:?}"
+        );
+    }
+
+    #[test]
+    fn a_holder_who_has_paused_is_shown_as_such() {
+        let (folder, store) = store();
+        let mut batch = store.batch();
+        batch.put_news(&News {
+            transitions: vec![Transition {
+                user: UserId::parse(USER).unwrap(),
+                to: Sharing::Paused,
+                at_ms: NOW_MS,
+                position: 9,
+                number: 0,
+            }],
+            ..News::default()
+        });
+        store.commit(batch).unwrap();
+        let whole = inspect(&folder, &[]).unwrap();
+        assert!(
+            whole.contains("users        1, 1 of them paused"),
+            "{whole}"
+        );
+        let user = inspect(&folder, &["--user", USER]).unwrap();
+        assert!(
+            user.starts_with(&format!(
+                "user {USER}, paused since 2026-08-20 12:34:56.789 UTC\n"
+            )),
+            "{user}"
         );
     }
 

@@ -14,14 +14,8 @@ use waypost_tests::{Relay, Stream, Weather, World, hello, link::Returning, ping,
 
 /// Asks for what the holder wants, and waits until it holds.
 async fn ask(stream: &mut Stream, id: u64, action: control::Action) {
-    stream.send(control(id, action)).await;
-    match stream.next().await {
-        Some(gateway_frame::Kind::ControlResult(result)) => assert_eq!(
-            (result.id, result.outcome()),
-            (id, control_result::Outcome::Done)
-        ),
-        other => panic!("no ControlResult but {other:?}"),
-    }
+    let outcome = stream.control(id, action).await;
+    assert_eq!(outcome, control_result::Outcome::Done);
 }
 
 fn control(id: u64, action: control::Action) -> device_frame::Kind {

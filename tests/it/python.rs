@@ -14,7 +14,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, BufReader, Lines},
     process::{Child, ChildStdout, Command},
 };
-use waypost_proto::{ping::Ping, session::Lane};
+use waypost_proto::{ping::Ping, session::Lane, v1};
 use waypost_tests::{Process, World, hello, ping, within_minutes};
 
 /// The interpreter that has what `tests/python/requirements.txt` names.
@@ -190,4 +190,11 @@ async fn a_python_checker_goes_on_where_it_was_after_either_end_was_restarted() 
     said.extend(later.says(&entry, &sample(4)).await);
     let is_anew = |line: &&String| *line == "connected 0" || line.starts_with("snapshot_end");
     assert_eq!(said.iter().find(is_anew), None, "{said:?}");
+
+    let pause = v1::control::Action::Pause(v1::control::Pause {});
+    live.control(1, pause).await;
+    let paused = format!("transition {} PAUSED", device.id.user);
+    let said = later.says(&paused, "").await;
+    let entry = format!("entry {} PAUSED", device.id.user);
+    assert!(said.iter().any(|line| line.starts_with(&entry)), "{said:?}");
 }

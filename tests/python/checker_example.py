@@ -10,6 +10,7 @@ It prints one line for each thing it learns:
     entry USER STATE LAST_CONTACT_MS LAST_SAMPLE_MS
     snapshot_end COUNT                          everybody has come
     gap FROM_MS UNTIL_MS                        the gateway could not hear; UNTIL_MS is 0 while it lasts
+    transition USER STATE AT_MS                 the holder has paused, or resumed
     stale RESOLVED_MS                           after this moment nothing is known of anybody
     live RESOLVED_MS                            the stream moves on again
     lost CODE                                   the stream ended; another one is tried
@@ -134,6 +135,10 @@ class Checker:
                     self._settle(event.progress.token)
                 elif kind == "coverage":
                     say("gap", event.coverage.from_ms, event.coverage.until_ms)
+                elif kind == "transition":
+                    change = event.transition
+                    state = fresh.State.Name(change.state).removeprefix("STATE_")
+                    say("transition", UUID(bytes=change.user), state, change.at_ms)
                 if is_snapshot or kind in {"header", "progress"}:
                     self._moved_at = asyncio.get_running_loop().time()
 

@@ -319,7 +319,7 @@ def prove_no_coordinates() -> None:
             "user", "user_ids", "token", "page_token", "next_page_token", "incarnation",
         },
         FieldDescriptor.TYPE_UINT64: {"position", "count"},
-        FieldDescriptor.TYPE_UINT32: {"coalesced", "page_size"},
+        FieldDescriptor.TYPE_UINT32: {"coalesced", "number", "page_size"},
     }  # fmt: skip
     file = fresh.DESCRIPTOR
     methods = file.services_by_name["Freshness"].methods

@@ -341,6 +341,23 @@ impl Stream {
         })
     }
 
+    /// Asks for what the holder wants; what comes of it.
+    pub async fn control(
+        &mut self,
+        id: u64,
+        action: v1::control::Action,
+    ) -> v1::control_result::Outcome {
+        let action = Some(action);
+        self.send(v1::device_frame::Kind::Control(v1::Control { id, action }))
+            .await;
+        match self.next().await {
+            Some(v1::gateway_frame::Kind::ControlResult(result)) if result.id == id => {
+                result.outcome()
+            }
+            other => panic!("no answer to {id} but {other:?}"),
+        }
+    }
+
     pub async fn next_ack(&mut self) -> Option<v1::Ack> {
         match self.next().await? {
             v1::gateway_frame::Kind::Ack(ack) => Some(ack),
