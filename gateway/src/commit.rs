@@ -114,7 +114,7 @@ pub struct Committer {
     clock: Clock,
     devices: FxHashMap<DeviceId, DeviceRecord>,
     holders: Holders,
-    /// What the thinning rule compares with; empty while the rule is off. Not kept on disk: after a
+    /// What the thinning rule compares with; empty while neither the operator nor a holder thins. Not kept on disk: after a
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
     last_stored: FxHashMap<DeviceId, LastStored>,
     position: u64,
@@ -514,7 +514,12 @@ impl Committer {
                 })
             }
             Request::Batch { batch, .. } if batch.epoch != record.epoch => Answer::Fenced,
-            Request::Batch { batch, columns } => {
+            Request::Batch {
+                batch,
+                columns,
+                density,
+            } => {
+                let policy = self.policy.and(&density);
                 let mut last_stored = self.last_stored.get(&device).copied();
                 let deferral = deferral.filter(|_| !is_paused);
                 let judgement = match deferral {
@@ -526,11 +531,11 @@ impl Committer {
                         &batch.pings,
                         &batch.malformed,
                         receive_ms,
-                        &self.policy,
+                        &policy,
                         &mut last_stored,
                     ),
                 };
-                if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
+                if let Some(last_stored) = last_stored.filter(|_| policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
                 let retry_after_ms = deferral.map_or(0, |deferral| deferral.retry_after_ms);
@@ -575,21 +580,28 @@ impl Committer {
         let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
         let record = self.devices.get_mut(&device).filter(|_| !is_paused);
         match (request, record) {
-            (Request::Batch { batch, columns }, Some(record))
-                if deferral.is_none()
-                    && batch.epoch == record.epoch
-                    && record.goes_on_unchanged(&claim) =>
+            (
+                Request::Batch {
+                    batch,
+                    columns,
+                    density,
+                },
+                Some(record),
+            ) if deferral.is_none()
+                && batch.epoch == record.epoch
+                && record.goes_on_unchanged(&claim) =>
             {
+                let policy = self.policy.and(&density);
                 let mut last_stored = self.last_stored.get(&device).copied();
                 let settled_before = record.settled.clone();
                 let judgement = record.judge_unproven(
                     &batch.pings,
                     &batch.malformed,
                     moment.receive_ms,
-                    &self.policy,
+                    &policy,
                     &mut last_stored,
                 );
-                if let Some(last_stored) = last_stored.filter(|_| self.policy.thins()) {
+                if let Some(last_stored) = last_stored.filter(|_| policy.thins()) {
                     self.last_stored.insert(device, last_stored);
                 }
                 judged.touched_early.push(device);

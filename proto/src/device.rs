@@ -7,6 +7,7 @@
 use crate::{
     ping::{Ping, RejectCode},
     ranges::{RangeSet, Verdict},
+    terms::Density,
 };
 
 /// The clocks of one device, all in milliseconds since 1970-01-01 UTC; 0 means never. None ever goes
@@ -98,6 +99,16 @@ pub struct Policy {
 }
 
 impl Policy {
+    /// These rules, or the holder's where those are stricter.
+    #[must_use]
+    pub fn and(&self, density: &Density) -> Self {
+        Self {
+            least_interval_ms: self.least_interval_ms.max(density.least_interval_ms),
+            least_distance_m: self.least_distance_m.max(density.least_distance_m.into()),
+            ..*self
+        }
+    }
+
     /// Whether any ping can be filtered at all.
     #[must_use]
     pub fn thins(&self) -> bool {
@@ -573,6 +584,24 @@ mod tests {
 
         let again = device.judge(&pings, &malformed, NOW_MS, &policy(), &mut None);
         assert_eq!((again.stored.len(), again.duplicate), (0, 6));
+    }
+
+    #[test]
+    fn the_holder_may_be_stricter_than_the_operator_and_not_laxer() {
+        let operators = Policy {
+            least_interval_ms: 1_000,
+            least_distance_m: 0.0,
+            ..policy()
+        };
+        for (density, expected) in [((0, 0), (1_000, 0.0)), ((60_000, 5), (60_000, 5.0))] {
+            let density = Density {
+                least_interval_ms: density.0,
+                least_distance_m: density.1,
+            };
+            let both = operators.and(&density);
+            assert_eq!((both.least_interval_ms, both.least_distance_m), expected);
+            assert!(both.thins());
+        }
     }
 
     #[test]

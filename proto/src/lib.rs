@@ -16,6 +16,7 @@ pub mod outbox;
 pub mod ping;
 pub mod ranges;
 pub mod session;
+pub mod terms;
 
 /// The messages of `waypost/v1/*.proto`, as generated. Their documentation is in the schema.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::restriction)]

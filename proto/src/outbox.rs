@@ -22,6 +22,7 @@ use crate::{
     ping::{Ping, RejectCode},
     ranges::SeqRange,
     session::Lane,
+    terms::Terms,
     v1,
 };
 
@@ -49,6 +50,7 @@ pub struct Outbox {
     not_before_ms: u64,
     /// While there is no credit and nothing in flight, one ping may ask for more at this time.
     probe_ms: u64,
+    terms: Terms,
     connection: Connection,
 }
 
@@ -203,6 +205,7 @@ impl Outbox {
             return_after_ms: 0,
             not_before_ms: 0,
             probe_ms: 0,
+            terms: Terms::default(),
             connection: Connection::default(),
         }
     }
@@ -229,6 +232,11 @@ impl Outbox {
             self.repeats.push_back(ping);
         }
         is_taken
+    }
+
+    /// Sets what the holder lets be stored, from the next Hello on. The gateway sees to it.
+    pub fn set_terms(&mut self, terms: Terms) {
+        self.terms = terms;
     }
 
     /// Begins a connection.
@@ -268,7 +276,9 @@ impl Outbox {
             dropped_total: self.dropped_total,
             last_acked: self.last_acked,
             device_wall_ms,
-            precision: v1::Precision::Exact.into(),
+            precision: self.terms.precision.into(),
+            least_interval_ms: self.terms.density.least_interval_ms,
+            least_distance_m: self.terms.density.least_distance_m,
             lane: match lane {
                 Lane::Live => v1::Lane::Live.into(),
                 Lane::Backfill => v1::Lane::Backfill.into(),

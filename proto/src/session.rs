@@ -13,7 +13,8 @@ use crate::{
     frame::FrameError,
     ping::RejectCode,
     ranges::{RangeSet, SeqRange},
-    v1::{self, control_result::Outcome},
+    terms::{Density, Terms},
+    v1::{self, Precision, control_result::Outcome},
 };
 
 /// One of a device's two streams.
@@ -175,11 +176,13 @@ pub enum Request {
     Hello(Claim),
     /// Judge and store a batch; answered with [`Settled`].
     Batch {
-        /// Its pings.
+        /// Its pings, no more exact than the holder wants.
         batch: DecodedBatch,
         /// The same as a `PingBatch` message: what is stored if every ping is. Made here, where many
         /// connections can work side by side, and not by the one committer.
         columns: Vec<u8>,
+        /// How dense they may be stored, if the holder is stricter than the operator.
+        density: Density,
     },
     /// Only a sign of life; answered with [`Settled`].
     Heartbeat,
@@ -279,6 +282,8 @@ pub struct Session {
     /// their own, or a device that asks for an epoch on both lanes would get two.
     waiting_hellos: Vec<(Lane, Claim)>,
     open: [bool; 2],
+    /// The strictest that a Hello of this connection has named.
+    terms: Terms,
     totals: Totals,
     pings_in_flight: u32,
     /// Set when the gateway is about to stop: when the device may come back.
@@ -304,6 +309,7 @@ impl Session {
             is_welcomed: false,
             waiting_hellos: Vec::new(),
             open: [false; 2],
+            terms: Terms::default(),
             totals: Totals::default(),
             pings_in_flight: 0,
             return_after_ms: None,
@@ -329,10 +335,23 @@ impl Session {
                 if wire.epoch == 0 || Some(wire.epoch) != self.epoch {
                     return Err(Violation::Fenced { named: wire.epoch });
                 }
-                let batch = batch::decode(&wire, self.limits.batch_pings as usize)?;
+                let mut batch = batch::decode(&wire, self.limits.batch_pings as usize)?;
                 self.pings_in_flight += batch_len(&batch);
-                let columns = wire.encode_to_vec();
-                Ok(Step::Ask(lane, Request::Batch { batch, columns }))
+                let columns = if self.terms.precision == Precision::Exact {
+                    wire.encode_to_vec()
+                } else {
+                    batch
+                        .pings
+                        .iter_mut()
+                        .for_each(|ping| self.terms.coarsen(ping));
+                    batch::encode(batch.epoch, &batch.pings).encode_to_vec()
+                };
+                let request = Request::Batch {
+                    batch,
+                    columns,
+                    density: self.terms.density,
+                };
+                Ok(Step::Ask(lane, request))
             }
             // A kind of frame from the future says at least that somebody is there.
             (Some(lane), Some(Kind::Heartbeat(_)) | None) => {
@@ -500,12 +519,19 @@ impl Session {
             v1::Lane::Backfill => Lane::Backfill,
             v1::Lane::Unspecified => return Err(Violation::NoLane),
         };
-        if v1::Precision::try_from(hello.precision).is_err() {
+        let Ok(precision) = Precision::try_from(hello.precision) else {
             return Err(Violation::UnknownPrecision);
-        }
+        };
         if std::mem::replace(&mut self.open[lane as usize], true) {
             return Err(Violation::LaneInUse);
         }
+        self.terms = self.terms.stricter(Terms {
+            precision,
+            density: Density {
+                least_interval_ms: hello.least_interval_ms,
+                least_distance_m: hello.least_distance_m,
+            },
+        });
         let claim = Claim {
             epoch: hello.epoch,
             oldest_unsent_seq: hello.oldest_unsent_seq,
@@ -893,6 +919,57 @@ mod tests {
                 result(id, Outcome::Done)
             );
         }
+    }
+
+    #[test]
+    fn nothing_leaves_a_session_that_is_more_exact_than_the_holder_wants() {
+        let mut session = session();
+        let hello = |lane: v1::Lane, precision: Precision, least_interval_ms| v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Hello(v1::Hello {
+                epoch: 1,
+                lane: lane.into(),
+                precision: precision.into(),
+                least_interval_ms,
+                least_distance_m: 7,
+                ..v1::Hello::default()
+            })),
+        };
+        let place = crate::ping::Ping::at(1, 5, 535_123_457, 101_234_567);
+        let mut coarse = place;
+        Terms {
+            precision: Precision::Grid1Km,
+            ..Terms::default()
+        }
+        .coarsen(&mut coarse);
+        let frame = || v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Batch(batch::encode(1, &[place]))),
+        };
+        let asked = |session: &mut Session| match session
+            .handle_frame(Some(Lane::Live), frame())
+            .unwrap()
+        {
+            Step::Ask(
+                _,
+                Request::Batch {
+                    batch,
+                    columns,
+                    density,
+                },
+            ) => {
+                let stored = v1::PingBatch::decode(&*columns).unwrap();
+                let stored = batch::decode(&stored, 10).unwrap();
+                assert_eq!(stored, batch, "what is stored is what was judged");
+                (batch.pings[0], density.least_interval_ms)
+            }
+            other => panic!("{other:?}"),
+        };
+        let live = hello(v1::Lane::Live, Precision::Exact, 60);
+        session.handle_frame(None, live).unwrap();
+        assert_eq!(asked(&mut session), (place, 60));
+        // The lanes of a connection differ: the stricter of each holds.
+        let backfill = hello(v1::Lane::Backfill, Precision::Grid1Km, 0);
+        session.handle_frame(None, backfill).unwrap();
+        assert_eq!(asked(&mut session), (coarse, 60));
     }
 
     #[test]

@@ -19,6 +19,7 @@ mod python;
 mod replay;
 mod scenarios;
 mod shutdown;
+mod terms;
 mod vigil;
 mod watch;
 mod workers;

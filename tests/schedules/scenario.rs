@@ -26,6 +26,7 @@ use waypost_proto::{
     id::{DeviceId, UserId},
     ping::Ping,
     session::{Lane, Request},
+    terms::Density,
 };
 
 use crate::{
@@ -393,6 +394,7 @@ fn request_of(seqs: &[u64]) -> Request {
             pings,
             malformed: Vec::new(),
         },
+        density: Density::default(),
     }
 }
 

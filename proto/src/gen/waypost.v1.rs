@@ -71,7 +71,8 @@ pub struct Hello {
     #[prost(uint64, tag = "7")]
     pub device_wall_ms: u64,
     /// How exact stored positions may be. One that the gateway does not know is BAD_FRAME, so that nothing
-    /// is ever stored more exactly than the holder wants.
+    /// is ever stored more exactly than the holder wants. If the two lanes of a connection differ in this, or in what
+    /// follows of density, the stricter holds for what comes after.
     #[prost(enumeration = "Precision", tag = "8")]
     pub precision: i32,
     /// The lane that this stream carries.
@@ -80,6 +81,13 @@ pub struct Hello {
     /// The incarnation that `last_acked` refers to, as read from Welcome or Ack; empty if none.
     #[prost(bytes = "bytes", tag = "10")]
     pub incarnation: ::prost::bytes::Bytes,
+    /// How dense stored positions may be: at least this much device time, in milliseconds, and this many metres, lie between
+    /// two that are stored one after the other. What is in between counts as `filtered`. 0 for any. The operator may have
+    /// stricter rules, and not laxer ones.
+    #[prost(uint64, tag = "11")]
+    pub least_interval_ms: u64,
+    #[prost(uint32, tag = "12")]
+    pub least_distance_m: u32,
 }
 /// Pings in columns. A column that all pings lack is left out.
 ///
@@ -493,12 +501,18 @@ impl Lane {
         }
     }
 }
-/// How exact the holder lets the stored position be.
+/// How exact the holder lets the stored position be. On a grid, whatever lies in a cell is stored as the centre of the
+/// cell, without altitude, speed, course and heading, and with an accuracy of at least the cell's. The gateway does that
+/// before it stores anything, whatever arrives. A trail of cells is still a trail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Precision {
     /// store positions as they arrive
     Exact = 0,
+    Grid10M = 1,
+    Grid100M = 2,
+    Grid1Km = 3,
+    Grid10Km = 4,
 }
 impl Precision {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -508,12 +522,20 @@ impl Precision {
     pub fn as_str_name(&self) -> &'static str {
         match self {
             Self::Exact => "PRECISION_EXACT",
+            Self::Grid10M => "PRECISION_GRID_10_M",
+            Self::Grid100M => "PRECISION_GRID_100_M",
+            Self::Grid1Km => "PRECISION_GRID_1_KM",
+            Self::Grid10Km => "PRECISION_GRID_10_KM",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
     pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
         match value {
             "PRECISION_EXACT" => Some(Self::Exact),
+            "PRECISION_GRID_10_M" => Some(Self::Grid10M),
+            "PRECISION_GRID_100_M" => Some(Self::Grid100M),
+            "PRECISION_GRID_1_KM" => Some(Self::Grid1Km),
+            "PRECISION_GRID_10_KM" => Some(Self::Grid10Km),
             _ => None,
         }
     }

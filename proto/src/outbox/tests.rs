@@ -1,7 +1,7 @@
 //! The outbox alone; `proto/tests/simulation` runs it against the gateway's own session and device record.
 
 use super::*;
-use crate::{device::is_retryable, ping::Source, v1::gateway_frame::Kind};
+use crate::{device::is_retryable, ping::Source, terms::Density, v1::gateway_frame::Kind};
 
 const STORE: &[u8] = b"store";
 
@@ -383,8 +383,15 @@ fn what_welcome_covers_is_not_sent_again() {
 }
 
 #[test]
-fn a_full_outbox_drops_its_oldest_and_tells_hello() {
+fn a_full_outbox_drops_its_oldest_and_tells_hello_with_the_holders_terms() {
     let mut outbox = welcomed(3);
+    outbox.set_terms(Terms {
+        precision: v1::Precision::Grid1Km,
+        density: Density {
+            least_interval_ms: 60_000,
+            least_distance_m: 50,
+        },
+    });
     push(&mut outbox, 3);
     sent(&mut outbox, Lane::Live, 0);
     assert_eq!(
@@ -406,9 +413,11 @@ fn a_full_outbox_drops_its_oldest_and_tells_hello() {
             dropped_total: 1,
             last_acked: 0,
             device_wall_ms: 77,
-            precision: v1::Precision::Exact.into(),
+            precision: v1::Precision::Grid1Km.into(),
             lane: v1::Lane::Live.into(),
             incarnation: Bytes::from_static(STORE),
+            least_interval_ms: 60_000,
+            least_distance_m: 50,
         }
     );
 }
