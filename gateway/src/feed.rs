@@ -31,6 +31,7 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Semaphore, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -44,8 +45,8 @@ use self::{
     token::Tokens,
 };
 use crate::{
-    admin::Readiness, bulletin::Bulletin, clock::Clock, freshness::Freshness, metrics::Metrics,
-    orders::OrderHandle, store::Store,
+    admin::Readiness, audit::Audit, bulletin::Bulletin, clock::Clock, freshness::Freshness,
+    metrics::Metrics, orders::OrderHandle, store::Store,
 };
 
 /// The generated server of `waypost.v1.Freshness`.
@@ -167,6 +168,8 @@ pub struct FeedParts {
     pub clock: Clock,
     /// What the health service says.
     pub readiness: Readiness,
+    /// Where it is recorded who watches whom.
+    pub audit: Audit,
     /// What it counts with.
     pub metrics: Metrics,
 }
@@ -229,6 +232,8 @@ impl Feed {
             freshness: self.parts.freshness,
             notices: Notices::new(self.parts.bulletin, self.parts.store),
             order: self.parts.order,
+            audit: self.parts.audit,
+            watched: Mutex::default(),
             clock: self.parts.clock,
             metrics: self.parts.metrics,
             checkers: self.config.checkers.into_iter().collect(),

@@ -18,6 +18,7 @@ use crate::{
     admin::{Admin, AdminError, Readiness, Stage},
     admission::Admission,
     allowance::Allowances,
+    audit::{self, Audit},
     bulletin::Bulletin,
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
@@ -58,6 +59,14 @@ pub enum BindError {
     /// The addresses could not be read or written.
     #[error("cannot write {path}: {source}")]
     Addresses {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The audit log cannot be written.
+    #[error("cannot write the audit log {path}: {source}")]
+    Audit {
         /// The file.
         path: String,
         /// What the system said.
@@ -111,6 +120,8 @@ pub struct Gateway {
     accept: AcceptParts,
     feed: Feed,
     admin: Admin,
+    audit: Audit,
+    audit_ended: oneshot::Receiver<()>,
 }
 
 impl Gateway {
@@ -155,6 +166,11 @@ impl Gateway {
             "the store is open"
         );
 
+        let (audit, audit_ended) = Audit::start(&config.data_dir, clock.now_ms(), &metrics)
+            .map_err(|source| BindError::Audit {
+                path: config.data_dir.join(audit::FILE_NAME).display().to_string(),
+                source,
+            })?;
         metrics.commits.known_devices.set(devices.len() as f64);
         metrics.commits.position.set(recovered.position as f64);
 
@@ -204,6 +220,7 @@ impl Gateway {
                 token_key: store.secret(),
                 clock: clock.clone(),
                 readiness: readiness.clone(),
+                audit: audit.clone(),
                 metrics: metrics.clone(),
             },
         )?;
@@ -251,6 +268,8 @@ impl Gateway {
             accept,
             feed,
             admin,
+            audit,
+            audit_ended,
         })
     }
 
@@ -278,6 +297,8 @@ impl Gateway {
             accept,
             feed,
             admin,
+            audit,
+            audit_ended,
         } = self;
         let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
@@ -291,6 +312,7 @@ impl Gateway {
                 freshness,
                 commit,
                 orders,
+                audit,
                 metrics,
                 draining.clone(),
                 closing.clone(),
@@ -357,6 +379,8 @@ impl Gateway {
         drop(
             timeout(CLOSE_TIMEOUT, async {
                 while parts.join_next().await.is_some() {}
+                // With the last part went the last who could have had something recorded.
+                audit_ended.await.ok();
             })
             .await,
         );
@@ -385,6 +409,7 @@ async fn sample(
     freshness: Arc<Freshness>,
     commit: CommitHandle,
     orders: OrderHandle,
+    audit: Audit,
     metrics: Metrics,
     draining: CancellationToken,
     closing: CancellationToken,
@@ -404,6 +429,7 @@ async fn sample(
             .queued_backfill
             .set(commit.depth(Lane::Backfill) as f64);
         metrics.vigil.queued_orders.set(orders.depth() as f64);
+        metrics.audit.queued.set(audit.depth() as f64);
         metrics.freshness.users.set(freshness.users() as f64);
         metrics.freshness.changes.set(freshness.changes() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);

@@ -28,6 +28,7 @@ mod accept;
 pub mod admin;
 pub mod admission;
 pub mod allowance;
+pub mod audit;
 pub mod bulletin;
 pub mod cli;
 pub mod clock;

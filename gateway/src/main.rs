@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use waypost_gateway::{
+    audit::command::{self as audit, AuditArgs},
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
     pki::command::{self as pki, PkiArgs},
@@ -43,6 +44,8 @@ enum Command {
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
     Inspect(InspectArgs),
+    /// Check the record of who did what to whose data
+    Audit(AuditArgs),
 }
 
 fn main() -> ExitCode {
@@ -53,6 +56,9 @@ fn main() -> ExitCode {
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+        Command::Audit(args) => {
+            audit::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
         }
     };
     match ended {

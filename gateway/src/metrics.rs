@@ -25,6 +25,7 @@
 //! `waypost_build_info` is here. `series` makes what those files name, `text` is what Prometheus reads, and
 //! [`snapshot`] has the same as numbers for people.
 
+mod audit;
 mod commits;
 mod connections;
 mod disk;
@@ -58,6 +59,7 @@ use self::{
 use crate::clock::system_now_ms;
 
 pub use self::{
+    audit::AuditMetrics,
     commits::CommitMetrics,
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
@@ -88,6 +90,7 @@ pub struct Handles {
     pub limits: LimitMetrics,
     pub resumption: ResumptionMetrics,
     pub vigil: VigilMetrics,
+    pub audit: AuditMetrics,
 }
 
 struct Inner {
@@ -226,6 +229,7 @@ impl Handles {
             limits: LimitMetrics::register(),
             resumption: ResumptionMetrics::register(),
             vigil: VigilMetrics::register(),
+            audit: AuditMetrics::register(),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The promises of Waypost, end to end. One binary for nearly all, so that RocksDB is linked once.
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod checker;
 mod crash;
 mod discovery;

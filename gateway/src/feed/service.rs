@@ -6,6 +6,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -24,11 +25,15 @@ use super::{
     message::Message,
     notices::{self, Notices},
     rpc,
-    token::Tokens,
+    token::{Scope, Tokens},
     watcher::Watcher,
     wire::{self, Selector},
 };
 use crate::{
+    audit::{
+        Audit, Repeats,
+        chain::{Deed, What, Who, Whose},
+    },
     clock::Clock,
     deadlines::Checker,
     freshness::Freshness,
@@ -44,6 +49,9 @@ pub(super) struct Service {
     pub(super) freshness: Arc<Freshness>,
     pub(super) notices: Notices,
     pub(super) order: OrderHandle,
+    pub(super) audit: Audit,
+    /// Who has begun to watch whom within the last hour.
+    pub(super) watched: Mutex<Repeats>,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) checkers: BTreeSet<String>,
@@ -168,8 +176,10 @@ impl rpc::freshness_server::Freshness for Service {
         // One message waits while another is on its way; the next is not even made before there is
         // room, so that it holds what is newest then.
         let (messages, stream) = mpsc::channel(1);
+        let scope = selector.scope(&checker);
+        self.record_watch(&checker, &selector, scope);
         let watcher = Watcher {
-            scope: selector.scope(&checker),
+            scope,
             selector,
             tokens: self.tokens.clone(),
             freshness: Arc::clone(&self.freshness),
@@ -202,6 +212,23 @@ impl Service {
             _ => Err(Status::invalid_argument(
                 "older_than_ms and silent_for_ms are two ways to say the same: pass one of them",
             )),
+        }
+    }
+
+    /// Has it recorded that a checker watches. It is not waited for: a disk that hangs is just what checkers have to
+    /// be told.
+    fn record_watch(&self, checker: &str, selector: &Selector, scope: Scope) {
+        let at_ms = self.clock.now_ms();
+        if self.watched.lock().is_news(scope.0, at_ms) {
+            self.audit.tell(Deed {
+                at_ms,
+                who: Who::Checker(checker.to_owned()),
+                what: What::WatchStarted,
+                whose: match selector.users() {
+                    [] => Whose::Everybody,
+                    users => Whose::of(users),
+                },
+            });
         }
     }
 

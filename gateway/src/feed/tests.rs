@@ -123,6 +123,7 @@ impl Harness {
             token_key: [9; 32],
             clock: Clock::starting_at(0),
             readiness: Readiness::starting(),
+            audit: Audit::start(files.path(), 0, &metrics).unwrap().0,
             metrics: metrics.clone(),
         };
         let feed = Feed::bind(&config, tls, parts).unwrap();
