@@ -9,7 +9,7 @@
 //! # Bounds
 //!
 //! The map of device records holds one record per device that the certificate authority has admitted, and
-//! [`Holders`] a few bytes for each user who has paused.
+//! [`Holders`] a few bytes for each user who has paused or erased everything.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{
@@ -34,14 +34,20 @@ use waypost_proto::{
     device::{Admission, Claim, Deferral, DeviceRecord, Judgement, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::{Ping, RejectCode},
-    session::{Granted, Request, Settled, Welcomed, batch_len},
+    ranges::RangeSet,
+    session::{Grant, Granted, Request, Settled, Welcomed, Wish, batch_len},
 };
 
 use crate::{
+    audit::{
+        Audit,
+        chain::{Deed, What, Who, Whose},
+    },
     bulletin::News,
     clock::Clock,
     deadlines::{Contact, Said, Standing},
     disk::Pulse,
+    erase::{EraseHandle, Erasure, Place},
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
@@ -126,6 +132,8 @@ pub struct Committer {
     losses_said: Bucket,
     vigil: Vigil,
     orders: Orders,
+    erase: EraseHandle,
+    audit: Audit,
     turned_away: Arc<AtomicU64>,
     /// For how long commits have waited for the disk since the last look.
     disk_wait: Duration,
@@ -146,7 +154,7 @@ pub struct CommitParts {
     pub clock: Clock,
     /// All device records of the store.
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
-    /// Who has paused.
+    /// Who does not share.
     pub holders: Holders,
     /// The last position that the store holds.
     pub position: u64,
@@ -156,6 +164,10 @@ pub struct CommitParts {
     pub vigil: Vigil,
     /// What checkers have it write.
     pub orders: Orders,
+    /// Who erases what a fence was made around.
+    pub erase: EraseHandle,
+    /// Where erasures are recorded.
+    pub audit: Audit,
     /// How many newcomers were turned away for want of room: those could not be heard.
     pub turned_away: Arc<AtomicU64>,
 }
@@ -188,6 +200,8 @@ impl Committer {
             losses_said: Bucket::default(),
             vigil: parts.vigil,
             orders: parts.orders,
+            erase: parts.erase,
+            audit: parts.audit,
             turned_away: parts.turned_away,
             disk_wait: Duration::ZERO,
             resolved_ms: 0,
@@ -381,6 +395,14 @@ impl Committer {
                 commit_ms,
                 position,
             };
+            if let Request::Control {
+                id,
+                wish: Wish::Erase,
+            } = request
+            {
+                self.fence(device, id, reply, moment, &mut judged);
+                continue;
+            }
             let answer = match early {
                 Some(claim) => {
                     self.judge_early(device, request, deferral, claim, moment, &mut judged)
@@ -418,6 +440,9 @@ impl Committer {
                 at_ms: commit_ms,
             },
         );
+        for device in &judged.fenced {
+            news.deadlines.extend(self.vigil.forget_user(device.user));
+        }
         news.transitions = std::mem::take(&mut judged.transitions);
         judged.batch.put_news(&news);
 
@@ -442,7 +467,88 @@ impl Committer {
         for (reply, answer) in judged.answers {
             reply.answer(answer, &mut rings);
         }
+        for device in &judged.fenced {
+            self.audit.tell(Deed {
+                at_ms: commit_ms,
+                who: Who::Holder(device.to_string()),
+                what: What::Erased,
+                whose: Whose::of(&[device.user]),
+            });
+        }
+        for wanted in judged.erasures {
+            wanted.hand_over();
+        }
         Ok(())
+    }
+
+    /// A holder wants everything erased: from this commit on nothing more is taken of the user. What is held is then
+    /// erased in its own time, and the answer comes after that.
+    fn fence(
+        &mut self,
+        device: DeviceId,
+        id: u64,
+        reply: Reply,
+        moment: Moment,
+        judged: &mut Judged,
+    ) {
+        let Some(place) = self.erase.place() else {
+            let grant = Grant::TryLater;
+            let answer = Answer::Granted(Granted { id, grant });
+            judged.answers.push((reply, answer));
+            return;
+        };
+        let user = device.user;
+        let said = Said {
+            position: moment.position,
+            at_ms: moment.commit_ms,
+        };
+        let begun = self.holders.grant(user, Wish::Erase).map(|to| {
+            judged.turn(user, to, said);
+            judged.fenced.push(device);
+            judged.batch.put_position(said.position);
+            // Rare enough to look at all of them.
+            self.devices.retain(|device, _| device.user != user);
+            self.last_stored.retain(|device, _| device.user != user);
+            Erasure::begun(said.position, said.at_ms)
+        });
+        judged.erasures.push(Wanted {
+            place,
+            user,
+            begun,
+            id,
+            reply,
+        });
+    }
+
+    /// Answers a device whose user is erased. Nothing of it is kept.
+    fn turn_away(request: &Request, moment: Moment, judged: &mut Judged) -> Answer {
+        let (epoch, pings, rejects) = match request {
+            Request::Hello(_) | Request::Control { .. } => return Answer::Erased,
+            Request::Heartbeat => (0, 0, Vec::new()),
+            Request::Batch { batch, .. } => {
+                let seqs = batch.pings.iter().map(|ping| ping.seq);
+                let seqs = seqs.chain(batch.malformed.iter().map(|&(seq, _)| seq));
+                let rejects: Vec<_> = seqs.map(|seq| (seq, RejectCode::Erased)).collect();
+                judged
+                    .fates
+                    .reject(RejectCode::Erased, rejects.len() as u64);
+                (batch.epoch, batch_len(batch), rejects)
+            }
+        };
+        Answer::Settled(Settled {
+            epoch,
+            pings,
+            accepted: 0,
+            duplicate: 0,
+            filtered: 0,
+            rejects,
+            settled: RangeSet::default(),
+            receive_ms: moment.receive_ms,
+            commit_ms: moment.commit_ms,
+            position: moment.position,
+            retry_after_ms: 0,
+            is_paused: false,
+        })
     }
 
     /// Applies one request to its device's record and to the write batch.
@@ -459,20 +565,23 @@ impl Committer {
             commit_ms,
             position,
         } = moment;
-        let was_paused = self.holders.sharing(&device.user) == Sharing::Paused;
+        let was = self.holders.sharing(&device.user);
+        if was == Sharing::Erased {
+            return Self::turn_away(&request, moment, judged);
+        }
         if let Request::Control { wish, .. } = request {
             let said = Said {
                 position,
                 at_ms: commit_ms,
             };
-            if let Some(to) = self.holders.grant(device.user, wish, said) {
+            if let Some(to) = self.holders.grant(device.user, wish) {
                 judged.turn(device.user, to, said);
             }
         }
         let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
         let record = self.devices.entry(device).or_default();
         // To pause and to resume is to be heard. In between no clock moves, also none that would show later.
-        if !(was_paused && is_paused) {
+        if !(was == Sharing::Paused && is_paused) {
             record.contact(receive_ms);
             record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
         }
@@ -546,7 +655,10 @@ impl Committer {
                     ..settled
                 })
             }
-            Request::Control { id, .. } => Answer::Granted(Granted { id }),
+            Request::Control { id, .. } => Answer::Granted(Granted {
+                id,
+                grant: Grant::Holds,
+            }),
             Request::Heartbeat => Answer::Settled(Settled {
                 epoch: record.epoch,
                 pings: 0,
@@ -577,8 +689,8 @@ impl Committer {
         judged: &mut Judged,
     ) -> Answer {
         // A holder who has paused may have resumed when Hello is judged; only then is it known what becomes of the pings.
-        let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
-        let record = self.devices.get_mut(&device).filter(|_| !is_paused);
+        let shares = self.holders.sharing(&device.user) == Sharing::Active;
+        let record = self.devices.get_mut(&device).filter(|_| shares);
         match (request, record) {
             (
                 Request::Batch {
@@ -671,7 +783,7 @@ fn contact(freshness: &Freshness, holders: &Holders, user: &UserId) -> Contact {
         standing: match holders.sharing(user) {
             // To resume is to be heard, so it cannot be later than the last contact.
             Sharing::Active => Standing::Active { since_ms: 0 },
-            Sharing::Paused => Standing::Silenced,
+            Sharing::Paused | Sharing::Erased => Standing::Silenced,
         },
     }
 }
@@ -687,6 +799,9 @@ struct Judged {
     changes: Vec<(UserId, waypost_proto::device::Clocks)>,
     /// In the order in which they were wanted.
     transitions: Vec<Transition>,
+    /// The devices whose holders have had everything erased.
+    fenced: Vec<DeviceId>,
+    erasures: Vec<Wanted>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
     gaps: u64,
@@ -700,6 +815,8 @@ impl Judged {
             touched_early: Vec::new(),
             changes: Vec::new(),
             transitions: Vec::new(),
+            fenced: Vec::new(),
+            erasures: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
             gaps: 0,
@@ -777,6 +894,28 @@ impl Judged {
             retry_after_ms: 0,
             is_paused: false,
         }
+    }
+}
+
+/// An erasure that a device waits for.
+#[derive(Debug)]
+struct Wanted {
+    place: Place,
+    user: UserId,
+    /// None if its fence was made before.
+    begun: Option<Erasure>,
+    id: u64,
+    reply: Reply,
+}
+
+impl Wanted {
+    fn hand_over(self) {
+        let (id, reply) = (self.id, self.reply);
+        self.place.erase(self.user, self.begun, move |receipt| {
+            let grant = Grant::Erased(receipt);
+            let answer = Answer::Granted(Granted { id, grant });
+            reply.answer(answer, &mut Rings::default());
+        });
     }
 }
 

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::{sync::oneshot, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
-use waypost_proto::session::Lane;
+use waypost_proto::{id::UserId, session::Lane};
 
 use crate::{
     accept::{self, AcceptParts},
@@ -24,12 +24,13 @@ use crate::{
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
     disk::DiskWatch,
+    erase::{self, Eraser},
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
     orders::{self, OrderHandle},
     session::SessionParts,
-    sharing::Holders,
+    sharing::{Holders, Sharing, Withheld},
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
     tls::{self, TlsError},
@@ -122,6 +123,7 @@ pub struct Gateway {
     admin: Admin,
     audit: Audit,
     audit_ended: oneshot::Receiver<()>,
+    eraser: Eraser,
 }
 
 impl Gateway {
@@ -143,11 +145,20 @@ impl Gateway {
         // Nothing is said of the time since an earlier process until it is written down that nobody was heard in it.
         let heard_until_ms = (recovered.high_water_ms != 0).then_some(recovered.high_water_ms);
         let holders = store.load_holders()?;
+        let retention_ms = u64::try_from(config.store.retention.as_millis()).unwrap_or(u64::MAX);
+        let oldest_ms = clock.now_ms().saturating_sub(retention_ms);
+        let is_known_to_checkers = |(_, withheld): &(UserId, Withheld)| {
+            withheld.sharing != Sharing::Erased || oldest_ms <= withheld.since_ms
+        };
         let freshness = Freshness::restore(
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
-            holders.paused.iter().copied(),
+            holders
+                .withheld
+                .iter()
+                .copied()
+                .filter(is_known_to_checkers),
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -190,6 +201,14 @@ impl Gateway {
             metrics: metrics.clone(),
         });
         let (orders, ordered) = orders::queue();
+        let (erase, erase_jobs) = erase::queue();
+        let eraser = Eraser::new(
+            erase_jobs,
+            Arc::clone(&store),
+            clock.clone(),
+            metrics.clone(),
+            holders.erasures,
+        );
         let (commit, committer) = Committer::new(
             &config.commit,
             CommitParts {
@@ -198,11 +217,13 @@ impl Gateway {
                 metrics: metrics.clone(),
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
-                holders: Holders::restore(holders.paused),
+                holders: Holders::restore(holders.withheld),
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
                 orders: ordered,
+                erase,
+                audit: audit.clone(),
                 turned_away: admission.turned_away(),
             },
         );
@@ -270,6 +291,7 @@ impl Gateway {
             admin,
             audit,
             audit_ended,
+            eraser,
         })
     }
 
@@ -299,8 +321,9 @@ impl Gateway {
             admin,
             audit,
             audit_ended,
+            eraser,
         } = self;
-        let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
+        let disk = DiskWatch::new(Arc::clone(&store), committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
         let closing = CancellationToken::new();
         let mut parts = JoinSet::new();
@@ -328,6 +351,11 @@ impl Gateway {
         let mut committed = committer.spawn().map_err(|error| {
             error!(%error, "no thread for the committer");
             GatewayError::PartEnded("committer")
+        })?;
+
+        let mut erased = eraser.spawn().map_err(|error| {
+            error!(%error, "no thread for the eraser");
+            GatewayError::PartEnded("eraser")
         })?;
 
         readiness.advance(match disk.obstacle() {
@@ -376,6 +404,11 @@ impl Gateway {
             }
         };
         closing.cancel();
+        // The committer has gone, so the eraser ends after its step, which may be long.
+        if timeout(ERASER_PATIENCE, &mut erased).await.is_err() {
+            store.stop_compactions();
+            drop(timeout(CLOSE_TIMEOUT, erased).await);
+        }
         drop(
             timeout(CLOSE_TIMEOUT, async {
                 while parts.join_next().await.is_some() {}
@@ -451,6 +484,8 @@ fn write_addresses(data_dir: &Path, addresses: &Addresses) -> Result<(), BindErr
 
 /// How long a stop may take: sessions finish what is in flight, the committer what is queued.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the eraser may go on when the gateway stops. What is not finished is begun again at the next start.
+const ERASER_PATIENCE: Duration = Duration::from_secs(1);
 /// After a failure there is nothing to finish, only closes to send.
 const FAILED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the last responses of the other ports may take.

@@ -65,6 +65,8 @@ pub enum Answer {
     Settled(Settled),
     /// To what the holder wanted.
     Granted(Granted),
+    /// The holder has erased the user: nothing more is taken.
+    Erased,
     /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
     /// it before Hello is judged.
     Fenced,

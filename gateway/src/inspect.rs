@@ -16,7 +16,10 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
-use crate::store::{Day, OpenError, PingRow, ReadError, Store};
+use crate::{
+    sharing::Sharing,
+    store::{Day, OpenError, PingRow, ReadError, Store},
+};
 
 /// Show what a store holds: counts and times, never positions.
 #[derive(Clone, Debug, Args)]
@@ -55,6 +58,7 @@ struct StoreReport {
     position: u64,
     users: u64,
     paused_users: u64,
+    erased_users: u64,
     devices: u64,
     rows: u64,
     pings: u64,
@@ -146,6 +150,13 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
         all.add(&row);
         days.entry(row.day).or_default().add(&row);
     }
+    let holders = store.load_holders()?.withheld;
+    let withheld = |how| {
+        let users = holders
+            .iter()
+            .filter(|(_, withheld)| withheld.sharing == how);
+        users.count() as u64
+    };
     Ok(StoreReport {
         incarnation: store
             .incarnation()
@@ -154,7 +165,8 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
             .collect(),
         position: recovered.position,
         users: users.len() as u64,
-        paused_users: store.load_holders()?.paused.len() as u64,
+        paused_users: withheld(Sharing::Paused),
+        erased_users: withheld(Sharing::Erased),
         devices: devices.len() as u64,
         rows: all.rows,
         pings: all.pings,
@@ -185,8 +197,8 @@ fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> 
     if devices.is_empty() {
         return Err(InspectError::UnknownUser(user));
     }
-    let mut paused = store.load_holders()?.paused.into_iter();
-    let pause = paused.find(|(paused, _)| *paused == user);
+    let mut withheld = store.load_holders()?.withheld.into_iter();
+    let pause = withheld.find(|(of, withheld)| *of == user && withheld.sharing == Sharing::Paused);
     Ok(UserReport {
         user: user.to_string(),
         paused_since_ms: pause.map_or(0, |(_, pause)| pause.since_ms),
@@ -242,8 +254,8 @@ impl fmt::Display for StoreReport {
         writeln!(f, "position     {}", self.position)?;
         writeln!(
             f,
-            "users        {}, {} of them paused",
-            self.users, self.paused_users
+            "users        {}, {} of them paused; {} erased",
+            self.users, self.paused_users, self.erased_users
         )?;
         writeln!(f, "devices      {}", self.devices)?;
         writeln!(f, "pings        {} in {} rows", self.pings, self.rows)?;
@@ -341,7 +353,7 @@ mod tests {
     use super::*;
     use crate::{
         bulletin::News,
-        sharing::{Sharing, Transition},
+        sharing::Transition,
         store::{PingKey, StoreConfig, record},
     };
 
@@ -423,7 +435,7 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_str(&inspect(&folder, &["--json"]).unwrap()).unwrap();
         let mut expected = serde_json::json!({
-            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "devices": 2, "rows": 2, "pings": 10,
+            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "erased_users": 0, "devices": 2, "rows": 2, "pings": 10,
             "days": [{"day": "2026-08-20", "rows": 2, "pings": 10}],
         });
         expected["size_bytes"] = json["size_bytes"].clone();
@@ -496,7 +508,7 @@ mod tests {
         store.commit(batch).unwrap();
         let whole = inspect(&folder, &[]).unwrap();
         assert!(
-            whole.contains("users        1, 1 of them paused"),
+            whole.contains("users        1, 1 of them paused; 0 erased"),
             "{whole}"
         );
         let user = inspect(&folder, &["--user", USER]).unwrap();

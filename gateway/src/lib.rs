@@ -38,6 +38,7 @@ pub mod coverage;
 pub mod deadlines;
 pub mod disk;
 mod durable;
+pub mod erase;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;

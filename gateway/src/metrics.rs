@@ -29,6 +29,7 @@ mod audit;
 mod commits;
 mod connections;
 mod disk;
+mod erasures;
 mod fates;
 mod freshness;
 mod limits;
@@ -63,6 +64,7 @@ pub use self::{
     commits::CommitMetrics,
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
+    erasures::ErasureMetrics,
     fates::{Fates, REJECTS},
     freshness::{FreshnessMetrics, RESETS, SHARINGS},
     limits::{LIMITS, LimitMetrics},
@@ -91,6 +93,7 @@ pub struct Handles {
     pub resumption: ResumptionMetrics,
     pub vigil: VigilMetrics,
     pub audit: AuditMetrics,
+    pub erasures: ErasureMetrics,
 }
 
 struct Inner {
@@ -230,6 +233,7 @@ impl Handles {
             resumption: ResumptionMetrics::register(),
             vigil: VigilMetrics::register(),
             audit: AuditMetrics::register(),
+            erasures: ErasureMetrics::register(),
         }
     }
 }

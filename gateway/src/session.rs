@@ -38,7 +38,8 @@ use waypost_proto::{
     id::DeviceId,
     ping::RejectCode,
     session::{
-        CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation, Welcomed, batch_len,
+        CloseCode, Grant, Granted, Lane, Limits, Request, Session, Settled, Step, Violation,
+        Welcomed, Wish, batch_len,
     },
     v1,
 };
@@ -187,6 +188,10 @@ impl End {
 }
 
 impl End {
+    fn erased() -> Self {
+        Self::ours(CloseCode::Erased, "the holder has erased this user")
+    }
+
     fn taken_over() -> Self {
         Self::ours(CloseCode::TakenOver, "a newer connection took over")
     }
@@ -585,7 +590,15 @@ impl<'a> Shell<'a> {
         request: Request,
         deferral: Option<Deferral>,
     ) -> Result<Option<Rest<'_>>, End> {
-        self.requests_in_flight[lane as usize] += 1;
+        // A stop does not wait for an erasure: it goes on at the next start.
+        let is_erasure = matches!(
+            request,
+            Request::Control {
+                wish: Wish::Erase,
+                ..
+            }
+        );
+        self.requests_in_flight[lane as usize] += usize::from(!is_erasure);
         if lane == Lane::Backfill && !matches!(request, Request::Hello(_)) {
             let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(self.mailbox));
             let device = self.device;
@@ -629,7 +642,7 @@ impl<'a> Shell<'a> {
     async fn deliver(&mut self, answers: Vec<(Lane, Answer)>) -> Result<(), End> {
         let mut settled: [Vec<Settled>; 2] = Default::default();
         for (lane, answer) in answers {
-            self.requests_in_flight[lane as usize] -= 1;
+            self.requests_in_flight[lane as usize] -= usize::from(!is_of_an_erasure(&answer));
             match answer {
                 Answer::Welcomed(welcomed) => {
                     let early = Box::pin(self.welcome(lane, welcomed)).await?;
@@ -639,10 +652,8 @@ impl<'a> Shell<'a> {
                     self.early = Some(Box::new(EarlyBatch::Settled(one)));
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
-                Answer::Granted(granted) => {
-                    let frame = self.session.handle_granted(granted);
-                    self.write(lane, encoded(&frame)).await?;
-                }
+                Answer::Granted(granted) => Box::pin(self.grant(lane, granted)).await?,
+                Answer::Erased => return Err(End::erased()),
                 Answer::Fenced if self.early.is_some() => {
                     if let Some(EarlyBatch::Asked(request)) = self.early.take().map(|early| *early)
                         && let Some(rest) = self.ask(lane, request, None)?
@@ -680,6 +691,17 @@ impl<'a> Shell<'a> {
             }
         }
         self.close_finished();
+        Ok(())
+    }
+
+    /// Tells what became of the holder's wish. With an erasure the connection ends.
+    async fn grant(&mut self, lane: Lane, granted: Granted) -> Result<(), End> {
+        let frame = self.session.handle_granted(granted);
+        self.write(lane, encoded(&frame)).await?;
+        if let Grant::Erased(_) = granted.grant {
+            self.flush().await;
+            return Err(End::erased());
+        }
         Ok(())
     }
 
@@ -818,6 +840,16 @@ impl<'a> Shell<'a> {
             .iter_mut()
             .find(|stream| stream.lane == Some(lane))
     }
+}
+
+/// Whether something came of an erasure, which is not counted among what is in flight. That it is lost is told of
+/// everything, and ends the session.
+fn is_of_an_erasure(answer: &Answer) -> bool {
+    let grant = match answer {
+        Answer::Granted(Granted { grant, .. }) => Some(grant),
+        _ => None,
+    };
+    matches!(grant, Some(Grant::Erased(_) | Grant::TryLater))
 }
 
 fn encoded(frame: &v1::GatewayFrame) -> Bytes {

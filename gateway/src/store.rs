@@ -57,7 +57,7 @@ use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
 
-pub use holders::KeptHolders;
+pub use holders::{KeptHolders, UserEvents};
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
 pub use settings::StoreConfig;
@@ -667,6 +667,9 @@ impl Store {
             let value = &batch.bytes[put.key_end..put.value_end];
             key_start = put.value_end;
             match put.family {
+                Family::Devices if put.operation == Operation::DeleteRange => {
+                    writes.delete_range_cf(&devices, key, value);
+                }
                 Family::Devices => writes.put_cf(&devices, key, value),
                 Family::Notices(name) => {
                     let family = self.family(name);
@@ -674,6 +677,12 @@ impl Store {
                         Operation::Put => writes.put_cf(&family, key, value),
                         Operation::Delete => writes.delete_cf(&family, key),
                         Operation::DeleteRange => writes.delete_range_cf(&family, key, value),
+                    }
+                }
+                Family::Day(day) if put.operation == Operation::DeleteRange => {
+                    // A day that was dropped meanwhile has nothing left.
+                    if let Some(family) = self.db.cf_handle(&day.family_name()) {
+                        writes.delete_range_cf(&family, key, value);
                     }
                 }
                 Family::Day(day) => {
@@ -831,9 +840,18 @@ impl Batch {
     }
 
     fn delete_range(&mut self, family: &'static str, keys: Range<&[u8]>) {
+        self.delete_range_of(Family::Notices(family), keys);
+    }
+
+    fn delete_range_of(&mut self, family: Family, keys: Range<&[u8]>) {
         let key_end = self.add_key(keys.start);
         self.bytes.extend_from_slice(keys.end);
-        self.add(family, Operation::DeleteRange, key_end);
+        self.puts.push(Put {
+            family,
+            operation: Operation::DeleteRange,
+            key_end,
+            value_end: self.bytes.len(),
+        });
     }
 
     fn add_key(&mut self, key: &[u8]) -> usize {

@@ -7,6 +7,7 @@ mod crash;
 mod discovery;
 mod disk;
 mod early;
+mod erase;
 mod freshness;
 mod hostile;
 mod identity;

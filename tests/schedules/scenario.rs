@@ -30,8 +30,10 @@ use waypost_proto::{
 };
 
 use crate::{
+    audit::Audit,
     clock::Clock,
     commit::{CommitConfig, CommitParts, Committer},
+    erase,
     freshness::Freshness,
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
     orders,
@@ -98,6 +100,8 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 metrics: METRICS.clone(),
             }),
             orders: orders::queue().1,
+            erase: erase::queue().0,
+            audit: Audit::nowhere(&METRICS),
             turned_away: Arc::default(),
         },
     );
@@ -335,7 +339,7 @@ impl Session {
                 tally.settled += 1;
                 (settled.receive_ms, settled.position)
             }
-            Answer::Granted(granted) => panic!("{granted:?} was not asked for"),
+            Answer::Granted(_) | Answer::Erased => panic!("nobody wants anything: {answer:?}"),
             Answer::Fenced => {
                 assert!(self.is_welcomed, "a batch was judged before its Hello");
                 assert!(self.is_foreign, "fenced in its own epoch");

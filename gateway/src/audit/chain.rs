@@ -34,6 +34,8 @@ pub enum Who {
     Gateway,
     /// The checker of this name.
     Checker(String),
+    /// The holder, with this device.
+    Holder(String),
 }
 
 /// What was done.
@@ -44,6 +46,8 @@ pub enum What {
     Started,
     /// A checker began to be told how fresh users are.
     WatchStarted,
+    /// Everything that was held was erased, or is from then on.
+    Erased,
 }
 
 /// Whose data something was done to.

@@ -22,8 +22,10 @@ use rocksdb::{Cache, DB, Env, IteratorMode, Options, WriteBatch, WriteOptions};
 use rustc_hash::FxHashMap;
 use tokio::task::JoinSet;
 use waypost_gateway::{
+    audit::Audit,
     clock::{Clock, system_now_ms},
     commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
+    erase,
     freshness::Freshness,
     metrics::Metrics,
     orders,
@@ -112,6 +114,8 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
                 metrics: metrics.clone(),
             }),
             orders: orders::queue().1,
+            erase: erase::queue().0,
+            audit: Audit::nowhere(&metrics),
             turned_away: Arc::default(),
             store,
             freshness: Arc::clone(&freshness),
