@@ -1,17 +1,19 @@
 //! A model of the freshness index that refuses whatever would break a promise to checkers. Knows the
-//! model of the store, to see that nothing is visible before it is durable.
+//! model of the store and the bulletin, to see that nothing is visible before it is durable, nor a position before
+//! what else it says.
 
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
 use waypost_proto::{device::Clocks, id::UserId};
 
-use crate::store::Store;
+use crate::{bulletin::Bulletin, store::Store};
 
 /// What checkers were told.
 #[derive(Debug)]
 pub(crate) struct Freshness {
     store: Arc<Store>,
+    bulletin: Arc<Bulletin>,
     // No model: looking is no step of the schedule.
     told: Mutex<Told>,
 }
@@ -24,9 +26,10 @@ struct Told {
 }
 
 impl Freshness {
-    pub(crate) fn new(store: Arc<Store>) -> Self {
+    pub(crate) fn new(store: Arc<Store>, bulletin: Arc<Bulletin>) -> Self {
         Self {
             store,
+            bulletin,
             told: Mutex::default(),
         }
     }
@@ -36,6 +39,12 @@ impl Freshness {
             position <= self.store.durable_position(),
             "visible before it was durable: position {position}"
         );
+        for (checker, newest) in self.store.newest_events() {
+            assert!(
+                newest <= self.bulletin.newest_event(checker),
+                "visible before it was on the bulletin: position {newest}"
+            );
+        }
         let mut told = self.told.lock();
         assert_eq!(position, told.position + 1, "a position was left out");
         told.position = position;
