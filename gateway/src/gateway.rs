@@ -342,7 +342,8 @@ impl Gateway {
             ),
         ));
         let accept = Arc::new(accept);
-        let serve = move |endpoint| accept::serve(endpoint, Arc::clone(&accept));
+        let serve =
+            move |endpoint, newcomers| accept::serve(endpoint, newcomers, Arc::clone(&accept));
         let mut workers = workers.spawn(serve).map_err(|error| {
             error!(%error, "no thread for a worker");
             GatewayError::PartEnded("worker")

@@ -7,10 +7,12 @@
 //! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
 //! as many as the freshness service has connections for. The committer takes one between two groups of pings.
 
-use tokio::sync::{mpsc, oneshot};
 use waypost_proto::id::UserId;
 
-use crate::deadlines::{Checker, Setting, TooMany};
+use crate::{
+    deadlines::{Checker, Setting, TooMany},
+    sync::{mpsc, oneshot},
+};
 
 /// A call a commit: more than a few are only a backlog.
 const QUEUE_ORDERS: usize = 16;
@@ -87,6 +89,11 @@ impl OrderHandle {
         };
         let sent = self.orders.send(order).await;
         sent.map_err(|_| OrderError::Stopped)?;
+        // What is sent into a queue whose other end goes just now may lie there until the last handle goes, and
+        // nobody would answer it.
+        if self.orders.is_closed() {
+            return Err(OrderError::Stopped);
+        }
         let answer = answer.await.map_err(|_| OrderError::Stopped)?;
         Ok(answer?)
     }
