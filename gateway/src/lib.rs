@@ -51,6 +51,7 @@ pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
+pub mod seal;
 pub mod session;
 pub mod sharing;
 mod steer;
