@@ -7,6 +7,7 @@ use waypost_gateway::{
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
     pki::command::{self as pki, PkiArgs},
+    seal::command::{self as keys, KeysArgs},
     watch::WatchArgs,
 };
 
@@ -39,6 +40,8 @@ enum Command {
     CheckConfig(CheckConfigArgs),
     /// Make certificates for the gateway, devices and checkers
     Pki(PkiArgs),
+    /// Make the master key that everything stored is sealed with, or go over to another
+    Keys(KeysArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve(&args),
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Keys(args) => keys::run(args).map_err(Failure::from),
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
