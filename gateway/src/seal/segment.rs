@@ -121,8 +121,9 @@ impl Segment {
         let whole = match opened.iter().position(Option::is_none) {
             None => opened.len(),
             Some(bad) => {
-                let follows = |slot: &Slot| bad < slot.append_began;
-                let is_older = opened.iter().flatten().any(follows);
+                // Only those behind it were appended; what a slot that was written anew says of that is out of date.
+                let later = opened[bad..].iter().flatten();
+                let is_older = later.map(|slot| slot.append_began).any(|began| bad < began);
                 if end == End::Whole || bad < written || is_older {
                     return Err(Fault::Slot(bad));
                 }
@@ -137,11 +138,6 @@ impl Segment {
             header,
             keys: keys.map(|slot| (slot.user, slot.key)).collect(),
         })
-    }
-
-    /// How long the file is without an append that is there in part.
-    pub(super) fn whole_bytes(&self) -> usize {
-        HEADER_BYTES + self.keys.len() * SLOT_BYTES
     }
 
     /// The same segment, written anew, with the keys wrapped by another master key.
@@ -289,7 +285,6 @@ mod tests {
             let read = Segment::read(&bytes[..length], &master, End::MayBeTorn).unwrap();
             let whole = (length - HEADER_BYTES) / SLOT_BYTES;
             assert_eq!(users(&read), first(u8::try_from(whole).unwrap()));
-            assert_eq!(read.whole_bytes(), HEADER_BYTES + whole * SLOT_BYTES);
         }
         for length in 0..HEADER_BYTES {
             let read = Segment::read(&bytes[..length], &master, End::MayBeTorn);
@@ -357,6 +352,19 @@ mod tests {
         longer.extend([0; SLOT_BYTES]);
         let read = Segment::read(&longer, &master, End::MayBeTorn).unwrap();
         assert_eq!(users(&read), first(4));
+    }
+
+    #[test]
+    fn what_is_appended_after_many_were_destroyed_may_be_torn_too() {
+        let master = master();
+        let mut bytes = segment(&master, &[1, 1, 1, 1, 1, 2]);
+        for gone in 0..5 {
+            (bytes, _) = without(&bytes, &user(gone)).unwrap().unwrap();
+        }
+        bytes.extend([0; SLOT_BYTES]);
+        let read = Segment::read(&bytes, &master, End::MayBeTorn).unwrap();
+        assert_eq!(users(&read), [user(5), user(6)]);
+        assert_eq!(read.header.made_with(2), 7);
     }
 
     #[test]
