@@ -781,6 +781,7 @@ impl Store {
                 }
             }
         }
+        drop(keys);
         if 0 < batch.position {
             writes.put_cf(
                 &self.family(META),

@@ -442,9 +442,12 @@ fn read(
     Segment::read(bytes, master, end).map_err(damaged(path))
 }
 
-/// The right to write in a folder, which is made if need be.
+/// The right to write in a folder, which is made if need be. What is in it stays: a process may have been killed
+/// before it could sync the name of a file that it had begun.
 fn lock(folder: &Path) -> Result<File, KeyError> {
-    durable::create_folder(folder).map_err(unusable(folder))?;
+    durable::create_folder(folder)
+        .and_then(|()| durable::sync_folder(folder))
+        .map_err(unusable(folder))?;
     let file = File::options()
         .create(true)
         .truncate(false)
