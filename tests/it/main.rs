@@ -18,6 +18,7 @@ mod power_loss;
 mod python;
 mod replay;
 mod scenarios;
+mod sealing;
 mod shutdown;
 mod vigil;
 mod watch;
