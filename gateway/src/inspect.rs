@@ -480,7 +480,8 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_str(&inspect(&folder, &["--json"]).unwrap()).unwrap();
         let mut expected = serde_json::json!({
-            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "devices": 2, "rows": 2, "sealed_rows": 0, "pings": 10,
+            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "devices": 2,
+            "rows": 2, "sealed_rows": 0, "pings": 10,
             "days": [{"day": "2026-08-20", "rows": 2, "sealed_rows": 0, "pings": 10}],
         });
         expected["size_bytes"] = json["size_bytes"].clone();

@@ -5,7 +5,7 @@
 //!
 //! # The folder
 //!
-//! `keys/` holds files of at most [`MOST_SLOTS`] keys each. New keys are appended to the newest file, all of one commit
+//! `keys/` holds files of at most 4,096 keys each. New keys are appended to the newest file, all of one commit
 //! with one sync, before the commit that uses them. To destroy a key its file is written anew without it, put in the
 //! place of the old one, and the old one's blocks are overwritten. No key is anywhere else: RocksDB, its log and its
 //! backups hold none. Backups of this folder keep destroyed keys alive, so they should be short-lived.
