@@ -122,6 +122,12 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
     }
     check(&config)?;
     logging::start(&config.log).map_err(Failure::configuration)?;
+    if config.store.sealing.is_default() && !args.dev {
+        tracing::warn!(
+            "the master key lies in the data folder, where it protects nothing from who can read that folder; \
+             [store.sealing] names another place"
+        );
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -168,6 +174,11 @@ fn check(config: &Config) -> Result<(), Failure> {
     tls::device_server_config(&config.tls).map_err(Failure::configuration)?;
     tls::freshness_server_config(&config.tls).map_err(Failure::configuration)?;
     config.freshness.check().map_err(Failure::configuration)?;
+    config
+        .store
+        .sealing
+        .check()
+        .map_err(Failure::configuration)?;
     Ok(())
 }
 

@@ -2,7 +2,8 @@
 //!
 //! The committer makes the fence: from one commit on nothing more is taken from any of the user's devices, and checkers
 //! know the user as erased. The eraser does the rest on a thread of its own, since it takes as long as the disk needs:
-//! it counts what there is, deletes it, has the files written anew in which it lay, and looks for it once more. Each step
+//! it counts what there is, destroys the user's key, deletes the rows, has the files written anew in which they lay, and
+//! looks for them once more. Each step
 //! may be done twice, so one that a crash has interrupted is begun again at the next start. Knows the steps and the
 //! store; must not know sessions, or who may erase.
 //!
@@ -265,6 +266,8 @@ impl Eraser {
             erasure.counts = Some(self.count(user)?);
             self.note(user, erasure)?;
         }
+        // From here on whatever copy there is of a row, in a file or a backup, cannot be read any more.
+        store.destroy_key(&user)?;
         let mut batch = store.batch();
         batch.delete_user(user, &store.days(), &events);
         store.commit(batch)?;
@@ -425,7 +428,7 @@ mod tests {
     /// A crash behind each step leaves it to the next start, which ends with the same receipt.
     #[test]
     fn an_erasure_comes_to_its_end_whichever_step_was_the_last_before_a_crash() {
-        for steps in 0..3 {
+        for steps in 0..=3 {
             let folder = tempfile::tempdir().unwrap();
             let store = filled(folder.path());
             fence(&store);
@@ -435,6 +438,9 @@ mod tests {
                 eraser(&store).note(ALICE, &erasure).unwrap();
             }
             if 2 <= steps {
+                assert!(store.destroy_key(&ALICE).unwrap());
+            }
+            if 3 <= steps {
                 let events = store.events_of_user(ALICE).unwrap();
                 let mut batch = store.batch();
                 batch.delete_user(ALICE, &store.days(), &events);
@@ -462,6 +468,8 @@ mod tests {
             assert_eq!(eraser.count(ALICE).unwrap(), Counts::default());
             assert_eq!(eraser.count(BOB).unwrap(), EACH, "and nobody else");
             assert_eq!(eraser.finish(ALICE), Some(receipt), "once");
+            assert!(!store.destroy_key(&ALICE).unwrap(), "no key is left");
+            assert!(store.destroy_key(&BOB).unwrap());
             drop(eraser);
             drop(store);
             let kept = open(folder.path()).load_holders().unwrap();

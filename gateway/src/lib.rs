@@ -4,8 +4,9 @@
 //! lets them `gather`. With the settings of [`transport`] a worker `accept`s newcomers as far as [`admission`]
 //! lets them, and notices when too many wait ([`newcomers`]); each is proven in its `handshake` by [`tls`], and served by one [`session`] task, which ends the device's older one ([`takeover`]), holds it
 //! to its [`allowance`] over time ([`rate`]), and hands batches over ([`handoff`]) to the one [`commit`]ter.
-//! The committer judges, writes through [`store`], publishes to [`freshness`], and only then answers;
-//! [`feed`] tells checkers. Beside pings the committer keeps a [`vigil`]: its [`lookout`] finds out when the gateway
+//! The committer judges, writes through [`store`], which seals pings with their users' keys ([`seal`]), publishes
+//! to [`freshness`], and only then answers; [`feed`] tells checkers. Beside pings the committer keeps a
+//! [`vigil`]: its [`lookout`] finds out when the gateway
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
 //! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`].
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
@@ -18,10 +19,9 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, [`newcomers`], `accept`, `handshake` and [`session`]
-//!    speak QUIC, and only
-//!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows
-//!    none of them.
+//! 5. Only [`store`] knows RocksDB, and it gives it no ping unsealed. Only [`worker`], [`transport`], `steer`,
+//!    [`newcomers`], `accept`, `handshake` and [`session`] speak QUIC, and only [`tls`] and [`pki`] read and make
+//!    certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 mod accept;
@@ -54,6 +54,7 @@ pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
+pub mod seal;
 pub mod session;
 pub mod sharing;
 mod steer;

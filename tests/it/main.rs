@@ -20,6 +20,7 @@ mod power_loss;
 mod python;
 mod replay;
 mod scenarios;
+mod sealing;
 mod shutdown;
 mod terms;
 mod vigil;

@@ -3,12 +3,14 @@
 //! In each round the real committer with a real store takes what all devices ask, one request outstanding
 //! each, as sessions make it. Then RocksDB is given the same keys and values, with the store's own settings,
 //! in groups as large as the committer's were on average, each of them synced. The ratio says what
-//! judging, publishing and answering cost on top.
+//! judging, sealing, publishing and answering cost on top; how much of that is sealing is measured by doing it once
+//! more, alone.
 //! Knows the committer, the store's folder and RocksDB. Must not know QUIC or other processes.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
+    hint::black_box,
     io::Write,
     iter,
     path::Path,
@@ -18,6 +20,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
+use ring::rand::SystemRandom;
 use rocksdb::{Cache, DB, Env, IteratorMode, Options, WriteBatch, WriteOptions};
 use rustc_hash::FxHashMap;
 use tokio::task::JoinSet;
@@ -29,6 +32,7 @@ use waypost_gateway::{
     freshness::Freshness,
     metrics::Metrics,
     orders,
+    seal::{DataKey, Identity, NONCE_BYTES, TAG_BYTES},
     session::SessionConfig,
     sharing::Holders,
     store::{Store, StoreConfig},
@@ -49,6 +53,10 @@ pub(crate) struct CommitRound {
     pub(crate) committer: Duration,
     /// RocksDB alone.
     pub(crate) rocksdb: Duration,
+    /// Sealing the rows alone, which the committer does on top.
+    pub(crate) sealing: Duration,
+    /// How many rows of pings that are.
+    pub(crate) rows: u64,
     /// Keys and values that were written, on either side.
     pub(crate) bytes: u64,
     /// Requests in one write, on average.
@@ -71,6 +79,8 @@ pub(crate) fn round(load: Load, devices: u32, folder: &Path) -> Result<CommitRou
     Ok(CommitRound {
         committer,
         rocksdb,
+        sealing: seal(&rows)?,
+        rows: rows.len() as u64,
         bytes: rows.iter().map(Row::bytes).sum(),
         group_requests: group_requests as u64,
     })
@@ -293,6 +303,29 @@ fn write(rows: &[Row], group_requests: usize, settings_of: &Path, dir: &Path) ->
         }
         batch.put_cf(&meta, "position", position.to_be_bytes());
         db.write_opt(batch, &synced)?;
+    }
+    Ok(started.elapsed())
+}
+
+/// Returns how long it takes to seal as many bytes as each row has, each device's with a key of its own.
+fn seal(rows: &[Row]) -> Result<Duration> {
+    let random = SystemRandom::new();
+    let mut keys = HashMap::new();
+    for row in rows {
+        if let Entry::Vacant(vacant) = keys.entry(&row.key[..DEVICE_KEY_BYTES]) {
+            vacant.insert(DataKey::random(&random)?);
+        }
+    }
+    let mut sealed = Vec::new();
+    let started = Instant::now();
+    for row in rows {
+        let mut nonce = [0; NONCE_BYTES];
+        nonce.copy_from_slice(&row.key[DEVICE_KEY_BYTES..]);
+        let identity = Identity::new("pings-2026-01-01", &row.key, nonce);
+        let value = &row.value[..row.value.len().saturating_sub(TAG_BYTES)];
+        sealed.clear();
+        keys[&row.key[..DEVICE_KEY_BYTES]].seal(&identity, value, &mut sealed);
+        black_box(&sealed);
     }
     Ok(started.elapsed())
 }
