@@ -711,10 +711,10 @@ fn has(bytes: &[u8], part: &[u8]) -> bool {
 }
 
 /// The key and the value of each row of a day, as RocksDB has them.
-fn raw_rows(store: &Store, day: Day) -> Vec<(Box<[u8]>, Box<[u8]>)> {
+fn raw_rows(store: &Store, day: Day) -> Vec<[Box<[u8]>; 2]> {
     let family = store.db.cf_handle(&day.family_name()).unwrap();
     let rows = store.db.iterator_cf(&family, IteratorMode::Start);
-    rows.map(Result::unwrap).collect()
+    rows.map(Result::unwrap).map(<[_; 2]>::from).collect()
 }
 
 fn put_raw(store: &Store, day: Day, key: &[u8], value: &[u8]) {
@@ -790,7 +790,7 @@ fn rows_from_before_sealing_are_read_beside_sealed_ones() {
     commit(&store, 2, today, device(1, 7), &pings(4, 2)).unwrap();
     let formats: Vec<_> = raw_rows(&store, today)
         .iter()
-        .map(|(_, value)| value[0])
+        .map(|[_, value]| value[0])
         .collect();
     assert_eq!(formats, [1, 2]);
     let found: Vec<_> = rows(&store)
@@ -808,7 +808,7 @@ fn a_sealed_row_that_was_changed_or_moved_is_said_to_be_damaged() {
     store.open_day(today.next()).unwrap();
     commit(&store, 1, today, device(1, 7), &pings(1, 1)).unwrap();
     commit(&store, 2, today, device(2, 7), &pings(1, 1)).unwrap();
-    let [(key, value), (others, _)] = &raw_rows(&store, today)[..] else {
+    let [[key, value], [others, _]] = &raw_rows(&store, today)[..] else {
         panic!("two rows");
     };
     let damaged = |user: u8| {
