@@ -16,6 +16,7 @@ pub mod chain;
 pub mod command;
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, BufRead, BufReader, Write},
     os::unix::fs::OpenOptionsExt,
@@ -28,6 +29,8 @@ use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use self::chain::{Broken, Chain, Deed, What, Who, Whose};
+use waypost_proto::id::UserId;
+
 use crate::{durable, metrics::Metrics};
 
 /// The file in the data folder.
@@ -120,6 +123,50 @@ pub fn read(path: &Path, mut seen: impl FnMut(&str)) -> io::Result<Read> {
             }
         }
     }
+}
+
+/// A checker that was told when a user was heard, never where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipient {
+    /// Its name.
+    pub checker: String,
+    /// When it began to watch first and last, in milliseconds since 1970-01-01 UTC.
+    pub watched_ms: (u64, u64),
+}
+
+/// The checkers that a log has as having watched a user, or all, and when they began to, first and last. Of a watch of
+/// more users than can be named it is not known whether this one was among them; then it is taken to be.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn recipients(path: &Path, user: UserId) -> io::Result<Vec<Recipient>> {
+    let name = user.to_string();
+    let mut found: BTreeMap<String, (u64, u64)> = BTreeMap::new();
+    for line in BufReader::new(File::open(path)?).lines() {
+        let line = line?;
+        let json = line.split_once(' ').map_or("", |(_, json)| json);
+        // A deed of a later version is none that this one could judge.
+        let Ok(deed) = serde_json::from_str::<Deed>(json) else {
+            continue;
+        };
+        let (Who::Checker(checker), What::WatchStarted) = (deed.who, deed.what) else {
+            continue;
+        };
+        let is_of_user = match deed.whose {
+            Whose::Everybody | Whose::Many { .. } => true,
+            Whose::Users(users) => users.contains(&name),
+            Whose::Nobody => false,
+        };
+        if is_of_user {
+            let (_, last_ms) = found.entry(checker).or_insert((deed.at_ms, deed.at_ms));
+            *last_ms = deed.at_ms;
+        }
+    }
+    let recipient = |(checker, watched_ms)| Recipient {
+        checker,
+        watched_ms,
+    };
+    Ok(found.into_iter().map(recipient).collect())
 }
 
 impl Audit {
@@ -311,8 +358,6 @@ impl Repeats {
 
 #[cfg(test)]
 mod tests {
-    use waypost_proto::id::UserId;
-
     use super::*;
 
     const NOON_MS: u64 = 1_767_268_800_000;
@@ -354,6 +399,37 @@ mod tests {
         let text = fs::read_to_string(folder.path().join(FILE_NAME)).unwrap();
         assert_eq!(text.lines().count(), 5);
         assert!(text.contains(r#""who":{"checker":"b"},"what":"watch_started""#));
+    }
+
+    #[tokio::test]
+    async fn who_has_watched_a_user_is_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let metrics = Metrics::new();
+        let (audit, ended) = Audit::start(folder.path(), NOON_MS, &metrics).unwrap();
+        let watch = |name: &str, at_ms, whose| Deed {
+            at_ms,
+            whose,
+            ..watched(name)
+        };
+        for deed in [
+            watch("all", 10, Whose::Everybody),
+            watch("other", 11, Whose::of(&[UserId([8; 16])])),
+            watch("one", 12, Whose::of(&[UserId([7; 16])])),
+            watch("all", 13, Whose::Everybody),
+        ] {
+            audit.record(deed).await.unwrap();
+        }
+        drop(audit);
+        ended.await.unwrap();
+        let found = recipients(&folder.path().join(FILE_NAME), UserId([7; 16])).unwrap();
+        let recipient = |checker: &str, watched_ms| Recipient {
+            checker: checker.to_owned(),
+            watched_ms,
+        };
+        assert_eq!(
+            found,
+            [recipient("all", (10, 13)), recipient("one", (12, 12))]
+        );
     }
 
     #[tokio::test]

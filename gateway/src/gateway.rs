@@ -25,6 +25,7 @@ use crate::{
     config::Config,
     disk::DiskWatch,
     erase::{self, Eraser},
+    export::stream::{ExportParts, Exports},
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
@@ -124,6 +125,7 @@ pub struct Gateway {
     audit: Audit,
     audit_ended: oneshot::Receiver<()>,
     eraser: Eraser,
+    exports: Exports,
 }
 
 impl Gateway {
@@ -245,6 +247,14 @@ impl Gateway {
                 metrics: metrics.clone(),
             },
         )?;
+        let exports = Exports::new(ExportParts {
+            store: Arc::clone(&store),
+            audit: audit.clone(),
+            audit_log: config.data_dir.join(audit::FILE_NAME),
+            clock: clock.clone(),
+            metrics: metrics.clone(),
+            retention: config.store.retention,
+        });
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
@@ -255,6 +265,7 @@ impl Gateway {
                 &config.devices.allowance,
                 config.devices.connections.saturating_mul(2),
             ),
+            exports: exports.clone(),
             metrics: metrics.clone(),
             clock,
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
@@ -292,6 +303,7 @@ impl Gateway {
             audit,
             audit_ended,
             eraser,
+            exports,
         })
     }
 
@@ -322,6 +334,7 @@ impl Gateway {
             audit,
             audit_ended,
             eraser,
+            exports,
         } = self;
         let disk = DiskWatch::new(Arc::clone(&store), committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
@@ -413,6 +426,8 @@ impl Gateway {
         drop(
             timeout(CLOSE_TIMEOUT, async {
                 while parts.join_next().await.is_some() {}
+                exports.ended().await;
+                drop(exports);
                 // With the last part went the last who could have had something recorded.
                 audit_ended.await.ok();
             })

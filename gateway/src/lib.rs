@@ -39,6 +39,7 @@ pub mod deadlines;
 pub mod disk;
 mod durable;
 pub mod erase;
+pub mod export;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;

@@ -30,6 +30,7 @@ mod commits;
 mod connections;
 mod disk;
 mod erasures;
+mod exports;
 mod fates;
 mod freshness;
 mod limits;
@@ -65,6 +66,7 @@ pub use self::{
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
     erasures::ErasureMetrics,
+    exports::ExportMetrics,
     fates::{Fates, REJECTS},
     freshness::{FreshnessMetrics, RESETS, SHARINGS},
     limits::{LIMITS, LimitMetrics},
@@ -94,6 +96,7 @@ pub struct Handles {
     pub vigil: VigilMetrics,
     pub audit: AuditMetrics,
     pub erasures: ErasureMetrics,
+    pub exports: ExportMetrics,
 }
 
 struct Inner {
@@ -234,6 +237,7 @@ impl Handles {
             vigil: VigilMetrics::register(),
             audit: AuditMetrics::register(),
             erasures: ErasureMetrics::register(),
+            exports: ExportMetrics::register(),
         }
     }
 }

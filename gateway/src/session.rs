@@ -48,6 +48,7 @@ use crate::{
     admission::Admission,
     allowance::{Allowance, Allowances},
     commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
+    export::stream::Exports,
     metrics::Metrics,
     takeover::Takeovers,
     tls::RestoredCheck,
@@ -109,6 +110,8 @@ pub struct SessionParts {
     pub takeovers: Takeovers,
     /// What each device may do over time.
     pub allowances: Allowances,
+    /// Who gives holders what is held on them.
+    pub exports: Exports,
     /// What sessions count with.
     pub metrics: Metrics,
     /// The gateway's clock.
@@ -564,6 +567,14 @@ impl<'a> Shell<'a> {
                 self.ask(lane, request, deferral)
             }
             Step::Answer(lane, frame) => Ok(Some(Box::pin(self.write(lane, encoded(&frame))))),
+            Step::Export(lane, id) => {
+                if self.parts.exports.begin(self.connection, self.device, id) {
+                    return Ok(None);
+                }
+                let grant = Grant::TryLater;
+                let later = self.session.handle_granted(Granted { id, grant });
+                Ok(Some(Box::pin(self.write(lane, encoded(&later)))))
+            }
             Step::Wait(lane) => {
                 self.bind(at, lane);
                 Ok(None)

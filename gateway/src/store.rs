@@ -49,6 +49,7 @@ pub mod record;
 mod sealed;
 mod settings;
 mod space;
+mod view;
 mod watermark;
 
 use folder::{Folder, Lock};
@@ -70,6 +71,7 @@ pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
 pub use settings::StoreConfig;
 pub use space::Space;
+pub use view::UserView;
 
 /// The open store. The gateway has it open for writing, alone; any number of readers may be beside it.
 pub struct Store {
@@ -820,10 +822,7 @@ impl Store {
     ) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
         self.scan(&self.family(DEVICES), user).map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            let device = keys::device_of_key(&key).ok_or_else(|| bad_key(DEVICES, &key))?;
-            let record =
-                record::decode_device(&value).map_err(|source| bad_value(DEVICES, &key, source))?;
-            Ok((device, record))
+            device_row(&key, &value)
         })
     }
 
@@ -839,28 +838,38 @@ impl Store {
                 .cf_handle(&name)
                 .map(|family| self.scan(&family, user));
             rows.into_iter().flatten().map(move |row| {
-                let (row, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-                let key = PingKey::from_bytes(&row).ok_or_else(|| bad_key(&name, &row))?;
-                let bad_value = |source| bad_value(&name, &row, source);
-                let record = match sealed::sealed_part(&value) {
-                    // Written before rows were sealed.
-                    None => record::decode_pings(&value),
-                    Some(part) => {
-                        let keys = self.keys.as_ref().map(Mutex::lock);
-                        let user_key = keys
-                            .as_ref()
-                            .and_then(|keys| keys.key(&key.device.user))
-                            .ok_or(ReadError::Sealed { day, key })?;
-                        sealed::open_pings(user_key, &name, &row, part)
-                            .and_then(|value| record::decode_pings(&value))
-                    }
-                };
-                Ok(PingRow {
-                    day,
-                    key,
-                    record: record.map_err(bad_value)?,
-                })
+                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+                self.ping_row(day, &name, &key, &value)
             })
+        })
+    }
+
+    /// Reads a row of pings, and opens it if it is sealed.
+    fn ping_row(
+        &self,
+        day: Day,
+        family: &str,
+        row: &[u8],
+        value: &[u8],
+    ) -> Result<PingRow, ReadError> {
+        let key = PingKey::from_bytes(row).ok_or_else(|| bad_key(family, row))?;
+        let record = match sealed::sealed_part(value) {
+            // Written before rows were sealed.
+            None => record::decode_pings(value),
+            Some(part) => {
+                let keys = self.keys.as_ref().map(Mutex::lock);
+                let user_key = keys
+                    .as_ref()
+                    .and_then(|keys| keys.key(&key.device.user))
+                    .ok_or(ReadError::Sealed { day, key })?;
+                sealed::open_pings(user_key, family, row, part)
+                    .and_then(|value| record::decode_pings(&value))
+            }
+        };
+        Ok(PingRow {
+            day,
+            key,
+            record: record.map_err(|source| bad_value(family, row, source))?,
         })
     }
 
@@ -999,6 +1008,12 @@ impl Batch {
     pub fn size_bytes(&self) -> usize {
         self.bytes.len()
     }
+}
+
+fn device_row(key: &[u8], value: &[u8]) -> Result<(DeviceId, DeviceRecord), ReadError> {
+    let device = keys::device_of_key(key).ok_or_else(|| bad_key(DEVICES, key))?;
+    let record = record::decode_device(value).map_err(|source| bad_value(DEVICES, key, source))?;
+    Ok((device, record))
 }
 
 fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescriptor> {

@@ -216,6 +216,8 @@ pub enum Step {
     Ask(Lane, Request),
     /// Answer the device on this lane.
     Answer(Lane, v1::GatewayFrame),
+    /// Send everything that is held on the user, on a stream of its own; the device's name for it.
+    Export(Lane, u64),
     /// Hello is kept until the other lane's has been answered; nothing to do.
     Wait(Lane),
 }
@@ -381,7 +383,8 @@ impl Session {
                     Some(Action::Pause(_)) => Wish::Pause,
                     Some(Action::Resume(_)) => Wish::Resume,
                     Some(Action::Erase(_)) => Wish::Erase,
-                    Some(Action::Export(_)) | None => {
+                    Some(Action::Export(_)) => return Ok(Step::Export(lane, id)),
+                    None => {
                         let frame = result(id, Outcome::NotSupported, None);
                         return Ok(Step::Answer(lane, frame));
                     }
@@ -935,6 +938,11 @@ mod tests {
             .handle_frame(None, hello(v1::Lane::Live, 1))
             .unwrap();
         let erase = control(6, v1::control::Action::Erase(v1::control::Erase {}));
+        let export = control(7, v1::control::Action::Export(v1::control::Export {}));
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), export),
+            Ok(Step::Export(Lane::Live, 7))
+        );
         for (frame, id, wish) in [
             (pause, 4, Wish::Pause),
             (resume, 5, Wish::Resume),
@@ -1039,7 +1047,7 @@ mod tests {
             .unwrap();
         let control = v1::Control {
             id: 4,
-            action: Some(v1::control::Action::Export(v1::control::Export {})),
+            action: None,
         };
         let frame = v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Control(control)),

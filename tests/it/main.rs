@@ -8,6 +8,7 @@ mod discovery;
 mod disk;
 mod early;
 mod erase;
+mod export;
 mod freshness;
 mod hostile;
 mod identity;

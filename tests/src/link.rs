@@ -206,6 +206,18 @@ impl Link {
         })
     }
 
+    /// Reads a stream that the gateway opens to its end: its first frame, and what is behind it.
+    pub async fn read_uni(&self) -> (v1::GatewayFrame, Vec<u8>) {
+        let mut stream = tokio::time::timeout(PATIENCE, self.connection.accept_uni())
+            .await
+            .expect("the gateway opens a stream")
+            .unwrap();
+        let bytes = tokio::time::timeout(PATIENCE, stream.read_to_end(1 << 24)).await;
+        let mut unread = BytesMut::from(&*bytes.expect("it ends").unwrap());
+        let frame = take_frame(&mut unread).expect("a frame first");
+        (frame, unread.to_vec())
+    }
+
     /// Ends the connection from this side.
     pub fn close(&self) {
         let code = u32::from(CloseCode::NoError as u8);

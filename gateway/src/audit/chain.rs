@@ -46,6 +46,8 @@ pub enum What {
     Started,
     /// A checker began to be told how fresh users are.
     WatchStarted,
+    /// Everything that is held was given to the holder.
+    Exported,
     /// Everything that was held was erased, or is from then on.
     Erased,
 }

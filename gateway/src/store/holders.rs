@@ -175,24 +175,10 @@ impl Store {
         for row in self.scan(&self.family(USERS), None) {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(USERS, &key))?;
-            let row: UserRow =
-                record::decode_row(&value).map_err(|source| bad_value(USERS, &key, source))?;
-            let user = UserId(user);
-            let withheld = if row.erased_position == 0 {
-                Withheld {
-                    sharing: Sharing::Paused,
-                    position: row.paused_position,
-                    since_ms: row.paused_since_ms,
-                }
-            } else {
-                kept.erasures.push((user, erasure(&row)));
-                Withheld {
-                    sharing: Sharing::Erased,
-                    position: row.erased_position,
-                    since_ms: row.erased_since_ms,
-                }
-            };
-            kept.withheld.push((user, withheld));
+            let (withheld, erasure) = withheld(&key, &value)?;
+            kept.withheld.push((UserId(user), withheld));
+            kept.erasures
+                .extend(erasure.map(|erasure| (UserId(user), erasure)));
         }
         let family = self.family(TRANSITIONS);
         let forgotten = self
@@ -335,12 +321,39 @@ impl Store {
         let key = transition_key(position, 0);
         let mode = IteratorMode::From(&key, Direction::Forward);
         let rows = self.db.iterator_cf(&self.family(TRANSITIONS), mode);
-        rows.filter(|row| row.as_ref().map_or(true, |(key, _)| **key != FORGOTTEN_KEY))
-            .map(|row| {
-                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-                transition(&key, &value)
-            })
+        rows.map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            transition_row(&key, &value)
+        })
+        .filter_map(Result::transpose)
     }
+}
+
+/// Reads a row of users: how the user does not share, and how far its erasure has come, if there is one.
+pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Erasure>), ReadError> {
+    let row: UserRow = record::decode_row(value).map_err(|source| bad_value(USERS, key, source))?;
+    if row.erased_position == 0 {
+        let paused = Withheld {
+            sharing: Sharing::Paused,
+            position: row.paused_position,
+            since_ms: row.paused_since_ms,
+        };
+        return Ok((paused, None));
+    }
+    let erased = Withheld {
+        sharing: Sharing::Erased,
+        position: row.erased_position,
+        since_ms: row.erased_since_ms,
+    };
+    Ok((erased, Some(erasure(&row))))
+}
+
+/// Reads a row of transitions; none for the one that says what is no longer kept.
+pub(super) fn transition_row(key: &[u8], value: &[u8]) -> Result<Option<Transition>, ReadError> {
+    if *key == FORGOTTEN_KEY {
+        return Ok(None);
+    }
+    transition(key, value).map(Some)
 }
 
 /// The keys of the events of one user.

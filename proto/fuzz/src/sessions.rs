@@ -225,7 +225,7 @@ impl Gateway {
                 self.waiting
                     .push((at, connection.generation, lane, request));
             }
-            Ok(Step::Answer(..) | Step::Wait(_)) => {}
+            Ok(Step::Answer(..) | Step::Export(..) | Step::Wait(_)) => {}
             Err(_) => self.reconnect(at),
         }
     }

@@ -188,6 +188,12 @@ pub struct Heartbeat {}
 /// on the user is removed, also from the files where it lay, and looked for once more. ControlResult comes after that, with
 /// a receipt; it may take minutes, and the connection ends behind it. If it breaks before, the gateway goes on all the same,
 /// also after a restart. What stays is the user's id, so that no device of the user is let in again.
+///
+/// Export sends the device everything that is held on its user, as it is at one moment. For that the gateway opens a
+/// unidirectional stream, which the device has to allow; on it come one frame, with the ControlResult, and if that is DONE
+/// JSON Lines up to the end of the stream: each an object with its `kind`, first `user`, then `device`, `transition` and
+/// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Only TRY_LATER comes on
+/// the lane: as many exports are under way as the gateway makes at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Control {
     /// Chosen by the device; ControlResult repeats it.
@@ -250,7 +256,7 @@ pub mod control_result {
         NotSupported = 2,
         /// nothing was changed
         ///
-        /// as many erasures are under way as the gateway takes at a time; nothing was changed
+        /// as much of that is under way as the gateway does at a time; nothing was changed
         TryLater = 3,
     }
     impl Outcome {

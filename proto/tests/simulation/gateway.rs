@@ -558,6 +558,7 @@ impl Gateway {
                 }
                 Ok(Step::Answer(lane, frame)) => self.write_frame(link, lane, frame),
                 Ok(Step::Wait(lane)) => self.bind(link, at, lane),
+                Ok(Step::Export(..)) => unreachable!("no device of this world wants one"),
                 Err(violation) => return self.close(link, violation.close_code()),
             }
         }
