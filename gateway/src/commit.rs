@@ -377,6 +377,9 @@ impl Committer {
         self.rotate(commit_ms)?;
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
+        // Also when nothing else is written, as when all wait for their Hello: it is announced, and a position that is
+        // not on disk would be used again after a restart.
+        judged.batch.put_position(position);
         let put_off = self.store.space().is_short.then_some(NO_ROOM);
         for submission in group.drain(..) {
             let Submission {
@@ -416,7 +419,6 @@ impl Committer {
             let Some(record) = self.devices.get(device) else {
                 continue;
             };
-            judged.batch.put_position(position);
             judged.batch.put_device(device, record);
         }
         for &device in &judged.touched {
@@ -505,7 +507,6 @@ impl Committer {
         let begun = self.holders.grant(user, Wish::Erase).map(|to| {
             judged.turn(user, to, said);
             judged.fenced.push(device);
-            judged.batch.put_position(said.position);
             // Rare enough to look at all of them.
             self.devices.retain(|device, _| device.user != user);
             self.last_stored.retain(|device, _| device.user != user);

@@ -652,7 +652,7 @@ impl Store {
     }
 
     fn write(&self, batch: &Batch) -> Result<(), CommitError> {
-        if batch.puts.is_empty() {
+        if batch.puts.is_empty() && batch.position == 0 {
             return Ok(());
         }
         let devices = self.family(DEVICES);
@@ -808,7 +808,7 @@ impl Batch {
         });
     }
 
-    /// Makes a position durable that is in no device's record: that of early data, which may not move it.
+    /// Makes a position durable, also one that is in no row.
     pub fn put_position(&mut self, position: u64) {
         self.position = self.position.max(position);
     }
