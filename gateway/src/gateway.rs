@@ -23,12 +23,14 @@ use crate::{
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
+    control::{ControlError, Door, DoorParts},
     disk::DiskWatch,
     erase::{self, Eraser},
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
     orders::{self, OrderHandle},
+    revocation::Revocations,
     session::SessionParts,
     sharing::{Holders, Sharing, Withheld},
     store::{CommitError, OpenError, ReadError, Store},
@@ -57,6 +59,8 @@ pub enum BindError {
     Feed(#[from] FeedError),
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The addresses could not be read or written.
     #[error("cannot write {path}: {source}")]
     Addresses {
@@ -124,6 +128,7 @@ pub struct Gateway {
     audit: Audit,
     audit_ended: oneshot::Receiver<()>,
     eraser: Eraser,
+    door: Door,
 }
 
 impl Gateway {
@@ -182,6 +187,9 @@ impl Gateway {
                 path: config.data_dir.join(audit::FILE_NAME).display().to_string(),
                 source,
             })?;
+        let revocations = Arc::new(Revocations::restore(store.load_revocations()?));
+        metrics.trust.revoked(revocations.counts());
+
         metrics.commits.known_devices.set(devices.len() as f64);
         metrics.commits.position.set(recovered.position as f64);
 
@@ -218,6 +226,7 @@ impl Gateway {
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
                 holders: Holders::restore(holders.withheld),
+                revocations: Arc::clone(&revocations),
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
@@ -250,6 +259,8 @@ impl Gateway {
             commit: commit.clone(),
             admission,
             restored_check: device_tls.check,
+            revocations,
+            connected: Arc::default(),
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,
@@ -260,10 +271,16 @@ impl Gateway {
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
             draining: CancellationToken::new(),
         };
+        let sessions = Arc::new(sessions);
+        let door = DoorParts {
+            orders: orders.clone(),
+            connected: Arc::clone(&sessions.connected),
+        };
+        let door = Door::bind(&config.data_dir, door)?;
         let accept = AcceptParts {
             config: config.devices.clone(),
             trust_domain: config.tls.trust_domain.as_str().into(),
-            sessions: Arc::new(sessions),
+            sessions,
             refusals: Arc::default(),
         };
         metrics
@@ -292,6 +309,7 @@ impl Gateway {
             audit,
             audit_ended,
             eraser,
+            door,
         })
     }
 
@@ -322,6 +340,7 @@ impl Gateway {
             audit,
             audit_ended,
             eraser,
+            door,
         } = self;
         let disk = DiskWatch::new(Arc::clone(&store), committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
@@ -329,6 +348,8 @@ impl Gateway {
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
+        // Who comes to it while the gateway stops writes to the store when it has.
+        parts.spawn(named("operator's door", door.run(draining.clone())));
         parts.spawn(named(
             "sampler",
             sample(

@@ -7,7 +7,8 @@
 //! The committer judges, writes through [`store`], publishes to [`freshness`], and only then answers;
 //! [`feed`] tells checkers. Beside pings the committer keeps a [`vigil`]: its [`lookout`] finds out when the gateway
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
-//! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`].
+//! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`]. So does the operator, at the door of
+//! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -18,8 +19,8 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, [`newcomers`], `accept`, `handshake` and [`session`]
-//!    speak QUIC, and only
+//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, [`newcomers`], `accept`, `handshake`,
+//!    [`session`] and [`connected`] speak QUIC, and only
 //!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows
 //!    none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
@@ -34,6 +35,8 @@ pub mod cli;
 pub mod clock;
 pub mod commit;
 pub mod config;
+pub mod connected;
+pub mod control;
 pub mod coverage;
 pub mod deadlines;
 pub mod disk;
@@ -54,6 +57,8 @@ pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
+pub mod revocation;
+pub mod revoke;
 pub mod session;
 pub mod sharing;
 mod steer;

@@ -8,6 +8,7 @@ use waypost_gateway::{
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
     pki::command::{self as pki, PkiArgs},
+    revoke::{self, RevokeArgs},
     watch::WatchArgs,
 };
 
@@ -40,6 +41,8 @@ enum Command {
     CheckConfig(CheckConfigArgs),
     /// Make certificates for the gateway, devices and checkers
     Pki(PkiArgs),
+    /// Serve a device or user no more
+    Revoke(RevokeArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
@@ -53,6 +56,9 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve(&args),
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Revoke(args) => {
+            revoke::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

@@ -33,7 +33,7 @@ use self::{sessions::Sessions, verifier::ClientVerifier};
 use crate::metrics::Metrics;
 
 pub use self::{
-    identity::{checker_of, device_of, identity_of},
+    identity::{certificate_ids, checker_of, device_of, identity_of},
     refusal::Refusal,
     verifier::RestoredCheck,
 };

@@ -19,6 +19,7 @@ mod pause;
 mod power_loss;
 mod python;
 mod replay;
+mod revocation;
 mod scenarios;
 mod shutdown;
 mod terms;

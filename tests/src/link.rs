@@ -168,7 +168,7 @@ impl Attempt {
         self.0.is_ok()
     }
 
-    pub(crate) fn unwrap(self) -> Link {
+    pub fn unwrap(self) -> Link {
         self.0.unwrap()
     }
 
