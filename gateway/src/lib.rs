@@ -9,6 +9,7 @@
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
 //! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`]. So does the operator, at the door of
 //! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
+//! Certificates and revocation lists that change are taken into use by `reload`.
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -57,6 +58,7 @@ pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
+mod reload;
 pub mod revocation;
 pub mod revoke;
 pub mod session;

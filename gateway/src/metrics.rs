@@ -19,7 +19,7 @@
 //! - `commits`: the committer's queues, its commits, and how often the disk stalled them.
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
-//! - `trust`: who is revoked.
+//! - `trust`: who is revoked, and certificate files that were read again.
 //! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
 //!
@@ -74,7 +74,7 @@ pub use self::{
     series::ByLabel,
     sessions::{ADMISSIONS, FRAME_KINDS, SessionMetrics},
     store::StoreFigures,
-    trust::TrustMetrics,
+    trust::{RELOADS, TrustMetrics},
     vigil::{BLINDNESSES, DEADLINE_EVENTS, VigilMetrics},
 };
 

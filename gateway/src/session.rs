@@ -27,6 +27,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::RwLock;
 use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -105,8 +106,8 @@ pub struct SessionParts {
     pub commit: CommitHandle,
     /// Who may begin a connection, and how many have one.
     pub admission: Admission,
-    /// Checks who resumes a TLS session.
-    pub restored_check: RestoredCheck,
+    /// Checks who resumes a TLS session; another when the files behind it have changed.
+    pub restored_check: RwLock<RestoredCheck>,
     /// Who is let in no more.
     pub revocations: Arc<Revocations>,
     /// Whose connections are open, so that a revocation ends them.

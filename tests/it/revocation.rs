@@ -1,7 +1,9 @@
-//! Who is revoked is out: at once, however it comes back, and after a restart; and nobody else is.
+//! Who is revoked is out: at once, however it comes back, and after a restart; and nobody else is. The files by which
+//! the gateway and its peers prove themselves can change while it runs.
 
-use std::{iter, process::Command as Program, sync::Arc};
+use std::{fs, iter, path::PathBuf, process::Command as Program, sync::Arc};
 
+use tonic::Code;
 use waypost_gateway::{
     audit::Audit,
     clock::{Clock, system_now_ms},
@@ -11,6 +13,7 @@ use waypost_gateway::{
     freshness::Freshness,
     metrics::Metrics,
     orders::{self, Revoke},
+    pki::{Authority, Credentials},
     revocation::Subject,
     sharing::Holders,
     store::{Store, StoreConfig},
@@ -25,8 +28,8 @@ use waypost_proto::{
     v1,
 };
 use waypost_tests::{
-    Attempt, Device, Link, Process, Relay, Stream, Weather, World, binary, hello, link::Returning,
-    ping, stored_seqs,
+    Attempt, Device, Link, MetricsPage, Process, Relay, Stream, Weather, World, binary, hello,
+    link::Returning, ping, revocation_list, stored_seqs,
 };
 
 const ACCEPTED: &str = "waypost_pings_total{fate=\"accepted\"}";
@@ -34,6 +37,8 @@ const CLOSED: &str = "waypost_connections_closed_total{code=\"revoked\"}";
 const REFUSED: &str = "waypost_connections_refused_total{reason=\"revoked\"}";
 const REVOKED_DEVICES: &str = "waypost_revocations{of=\"device\"}";
 const REVOKED_USERS: &str = "waypost_revocations{of=\"user\"}";
+const REVOKED_CERTIFICATES: &str = "waypost_revocations{of=\"certificate\"}";
+const RELOADS_FAILED: &str = "waypost_tls_reloads_total{outcome=\"failed\"}";
 
 /// A connection whose device was welcomed, and how far it has come.
 struct Live {
@@ -432,5 +437,202 @@ async fn once_a_revocation_is_on_disk_nothing_of_its_subject_is_stored_whatever_
         recovered.position,
         freshness.head().position,
         "also those of commits that wrote nothing"
+    );
+}
+
+/// A world that goes by a list of revoked certificates, on which nobody is who is here.
+async fn with_list() -> (World, impl Fn(&[&Credentials])) {
+    let mut pki = PathBuf::new();
+    let mut path = PathBuf::new();
+    let world = World::start_with(|config| {
+        pki = config.tls.client_ca.parent().unwrap().to_owned();
+        path = pki.join("revoked.pem");
+        let authority = Authority::open(&pki).unwrap();
+        let stranger = authority.issue_checker("stranger").unwrap();
+        fs::write(&path, revocation_list(&pki, &[&stranger])).unwrap();
+        config.tls.client_crl = Some(path.clone());
+    })
+    .await;
+    let list = move |revoked: &[&Credentials]| {
+        fs::write(&path, revocation_list(&pki, revoked)).unwrap();
+    };
+    (world, list)
+}
+
+async fn reloaded(world: &World, outcome: &str, times: u8) -> MetricsPage {
+    let series = format!("waypost_tls_reloads_total{{outcome=\"{outcome}\"}}");
+    let times = f64::from(times);
+    world
+        .metrics_until(|page| page.value(&series) == times)
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_changes_ends_whom_it_names_and_nobody_else() {
+    let (world, list) = with_list().await;
+    let (lost, other) = (world.device(1), world.device(2));
+    let returning = Returning::new(&world, &lost);
+    let ended = Live::on(returning.connect(world.addresses().devices).await).await;
+    let mut stays = Live::begin(&world, &other).await;
+    assert_eq!(world.metrics().await.value(REVOKED_CERTIFICATES), 1.0);
+
+    let gone = world.device(3);
+    list(&[&gone.credentials, &lost.credentials]);
+    let page = reloaded(&world, "used", 1).await;
+    assert_eq!(page.value(REVOKED_CERTIFICATES), 2.0);
+    assert_eq!(ended.link.closed().await, Some(CloseCode::Revoked));
+    stays.goes_on().await;
+    assert!(
+        !world
+            .attempt(Some(&lost.credentials))
+            .await
+            .is_served()
+            .await,
+        "nor with a full handshake"
+    );
+    let resumed = returning.connect(world.addresses().devices).await;
+    assert_eq!(resumed.closed().await, Some(CloseCode::Revoked));
+    let page = world.metrics_until(|page| page.value(REFUSED) == 2.0).await;
+    assert_eq!(page.value(CLOSED), 1.0);
+    // It is a certificate that is revoked here, and not the device.
+    is_in(world.attempt(Some(&world.device(1).credentials)).await).await;
+
+    // The control: a list that changes, and names nobody who is here.
+    list(&[&lost.credentials]);
+    let page = reloaded(&world, "used", 2).await;
+    assert_eq!(
+        (page.value(REVOKED_CERTIFICATES), page.value(CLOSED)),
+        (1.0, 1.0)
+    );
+    stays.goes_on().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_cannot_be_read_changes_nothing() {
+    let (world, list) = with_list().await;
+    let (lost, other) = (world.device(1), world.device(2));
+    let mut stays = Live::begin(&world, &other).await;
+    list(&[&lost.credentials]);
+    reloaded(&world, "used", 1).await;
+    let path = world.config().tls.client_crl.clone().unwrap();
+    fs::write(&path, "torn").unwrap();
+    reloaded(&world, "failed", 1).await;
+    // In the authority's name, and signed with another key.
+    let forger = world.scratch("forger");
+    fs::create_dir(&forger).unwrap();
+    fs::copy(world.scratch("pki").join("ca.pem"), forger.join("ca.pem")).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    fs::write(forger.join("ca.key"), key.serialize_pem()).unwrap();
+    fs::write(&path, revocation_list(&forger, &[&other.credentials])).unwrap();
+    reloaded(&world, "failed", 2).await;
+    fs::remove_file(&path).unwrap();
+    let page = reloaded(&world, "failed", 3).await;
+    assert_eq!(page.value(REVOKED_CERTIFICATES), 1.0);
+    assert!(
+        !world
+            .attempt(Some(&lost.credentials))
+            .await
+            .is_served()
+            .await
+    );
+    is_in(world.attempt(Some(&world.device(3).credentials)).await).await;
+    stays.goes_on().await;
+    // The control: one that can be read.
+    list(&[&other.credentials]);
+    reloaded(&world, "used", 2).await;
+    assert_eq!(stays.link.closed().await, Some(CloseCode::Revoked));
+    is_in(world.attempt(Some(&lost.credentials)).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checker_whose_certificate_is_listed_is_told_nothing_more() {
+    let (world, list) = with_list().await;
+    let [lost, other] = [(); 2].map(|()| world.authority.issue_checker("dev").unwrap());
+    let mut ended = world.checker_with(&lost).await;
+    let mut stays = world.checker_with(&other).await;
+    let watch = v1::WatchRequest::default();
+    let mut told = ended.watch(watch.clone()).await.unwrap().into_inner();
+    let mut told_too = stays.watch(watch).await.unwrap().into_inner();
+    assert!(told.message().await.unwrap().is_some());
+    list(&[&lost]);
+    reloaded(&world, "used", 1).await;
+    let end = waypost_tests::until(async || told.message().await.err()).await;
+    assert_eq!(end.code(), Code::PermissionDenied, "{end}");
+    let refused = ended.get(v1::GetRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
+    assert!(told_too.message().await.unwrap().is_some());
+    stays.get(v1::GetRequest::default()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newcomers_see_a_new_certificate_and_those_who_are_there_go_on() {
+    let world = World::start().await;
+    let mut before = Live::begin(&world, &world.device(1)).await;
+    let pki = world.scratch("pki");
+    let renewed = world.authority.issue_server(&["localhost"]).unwrap();
+    fs::write(pki.join("server.pem"), &renewed.certificate_pem).unwrap();
+    fs::write(pki.join("server.key"), &renewed.private_key_pem).unwrap();
+    reloaded(&world, "used", 1).await;
+    before.goes_on().await;
+    let mut after = Live::begin(&world, &world.device(2)).await;
+    assert_eq!(after.link.gateway_certificate(), *renewed.certificate_der());
+    assert_ne!(
+        before.link.gateway_certificate(),
+        *renewed.certificate_der()
+    );
+
+    // What cannot be used changes nothing.
+    fs::write(pki.join("server.pem"), "torn").unwrap();
+    reloaded(&world, "failed", 1).await;
+    for live in [&mut before, &mut after] {
+        live.goes_on().await;
+    }
+    let last = Live::begin(&world, &world.device(3)).await;
+    assert_eq!(last.link.gateway_certificate(), *renewed.certificate_der());
+    assert_eq!(world.metrics().await.value(CLOSED), 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_further_authority_is_known_without_a_restart_and_one_that_is_gone_no_more() {
+    let world = World::start().await;
+    let mut before = Live::begin(&world, &world.device(1)).await;
+    let other = World::authority_in(&world.scratch("other"));
+    let foreign = other.issue_device(world.device(2).id).unwrap();
+    // The control.
+    assert!(!world.attempt(Some(&foreign)).await.is_served().await);
+    let both = [world.authority.certificate_pem(), other.certificate_pem()].concat();
+    let path = &world.config().tls.client_ca;
+    fs::write(path, both).unwrap();
+    reloaded(&world, "used", 1).await;
+    is_in(world.attempt(Some(&foreign)).await).await;
+
+    let returning = Returning::new(&world, &world.device(3));
+    let first = Live::on(returning.connect(world.addresses().devices).await).await;
+    first.link.close();
+    fs::write(path, other.certificate_pem()).unwrap();
+    reloaded(&world, "used", 2).await;
+    before.goes_on().await;
+    let resumed = returning.connect(world.addresses().devices).await;
+    assert_eq!(
+        resumed.closed().await,
+        Some(CloseCode::BadIdentity),
+        "nor by resuming"
+    );
+    is_in(world.attempt(Some(&foreign)).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_cannot_be_used_are_said_in_the_log() {
+    let mut gateway = Process::start(&[]).await;
+    fs::write(gateway.data_dir().join("pki/ca.pem"), "torn").unwrap();
+    gateway
+        .metrics_until(|page| page.value(RELOADS_FAILED) == 1.0)
+        .await;
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+    let log = gateway.log();
+    assert!(
+        log.contains("those before stay in use") && log.contains("[tls] client_ca"),
+        "{log}"
     );
 }

@@ -183,6 +183,13 @@ impl Link {
         &self.connection
     }
 
+    /// The certificate by which the gateway has proven itself, DER.
+    pub fn gateway_certificate(&self) -> Vec<u8> {
+        let chain = self.connection.peer_identity().unwrap();
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>().unwrap();
+        chain[0].to_vec()
+    }
+
     /// Opens a stream and says Hello on it.
     pub async fn open(&self, hello: v1::Hello) -> Stream {
         let mut stream = self.open_raw().await;

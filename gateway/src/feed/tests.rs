@@ -26,6 +26,7 @@ use crate::{
     deadlines::{self, Checker, Event, Late, Registration, Setting},
     erase,
     orders::{self, Order, Orders},
+    revocation::Revocations,
     sharing::Holders,
     store::{Batch, StoreConfig},
     tls::{TlsConfig, freshness_server_config},
@@ -117,6 +118,7 @@ impl Harness {
         let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
         let store = Arc::new(store);
         let (order, orders) = orders::queue();
+        let revocations = Arc::<Revocations>::default();
         let metrics = Metrics::new();
         let parts = FeedParts {
             trust_domain: TRUST_DOMAIN.to_owned(),
@@ -124,6 +126,7 @@ impl Harness {
             bulletin: Arc::clone(&bulletin),
             store: Arc::downgrade(&store),
             order,
+            revocations: Arc::clone(&revocations),
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
@@ -131,7 +134,7 @@ impl Harness {
             audit: Audit::start(files.path(), 0, &metrics).unwrap().0,
             metrics: metrics.clone(),
         };
-        let feed = Feed::bind(&config, tls, parts).unwrap();
+        let feed = Feed::bind(&config, watch::channel(tls).1, parts).unwrap();
         let address = format!("https://{}", feed.local_addr());
         let cancel = CancellationToken::new();
         let running = tokio::spawn(feed.run(cancel.clone()));

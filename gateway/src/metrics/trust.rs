@@ -1,10 +1,10 @@
-//! Metrics of who is trusted: what is revoked.
+//! Metrics of who is trusted: what is revoked, and certificate files that were read again.
 //!
-//! Knows their names. Must not know who revokes.
+//! Knows their names. Must not know who revokes or where files are.
 
 use metrics::Gauge;
 
-use super::series::labelled_gauge;
+use super::series::{ByLabel, by_label, labelled_gauge};
 use crate::revocation::Counts;
 
 /// Moved by whoever changes what is trusted.
@@ -13,6 +13,8 @@ pub struct TrustMetrics {
     revoked_users: Gauge,
     revoked_devices: Gauge,
     revoked_certificates: Gauge,
+    /// How often changed certificate files were read again, by outcome, a label of [`RELOADS`].
+    pub reloads: ByLabel,
 }
 
 impl TrustMetrics {
@@ -29,6 +31,12 @@ impl TrustMetrics {
             revoked_users: revocations("user"),
             revoked_devices: revocations("device"),
             revoked_certificates: revocations("certificate"),
+            reloads: by_label(
+                "waypost_tls_reloads_total",
+                "Times that changed certificate files were read again, by whether they could be used.",
+                "outcome",
+                &RELOADS,
+            ),
         }
     }
 }
@@ -41,3 +49,6 @@ impl TrustMetrics {
         self.revoked_certificates.set(counts.certificates as f64);
     }
 }
+
+/// What became of changed certificate files.
+pub const RELOADS: [&str; 2] = ["used", "failed"];
