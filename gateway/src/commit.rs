@@ -375,6 +375,15 @@ impl Committer {
         self.revocations.set(subject, now_ms);
         self.metrics.trust.revoked(self.revocations.counts());
         self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.audit.tell(Deed {
+            at_ms: self.clock.now_ms(),
+            who: Who::Operator,
+            what: match now_ms {
+                Some(_) => What::Revoked,
+                None => What::RevocationLifted,
+            },
+            whose: Whose::of(&[subject.user()]),
+        });
         reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
     }

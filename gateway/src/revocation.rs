@@ -27,6 +27,17 @@ pub enum Subject {
     Device(DeviceId),
 }
 
+impl Subject {
+    /// The user whose devices it is about.
+    #[must_use]
+    pub fn user(&self) -> UserId {
+        match self {
+            Self::User(user) => *user,
+            Self::Device(device) => device.user,
+        }
+    }
+}
+
 impl fmt::Display for Subject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -164,6 +164,14 @@ async fn a_revoked_user_is_out_with_all_devices_also_those_that_were_never_seen(
     lift(&world, user).await;
     world.restart().await;
     is_in(world.attempt(Some(&first.credentials)).await).await;
+    let audit = fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    for what in ["revoked", "revocation_lifted"] {
+        let deed = format!(
+            "\"who\":\"operator\",\"what\":\"{what}\",\"whose\":{{\"users\":[\"{}\"]}}",
+            first.id.user
+        );
+        assert!(audit.contains(&deed), "{deed} is not in\n{audit}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
