@@ -26,7 +26,7 @@ use std::{
 
 use parking_lot::Mutex;
 use quinn::{Endpoint, Incoming};
-use tokio::{task::yield_now, time::timeout};
+use tokio::{sync::watch, task::yield_now, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 use waypost_proto::session::CloseCode;
@@ -46,6 +46,9 @@ use crate::{
 pub(crate) struct AcceptParts {
     /// Timeouts.
     pub(crate) config: DevicesConfig,
+    /// What newcomers are met with from now on, when certificate files have changed. None before that, when endpoints
+    /// have what they began with.
+    pub(crate) server: watch::Receiver<Option<quinn::ServerConfig>>,
     /// Who belongs here.
     pub(crate) trust_domain: Arc<str>,
     /// What each session gets.
@@ -63,10 +66,16 @@ pub(crate) async fn serve(endpoint: Endpoint, newcomers: Arc<Newcomers>, parts: 
         async move { bell.serve().await }
     });
     let draining = &parts.sessions.draining;
+    let mut server = parts.server.clone();
     loop {
         let incoming = tokio::select! {
             biased;
             () = draining.cancelled() => break,
+            Ok(()) = server.changed() => {
+                // Connections that have begun go on as they are.
+                endpoint.set_server_config(server.borrow_and_update().clone());
+                continue;
+            }
             incoming = next(&endpoint, &newcomers) => incoming,
         };
         let Some(incoming) = incoming else { break };

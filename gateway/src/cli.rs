@@ -12,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{self, Config},
     gateway::{Addresses, Gateway},
-    logging, pki, tls,
+    logging,
+    metrics::Metrics,
+    pki, tls,
     watch::{self, WatchArgs},
 };
 
@@ -171,8 +173,7 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
 /// Finds what is wrong before anything is bound or opened.
 fn check(config: &Config) -> Result<(), Failure> {
     config.log.filter().map_err(Failure::configuration)?;
-    tls::device_server_config(&config.tls).map_err(Failure::configuration)?;
-    tls::freshness_server_config(&config.tls).map_err(Failure::configuration)?;
+    tls::TlsFiles::load(&config.tls, &Metrics::new()).map_err(Failure::configuration)?;
     config.freshness.check().map_err(Failure::configuration)?;
     config
         .store

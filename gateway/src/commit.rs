@@ -3,8 +3,8 @@
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
-//! Between groups it writes what the [`Vigil`] has to say, and what checkers order.
-//! Knows device records, who has paused, and order; must not know connections, queues or RocksDB.
+//! Between groups it writes what the [`Vigil`] has to say, and what checkers and the operator order.
+//! Knows device records, who has paused or is revoked, and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
@@ -45,7 +45,7 @@ use crate::{
     },
     bulletin::News,
     clock::Clock,
-    deadlines::{Contact, Said, Standing},
+    deadlines::{Contact, Said, Standing, TooMany},
     disk::Pulse,
     erase::{EraseHandle, Erasure, Place},
     freshness::Freshness,
@@ -53,8 +53,9 @@ use crate::{
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{Order, Orders},
+    orders::{self, Order, Orders, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
+    revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition},
     store::{Batch, CommitError, Day, PingKey, Store, record},
     vigil::Vigil,
@@ -120,6 +121,7 @@ pub struct Committer {
     clock: Clock,
     devices: FxHashMap<DeviceId, DeviceRecord>,
     holders: Holders,
+    revocations: Arc<Revocations>,
     /// What the thinning rule compares with; empty while neither the operator nor a holder thins. Not kept on disk: after a
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
     last_stored: FxHashMap<DeviceId, LastStored>,
@@ -156,13 +158,15 @@ pub struct CommitParts {
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
     /// Who does not share.
     pub holders: Holders,
+    /// Who is let in no more, which it writes and others read.
+    pub revocations: Arc<Revocations>,
     /// The last position that the store holds.
     pub position: u64,
     /// How long pings are kept, and events of deadlines.
     pub retention: Duration,
     /// What it keeps beside pings.
     pub vigil: Vigil,
-    /// What checkers have it write.
+    /// What checkers and the operator have it write.
     pub orders: Orders,
     /// Who erases what a fence was made around.
     pub erase: EraseHandle,
@@ -192,6 +196,7 @@ impl Committer {
             clock: parts.clock,
             devices: parts.devices,
             holders: parts.holders,
+            revocations: parts.revocations,
             last_stored: FxHashMap::default(),
             position: parts.position,
             day: None,
@@ -314,9 +319,20 @@ impl Committer {
         self.say(&news)
     }
 
-    /// Does what a checker wants, and answers when it is on disk.
+    /// Does what a checker or the operator wants, and answers when it is on disk.
     fn obey(&mut self, order: Order) -> Result<(), CommitError> {
         let _waiting = self.pulse.wait();
+        match order {
+            Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
+            Order::Revoke(order, reply) => self.revoke(order, reply),
+        }
+    }
+
+    fn set_deadlines(
+        &mut self,
+        order: &SetDeadlines,
+        reply: orders::Reply<u64, TooMany>,
+    ) -> Result<(), CommitError> {
         let said = self.said_next();
         let (freshness, holders) = (&self.freshness, &self.holders);
         let news = self
@@ -331,7 +347,44 @@ impl Committer {
             }
             Err(too_many) => Err(too_many),
         };
-        order.answer(answer);
+        reply.answer(answer);
+        Ok(())
+    }
+
+    /// Durable, then in force, then answered.
+    fn revoke(
+        &mut self,
+        order: Revoke,
+        reply: orders::Reply<Revoked, NoRoom>,
+    ) -> Result<(), CommitError> {
+        let Revoke { subject, is_lifted } = order;
+        let before_ms = self.revocations.since_ms(subject);
+        if before_ms.is_none() == is_lifted {
+            let now_ms = before_ms;
+            reply.answer(Ok(Revoked { before_ms, now_ms }));
+            return Ok(());
+        }
+        if !is_lifted && let Err(no_room) = self.revocations.check_room() {
+            reply.answer(Err(no_room));
+            return Ok(());
+        }
+        let now_ms = (!is_lifted).then(|| self.clock.now_ms());
+        let mut batch = self.store.batch();
+        batch.put_revocation(subject, now_ms);
+        let position = self.write(batch)?;
+        self.revocations.set(subject, now_ms);
+        self.metrics.trust.revoked(self.revocations.counts());
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.audit.tell(Deed {
+            at_ms: self.clock.now_ms(),
+            who: Who::Operator,
+            what: match now_ms {
+                Some(_) => What::Revoked,
+                None => What::RevocationLifted,
+            },
+            whose: Whose::of(&[subject.user()]),
+        });
+        reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
     }
 
@@ -347,17 +400,23 @@ impl Committer {
         if news.is_empty() {
             return Ok(());
         }
-        let position = self.position + 1;
         let mut batch = self.store.batch();
-        batch.put_position(position);
         batch.put_news(news);
+        let position = self.write(batch)?;
+        self.vigil.publish(news);
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        Ok(())
+    }
+
+    /// Writes a batch at a position of its own, which it returns.
+    fn write(&mut self, mut batch: Batch) -> Result<u64, CommitError> {
+        let position = self.position + 1;
+        batch.put_position(position);
         let bytes = batch.size_bytes();
         let started = Instant::now();
         self.store.commit(batch)?;
         self.durable(position, bytes, started.elapsed());
-        self.vigil.publish(news);
-        self.freshness.publish(position, self.resolved_ms, &[], &[]);
-        Ok(())
+        Ok(position)
     }
 
     /// A commit is on disk.
@@ -377,6 +436,9 @@ impl Committer {
         self.rotate(commit_ms)?;
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
+        // Also when nothing else is written, as when all wait for their Hello: it is announced, and a position that is
+        // not on disk would be used again after a restart.
+        judged.batch.put_position(position);
         let put_off = self.store.space().is_short.then_some(NO_ROOM);
         for submission in group.drain(..) {
             let Submission {
@@ -387,6 +449,11 @@ impl Committer {
                 early,
                 reply,
             } = submission;
+            // Whatever its session knows by now: once a revocation is on disk, nothing of its subject gets there.
+            if self.revocations.holds(&device) {
+                judged.answers.push((reply, Answer::Revoked));
+                continue;
+            }
             // What was stored before is answered as ever, and the device is heard: its record takes the
             // same few bytes each time.
             let deferral = put_off.or(deferral);
@@ -416,7 +483,6 @@ impl Committer {
             let Some(record) = self.devices.get(device) else {
                 continue;
             };
-            judged.batch.put_position(position);
             judged.batch.put_device(device, record);
         }
         for &device in &judged.touched {
@@ -505,7 +571,6 @@ impl Committer {
         let begun = self.holders.grant(user, Wish::Erase).map(|to| {
             judged.turn(user, to, said);
             judged.fenced.push(device);
-            judged.batch.put_position(said.position);
             // Rare enough to look at all of them.
             self.devices.retain(|device, _| device.user != user);
             self.last_stored.retain(|device, _| device.user != user);

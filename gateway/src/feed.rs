@@ -33,7 +33,10 @@ use std::{
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
 use tracing::{error, info};
@@ -46,7 +49,7 @@ use self::{
 };
 use crate::{
     admin::Readiness, audit::Audit, bulletin::Bulletin, clock::Clock, freshness::Freshness,
-    metrics::Metrics, orders::OrderHandle, store::Store,
+    metrics::Metrics, orders::OrderHandle, revocation::Revocations, store::Store,
 };
 
 /// The generated server of `waypost.v1.Freshness`.
@@ -160,6 +163,8 @@ pub struct FeedParts {
     pub store: Weak<Store>,
     /// What checkers set goes there.
     pub order: OrderHandle,
+    /// Whose certificates are revoked.
+    pub revocations: Arc<Revocations>,
     /// The store's name.
     pub incarnation: [u8; 16],
     /// The store's key for resume tokens.
@@ -179,7 +184,7 @@ pub struct FeedParts {
 pub struct Feed {
     listener: tokio::net::TcpListener,
     listen: SocketAddr,
-    tls: Arc<rustls::ServerConfig>,
+    tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     config: FreshnessConfig,
     parts: FeedParts,
 }
@@ -191,7 +196,7 @@ impl Feed {
     /// When a setting cannot be used or the address cannot be bound.
     pub fn bind(
         config: &FreshnessConfig,
-        tls: Arc<rustls::ServerConfig>,
+        tls: watch::Receiver<Arc<rustls::ServerConfig>>,
         parts: FeedParts,
     ) -> Result<Self, FeedError> {
         config.check()?;
@@ -234,6 +239,7 @@ impl Feed {
             order: self.parts.order,
             audit: self.parts.audit,
             watched: Mutex::default(),
+            revocations: self.parts.revocations,
             clock: self.parts.clock,
             metrics: self.parts.metrics,
             checkers: self.config.checkers.into_iter().collect(),

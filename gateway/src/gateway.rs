@@ -6,9 +6,14 @@
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
-use tokio::{sync::oneshot, task::JoinSet, time::timeout};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinSet,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use waypost_proto::{id::UserId, session::Lane};
@@ -23,6 +28,7 @@ use crate::{
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
+    control::{ControlError, Door, DoorParts},
     disk::DiskWatch,
     erase::{self, Eraser},
     export::stream::{ExportParts, Exports},
@@ -30,11 +36,13 @@ use crate::{
     freshness::Freshness,
     metrics::Metrics,
     orders::{self, OrderHandle},
+    reload::Reload,
+    revocation::Revocations,
     session::SessionParts,
     sharing::{Holders, Sharing, Withheld},
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
-    tls::{self, TlsError},
+    tls::{TlsError, TlsFiles},
     vigil::{Start, Vigil, VigilParts},
     worker::{WorkerError, Workers},
 };
@@ -58,6 +66,8 @@ pub enum BindError {
     Feed(#[from] FeedError),
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The addresses could not be read or written.
     #[error("cannot write {path}: {source}")]
     Addresses {
@@ -126,6 +136,8 @@ pub struct Gateway {
     audit_ended: oneshot::Receiver<()>,
     eraser: Eraser,
     exports: Exports,
+    door: Door,
+    reload: Reload,
 }
 
 impl Gateway {
@@ -138,8 +150,7 @@ impl Gateway {
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
-        let device_tls = tls::device_tls(&config.tls, &metrics)?;
-        let freshness_tls = tls::freshness_server_config(&config.tls)?;
+        let (tls_files, tls) = TlsFiles::load(&config.tls, &metrics)?;
 
         let store = Arc::new(Store::open(&config.data_dir, &config.store, began_ms)?);
         let (devices, recovered) = store.load_devices()?;
@@ -184,6 +195,10 @@ impl Gateway {
                 path: config.data_dir.join(audit::FILE_NAME).display().to_string(),
                 source,
             })?;
+        let revocations = Arc::new(Revocations::restore(store.load_revocations()?));
+        revocations.set_listed(tls.revoked);
+        metrics.trust.revoked(revocations.counts());
+
         metrics.commits.known_devices.set(devices.len() as f64);
         metrics.commits.position.set(recovered.position as f64);
 
@@ -220,6 +235,7 @@ impl Gateway {
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
                 holders: Holders::restore(holders.withheld),
+                revocations: Arc::clone(&revocations),
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
@@ -229,16 +245,19 @@ impl Gateway {
                 turned_away: admission.turned_away(),
             },
         );
-        let workers = Workers::bind(&config.devices, device_tls.server, &store.secret())?;
+        let workers = Workers::bind(&config.devices, tls.devices.server, &store.secret())?;
+        let (device_servers, device_server) = watch::channel(None);
+        let (checker_servers, checker_server) = watch::channel(tls.checkers);
         let feed = Feed::bind(
             &config.freshness,
-            freshness_tls,
+            checker_server,
             FeedParts {
                 trust_domain: config.tls.trust_domain.clone(),
                 freshness: Arc::clone(&freshness),
                 bulletin,
                 store: Arc::downgrade(&store),
                 order: orders.clone(),
+                revocations: Arc::clone(&revocations),
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
@@ -259,7 +278,9 @@ impl Gateway {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             admission,
-            restored_check: device_tls.check,
+            restored_check: RwLock::new(tls.devices.check),
+            revocations,
+            connected: Arc::default(),
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,
@@ -271,10 +292,25 @@ impl Gateway {
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
             draining: CancellationToken::new(),
         };
+        let sessions = Arc::new(sessions);
+        let door = DoorParts {
+            orders: orders.clone(),
+            connected: Arc::clone(&sessions.connected),
+        };
+        let door = Door::bind(&config.data_dir, door)?;
+        let reload = Reload {
+            files: tls_files,
+            config: config.devices.clone(),
+            secret: store.secret(),
+            devices: device_servers,
+            checkers: checker_servers,
+            sessions: Arc::clone(&sessions),
+        };
         let accept = AcceptParts {
             config: config.devices.clone(),
+            server: device_server,
             trust_domain: config.tls.trust_domain.as_str().into(),
-            sessions: Arc::new(sessions),
+            sessions,
             refusals: Arc::default(),
         };
         metrics
@@ -304,6 +340,8 @@ impl Gateway {
             audit_ended,
             eraser,
             exports,
+            door,
+            reload,
         })
     }
 
@@ -335,6 +373,8 @@ impl Gateway {
             audit_ended,
             eraser,
             exports,
+            door,
+            reload,
         } = self;
         let disk = DiskWatch::new(Arc::clone(&store), committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
@@ -342,6 +382,11 @@ impl Gateway {
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
+        // Who comes to it while the gateway stops writes to the store when it has.
+        parts.spawn(named("operator's door", door.run(draining.clone())));
+        // It holds what sessions hold, so it goes when they do.
+        let watching = reload.run(draining.clone());
+        parts.spawn(named("watch over certificate files", watching));
         parts.spawn(named(
             "sampler",
             sample(

@@ -70,6 +70,8 @@ pub enum Answer {
     /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
     /// it before Hello is judged.
     Fenced,
+    /// The device is revoked. Nothing of the request is kept.
+    Revoked,
     /// It is not known whether the request is on disk: the committer stopped. The device keeps what it
     /// has and sends it again.
     Lost,

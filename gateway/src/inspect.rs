@@ -369,7 +369,7 @@ fn say_sealed(rows: u64, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 }
 
 /// Milliseconds since 1970-01-01 UTC, as people read them.
-struct Moment(u64);
+pub(crate) struct Moment(pub(crate) u64);
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -389,7 +389,8 @@ impl fmt::Display for Moment {
     }
 }
 
-fn parse_user(text: &str) -> Result<UserId, &'static str> {
+/// Reads a user's id as people write it.
+pub(crate) fn parse_user(text: &str) -> Result<UserId, &'static str> {
     UserId::parse(text)
         .ok_or("a user is a UUID in lower case, as in 6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 }

@@ -8,7 +8,9 @@
 //! to [`freshness`], and only then answers; [`feed`] tells checkers. Beside pings the committer keeps a
 //! [`vigil`]: its [`lookout`] finds out when the gateway
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
-//! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`].
+//! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`]. So does the operator, at the door of
+//! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
+//! Certificates and revocation lists that change are taken into use by `reload`.
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -20,8 +22,8 @@
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
 //! 5. Only [`store`] knows RocksDB, and it gives it no ping unsealed. Only [`worker`], [`transport`], `steer`,
-//!    [`newcomers`], `accept`, `handshake` and [`session`] speak QUIC, and only [`tls`] and [`pki`] read and make
-//!    certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
+//!    [`newcomers`], `accept`, `handshake`, [`session`] and [`connected`] speak QUIC, and only [`tls`] and [`pki`] read
+//!    and make certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 mod accept;
@@ -34,6 +36,8 @@ pub mod cli;
 pub mod clock;
 pub mod commit;
 pub mod config;
+pub mod connected;
+pub mod control;
 pub mod coverage;
 pub mod deadlines;
 pub mod disk;
@@ -55,6 +59,9 @@ pub mod orders;
 pub mod pki;
 mod port;
 pub mod rate;
+mod reload;
+pub mod revocation;
+pub mod revoke;
 pub mod seal;
 pub mod session;
 pub mod sharing;

@@ -8,6 +8,7 @@ use waypost_gateway::{
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
     pki::command::{self as pki, PkiArgs},
+    revoke::{self, RevokeArgs},
     seal::command::{self as keys, KeysArgs},
     watch::WatchArgs,
 };
@@ -43,6 +44,8 @@ enum Command {
     Pki(PkiArgs),
     /// Make the master key that everything stored is sealed with, or go over to another
     Keys(KeysArgs),
+    /// Serve a device or user no more
+    Revoke(RevokeArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
@@ -57,6 +60,9 @@ fn main() -> ExitCode {
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
         Command::Keys(args) => keys::run(args).map_err(Failure::from),
+        Command::Revoke(args) => {
+            revoke::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

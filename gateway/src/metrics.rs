@@ -19,6 +19,7 @@
 //! - `commits`: the committer's queues, its commits, and how often the disk stalled them.
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
+//! - `trust`: who is revoked, and certificate files that were read again.
 //! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
 //!
@@ -41,6 +42,7 @@ mod sessions;
 pub mod snapshot;
 mod store;
 mod text;
+mod trust;
 mod vigil;
 
 use std::{ops::Deref, sync::Arc};
@@ -74,6 +76,7 @@ pub use self::{
     series::ByLabel,
     sessions::{ADMISSIONS, FRAME_KINDS, SessionMetrics},
     store::StoreFigures,
+    trust::{RELOADS, TrustMetrics},
     vigil::{BLINDNESSES, DEADLINE_EVENTS, VigilMetrics},
 };
 
@@ -93,6 +96,7 @@ pub struct Handles {
     pub freshness: FreshnessMetrics,
     pub limits: LimitMetrics,
     pub resumption: ResumptionMetrics,
+    pub trust: TrustMetrics,
     pub vigil: VigilMetrics,
     pub audit: AuditMetrics,
     pub erasures: ErasureMetrics,
@@ -234,6 +238,7 @@ impl Handles {
             freshness: FreshnessMetrics::register(),
             limits: LimitMetrics::register(),
             resumption: ResumptionMetrics::register(),
+            trust: TrustMetrics::register(),
             vigil: VigilMetrics::register(),
             audit: AuditMetrics::register(),
             erasures: ErasureMetrics::register(),
@@ -348,6 +353,7 @@ mod tests {
             Refusal::UnknownAuthority,
             Refusal::Expired,
             Refusal::NotYetValid,
+            Refusal::Revoked,
             Refusal::BadCertificate,
             Refusal::NoSharedProtocol,
             Refusal::NoUri,

@@ -1,46 +1,78 @@
-//! What checkers have the committer write: a queue of its own, beside those of the devices.
+//! What checkers and the operator have the committer write: a queue of its own, beside those of the devices.
 //!
 //! Knows how an order gets to the committer and its answer back. Must not know what the committer does with it.
 //!
 //! # Bounds
 //!
 //! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
-//! as many as the freshness service has connections for. The committer takes one between two groups of pings.
+//! as many as the freshness service and the operator's door have connections for. The committer takes one between
+//! two groups of pings.
 
 use waypost_proto::id::UserId;
 
 use crate::{
     deadlines::{Checker, Setting, TooMany},
+    revocation::{NoRoom, Subject},
     sync::{mpsc, oneshot},
 };
 
 /// A call a commit: more than a few are only a backlog.
 const QUEUE_ORDERS: usize = 16;
 
-/// Deadlines that a checker sets or, where there is no setting, removes.
+/// Something to be written.
 #[derive(Debug)]
-pub struct Order {
+pub enum Order {
+    /// Of a checker.
+    SetDeadlines(SetDeadlines, Reply<u64, TooMany>),
+    /// Of the operator.
+    Revoke(Revoke, Reply<Revoked, NoRoom>),
+}
+
+/// Deadlines that a checker sets or, where there is no setting, removes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetDeadlines {
     /// Whose they are.
     pub checker: Checker,
     /// Whom they are for.
     pub settings: Vec<(UserId, Option<Setting>)>,
-    reply: oneshot::Sender<Result<u64, TooMany>>,
 }
 
-impl Order {
-    /// Answers with the position of the commit that has it on disk, or why there is none.
-    pub fn answer(self, answer: Result<u64, TooMany>) {
+/// A device or user that is let in no more from now on; or is again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revoke {
+    /// Whom it is about.
+    pub subject: Subject,
+    /// Whether an earlier revocation is to be lifted.
+    pub is_lifted: bool,
+}
+
+/// What became of [`Revoke`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revoked {
+    /// Since when the subject was revoked before, in milliseconds since 1970-01-01 UTC; none if it was not.
+    pub before_ms: Option<u64>,
+    /// Since when it is revoked now; none if it is not.
+    pub now_ms: Option<u64>,
+}
+
+/// The right to answer one order.
+#[derive(Debug)]
+pub struct Reply<Done, Refused>(oneshot::Sender<Result<Done, Refused>>);
+
+impl<Done, Refused> Reply<Done, Refused> {
+    /// Answers: it is on disk, or nothing has changed.
+    pub fn answer(self, answer: Result<Done, Refused>) {
         // A caller that has given up meanwhile needs none.
-        self.reply.send(answer).ok();
+        self.0.send(answer).ok();
     }
 }
 
 /// Why an order was not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OrderError {
-    /// There would be too many deadlines. Nothing has changed.
+pub enum OrderError<Refused> {
+    /// It cannot be. Nothing has changed.
     #[error(transparent)]
-    TooMany(#[from] TooMany),
+    Refused(Refused),
     /// It is not known whether it is on disk: the committer has stopped.
     #[error("the gateway is stopping")]
     Stopped,
@@ -80,14 +112,26 @@ impl OrderHandle {
         &self,
         checker: Checker,
         settings: Vec<(UserId, Option<Setting>)>,
-    ) -> Result<u64, OrderError> {
+    ) -> Result<u64, OrderError<TooMany>> {
+        let order = SetDeadlines { checker, settings };
+        self.give(|reply| Order::SetDeadlines(order, reply)).await
+    }
+
+    /// Revokes, or lifts a revocation, and returns when that is on disk. From then on the committer judges nothing of
+    /// whom it is about.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn revoke(&self, order: Revoke) -> Result<Revoked, OrderError<NoRoom>> {
+        self.give(|reply| Order::Revoke(order, reply)).await
+    }
+
+    async fn give<Done, Refused>(
+        &self,
+        order: impl FnOnce(Reply<Done, Refused>) -> Order,
+    ) -> Result<Done, OrderError<Refused>> {
         let (reply, answer) = oneshot::channel();
-        let order = Order {
-            checker,
-            settings,
-            reply,
-        };
-        let sent = self.orders.send(order).await;
+        let sent = self.orders.send(order(Reply(reply))).await;
         sent.map_err(|_| OrderError::Stopped)?;
         // What is sent into a queue whose other end goes just now may lie there until the last handle goes, and
         // nobody would answer it.
@@ -95,7 +139,7 @@ impl OrderHandle {
             return Err(OrderError::Stopped);
         }
         let answer = answer.await.map_err(|_| OrderError::Stopped)?;
-        Ok(answer?)
+        answer.map_err(OrderError::Refused)
     }
 }
 
@@ -129,14 +173,18 @@ mod tests {
             give(handle.clone()),
             give(handle.clone()),
         );
-        orders.next().await.answer(Ok(7));
-        orders.next().await.answer(Err(TooMany { most: 3 }));
+        for answer in [Ok(7), Err(TooMany { most: 3 })] {
+            match orders.next().await {
+                Order::SetDeadlines(_, reply) => reply.answer(answer),
+                other => panic!("nobody has ordered {other:?}"),
+            }
+        }
         // Taken, and never answered.
         drop(orders.next().await);
         assert_eq!(first.await.unwrap(), Ok(7));
         assert_eq!(
             second.await.unwrap(),
-            Err(OrderError::TooMany(TooMany { most: 3 }))
+            Err(OrderError::Refused(TooMany { most: 3 }))
         );
         assert_eq!(third.await.unwrap(), Err(OrderError::Stopped));
         assert_eq!(handle.depth(), 0);

@@ -27,6 +27,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::RwLock;
 use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -48,10 +49,12 @@ use crate::{
     admission::Admission,
     allowance::{Allowance, Allowances},
     commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
+    connected::Connected,
     export::stream::Exports,
     metrics::Metrics,
+    revocation::{CertificateId, Revocations},
     takeover::Takeovers,
-    tls::RestoredCheck,
+    tls::{Refusal, RestoredCheck},
 };
 
 pub(crate) use self::early::Early;
@@ -104,8 +107,12 @@ pub struct SessionParts {
     pub commit: CommitHandle,
     /// Who may begin a connection, and how many have one.
     pub admission: Admission,
-    /// Checks who resumes a TLS session.
-    pub restored_check: RestoredCheck,
+    /// Checks who resumes a TLS session; another when the files behind it have changed.
+    pub restored_check: RwLock<RestoredCheck>,
+    /// Who is let in no more.
+    pub revocations: Arc<Revocations>,
+    /// Whose connections are open, so that a revocation ends them.
+    pub connected: Arc<Connected>,
     /// Who is connected, so that a newer connection ends an older one.
     pub takeovers: Takeovers,
     /// What each device may do over time.
@@ -122,22 +129,40 @@ pub struct SessionParts {
     pub draining: CancellationToken,
 }
 
+/// A connection whose device has proven itself.
+pub(crate) struct Proven {
+    pub(crate) connection: Connection,
+    pub(crate) device: DeviceId,
+    /// What it has shown.
+    pub(crate) certificates: Arc<[CertificateId]>,
+}
+
 /// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's, and `early` what
 /// it has said before its handshake was over.
 pub(crate) async fn serve(
-    connection: Connection,
-    device: DeviceId,
+    proven: Proven,
     allowance: Allowance,
     bell: Arc<Bell>,
     parts: Arc<SessionParts>,
     early: Option<Box<Early>>,
 ) {
+    let Proven {
+        connection,
+        device,
+        certificates,
+    } = proven;
+    let present = parts
+        .connected
+        .enter(device, connection.clone(), Arc::clone(&certificates));
+    // Whoever is revoked from now on is found there.
+    let is_revoked = parts.revocations.holds(&device) || parts.revocations.lists(&certificates);
     let mailbox = match &early {
         Some(early) => Arc::clone(&early.mailbox),
         None => Mailbox::new(&bell),
     };
     let mut shell = Shell::new(&connection, device, &allowance, &mailbox, &parts);
     let begun = match early {
+        _ if is_revoked => Err(End::revoked()),
         // What happens once, or hardly ever, is kept out of the memory that the task takes all its life.
         Some(early) => Box::pin(shell.take_over_early(early)).await,
         None => Ok(()),
@@ -147,6 +172,11 @@ pub(crate) async fn serve(
         Err(end) => end,
     };
     drop(shell);
+    let end = match end {
+        End::Peer(quinn::ConnectionError::LocallyClosed) if present.is_ended() => End::revoked(),
+        end => end,
+    };
+    drop(present);
     parts.takeovers.release(device, &mailbox);
     let now = std::time::Instant::now();
     parts.allowances.leave(device, allowance, now);
@@ -197,6 +227,10 @@ impl End {
 
     fn taken_over() -> Self {
         Self::ours(CloseCode::TakenOver, "a newer connection took over")
+    }
+
+    fn revoked() -> Self {
+        Self::ours(CloseCode::Revoked, Refusal::Revoked)
     }
 }
 
@@ -678,6 +712,7 @@ impl<'a> Shell<'a> {
                         "the epoch ended while the batch waited",
                     ));
                 }
+                Answer::Revoked => return Err(End::revoked()),
                 Answer::Lost => {
                     return Err(End::ours(
                         CloseCode::StorageFailed,
@@ -963,8 +998,8 @@ const READ_BYTES: usize = 16_384;
 mod tests {
     use super::*;
 
-    /// The size of what an async function of six arguments makes.
-    fn future_bytes<A, B, C, D, E, F, Made>(_: impl Fn(A, B, C, D, E, F) -> Made) -> usize {
+    /// The size of what an async function of five arguments makes.
+    fn future_bytes<A, B, C, D, E, Made>(_: impl Fn(A, B, C, D, E) -> Made) -> usize {
         size_of::<Made>()
     }
 

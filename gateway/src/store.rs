@@ -9,6 +9,7 @@
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
+//! - `revocations`: who is let in no more (`revocations`).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), sealed with their
 //!   user's key (`sealed`), dropped as a whole when retention is over.
 //!
@@ -46,6 +47,7 @@ mod holders;
 mod keys;
 mod notices;
 pub mod record;
+mod revocations;
 mod sealed;
 mod settings;
 mod space;
@@ -56,6 +58,7 @@ use folder::{Folder, Lock};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
 use record::{PingRecord, RecordError};
+use revocations::REVOCATIONS;
 use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
@@ -137,7 +140,7 @@ enum Operation {
 enum Family {
     Devices,
     Day(Day),
-    /// One of [`notices`] or [`holders`], by its name.
+    /// One of [`notices`], [`holders`] or [`revocations`], by its name.
     Notices(&'static str),
 }
 
@@ -353,7 +356,7 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 7] = [
+const PERMANENT: [&str; 8] = [
     META,
     DEVICES,
     COVERAGE,
@@ -361,6 +364,7 @@ const PERMANENT: [&str; 7] = [
     EVENTS,
     USERS,
     TRANSITIONS,
+    REVOCATIONS,
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
@@ -732,7 +736,7 @@ impl Store {
     }
 
     fn write(&self, batch: &Batch) -> Result<(), CommitError> {
-        if batch.puts.is_empty() {
+        if batch.puts.is_empty() && batch.position == 0 {
             return Ok(());
         }
         let devices = self.family(DEVICES);
@@ -926,7 +930,7 @@ impl Batch {
         });
     }
 
-    /// Makes a position durable that is in no device's record: that of early data, which may not move it.
+    /// Makes a position durable, also one that is in no row.
     pub fn put_position(&mut self, position: u64) {
         self.position = self.position.max(position);
     }
@@ -1023,7 +1027,7 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
     families.extend(
-        [COVERAGE, DEADLINES, EVENTS, USERS, TRANSITIONS]
+        [COVERAGE, DEADLINES, EVENTS, USERS, TRANSITIONS, REVOCATIONS]
             .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
     families.extend(

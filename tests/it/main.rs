@@ -20,6 +20,7 @@ mod pause;
 mod power_loss;
 mod python;
 mod replay;
+mod revocation;
 mod scenarios;
 mod sealing;
 mod shutdown;

@@ -76,7 +76,7 @@ const CONTROLS: [(&str, &str, &str, &str); 15] = [
         "answers_an_order_before_the_commit",
         "commit.rs",
         "                self.say(&news)?;\n                Ok(self.position)",
-        "                order.answer(Ok(self.position + 1));\n                return self.say(&news);",
+        "                reply.answer(Ok(self.position + 1));\n                return self.say(&news);",
     ),
     (
         "publishes_a_position_before_its_news",

@@ -26,9 +26,10 @@ mod store;
 mod sync;
 
 // The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, nobody erases
-// anything, and the vigil and those who share have no threads: all of these are used as they are.
+// anything or is revoked, and the vigil and those who share have no threads: all of these are used as they are.
 use waypost_gateway::{
-    audit, bulletin, coverage, deadlines, disk, erase, gather, lookout, rate, sharing, vigil,
+    audit, bulletin, coverage, deadlines, disk, erase, gather, lookout, rate, revocation, sharing,
+    vigil,
 };
 
 use std::{panic, sync::Arc, time::Instant};

@@ -106,6 +106,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 .map(|at| (device(at), record.clone()))
                 .collect(),
             holders: Holders::default(),
+            revocations: Arc::default(),
             position: 0,
             retention: Duration::from_secs(86_400),
             vigil: Vigil::new(VigilParts {
@@ -370,7 +371,9 @@ impl Session {
                 tally.settled += 1;
                 (settled.receive_ms, settled.position)
             }
-            Answer::Granted(_) | Answer::Erased => panic!("nobody wants anything: {answer:?}"),
+            Answer::Granted(_) | Answer::Erased | Answer::Revoked => {
+                panic!("nobody wants anything: {answer:?}")
+            }
             Answer::Fenced => {
                 assert!(self.is_welcomed, "a batch was judged before its Hello");
                 assert!(self.is_foreign, "fenced in its own epoch");
@@ -445,7 +448,7 @@ async fn checker(world: Arc<World>, order: OrderHandle, at: usize) {
                 let now = world.bulletin.now(checker, |&late| late == user);
                 assert_eq!(now.late, [], "late after its deadline was changed");
             }
-            Err(OrderError::TooMany(_)) => tally.too_many += 1,
+            Err(OrderError::Refused(_)) => tally.too_many += 1,
             Err(OrderError::Stopped) => {
                 assert!(
                     world.is_committer_gone() || world.is_stopping.load(Ordering::Relaxed),

@@ -12,6 +12,7 @@ use waypost_proto::{
 use waypost_gateway::{
     bulletin::News,
     deadlines::{Change, Checker, Registration, Setting},
+    revocation::Subject,
 };
 
 pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
@@ -186,6 +187,10 @@ impl Batch {
     pub(crate) fn put_news(&mut self, news: &News) {
         assert_eq!(news.coverage, None, "nothing is missed in a schedule");
         self.deadlines.extend(&news.deadlines);
+    }
+
+    pub(crate) fn put_revocation(&mut self, subject: Subject, _since_ms: Option<u64>) {
+        panic!("{subject} is not revoked in a schedule");
     }
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}

@@ -168,7 +168,7 @@ impl Attempt {
         self.0.is_ok()
     }
 
-    pub(crate) fn unwrap(self) -> Link {
+    pub fn unwrap(self) -> Link {
         self.0.unwrap()
     }
 
@@ -181,6 +181,13 @@ impl Attempt {
 impl Link {
     pub(crate) fn connection(&self) -> &quinn::Connection {
         &self.connection
+    }
+
+    /// The certificate by which the gateway has proven itself, DER.
+    pub fn gateway_certificate(&self) -> Vec<u8> {
+        let chain = self.connection.peer_identity().unwrap();
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>().unwrap();
+        chain[0].to_vec()
     }
 
     /// Opens a stream and says Hello on it.

@@ -32,6 +32,8 @@ pub struct Deed {
 pub enum Who {
     /// The gateway by itself.
     Gateway,
+    /// Whoever can give commands to the gateway.
+    Operator,
     /// The checker of this name.
     Checker(String),
     /// The holder, with this device.
@@ -50,6 +52,10 @@ pub enum What {
     Exported,
     /// Everything that was held was erased, or is from then on.
     Erased,
+    /// A device, or all of them, is not served any more.
+    Revoked,
+    /// One that was revoked is served again.
+    RevocationLifted,
 }
 
 /// Whose data something was done to.

@@ -39,7 +39,8 @@ use crate::{
     freshness::Freshness,
     metrics::Metrics,
     orders::{OrderError, OrderHandle},
-    tls,
+    revocation::{CertificateId, Revocations},
+    tls::{self, Refusal},
 };
 
 #[derive(Debug)]
@@ -52,6 +53,7 @@ pub(super) struct Service {
     pub(super) audit: Audit,
     /// Who has begun to watch whom within the last hour.
     pub(super) watched: Mutex<Repeats>,
+    pub(super) revocations: Arc<Revocations>,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) checkers: BTreeSet<String>,
@@ -132,7 +134,7 @@ impl rpc::freshness_server::Freshness for Service {
         let settings = notices::settings(request.get_ref())?;
         let set = self.order.set_deadlines(checker, settings).await;
         let position = set.map_err(|error| match error {
-            OrderError::TooMany(_) => Status::resource_exhausted(format!(
+            OrderError::Refused(_) => Status::resource_exhausted(format!(
                 "{error}, and none of this call: remove some, or raise [freshness] max_deadlines"
             )),
             OrderError::Stopped => Status::unavailable(format!(
@@ -165,6 +167,7 @@ impl rpc::freshness_server::Freshness for Service {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let checker = self.admit(&request)?;
+        let certificates = certificates_of(&request);
         let request = request.get_ref();
         let selector = Selector::new(request)?;
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
@@ -185,6 +188,8 @@ impl rpc::freshness_server::Freshness for Service {
             freshness: Arc::clone(&self.freshness),
             notices: self.notices.clone(),
             checker: Checker::named(&checker),
+            certificates,
+            revocations: Arc::clone(&self.revocations),
             clock: self.clock.clone(),
             metrics: self.metrics.clone(),
             progress_interval: self.progress_interval,
@@ -237,7 +242,13 @@ impl Service {
         let peer = request.extensions().get::<Peer>();
         let chain = peer.map_or_else(Default::default, |peer| &*peer.chain);
         let address = peer.map(|peer| peer.address);
-        let checker = tls::checker_of(chain, &self.trust_domain).map_err(|refusal| {
+        let checker = if self.revocations.lists(&certificates_of(request)) {
+            // When its connection began it was not.
+            Err(Refusal::Revoked)
+        } else {
+            tls::checker_of(chain, &self.trust_domain)
+        };
+        let checker = checker.map_err(|refusal| {
             self.metrics
                 .freshness
                 .refused
@@ -261,4 +272,9 @@ impl Service {
         }
         Ok(checker)
     }
+}
+
+fn certificates_of<T>(request: &Request<T>) -> Arc<[CertificateId]> {
+    let peer = request.extensions().get::<Peer>();
+    peer.map_or_else(Default::default, |peer| Arc::clone(&peer.certificates))
 }

@@ -25,7 +25,8 @@ use crate::{
     coverage::{Reason, Span},
     deadlines::{self, Checker, Event, Late, Registration, Setting},
     erase,
-    orders::{self, Orders},
+    orders::{self, Order, Orders},
+    revocation::Revocations,
     sharing::Holders,
     store::{Batch, StoreConfig},
     tls::{TlsConfig, freshness_server_config},
@@ -117,6 +118,7 @@ impl Harness {
         let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
         let store = Arc::new(store);
         let (order, orders) = orders::queue();
+        let revocations = Arc::<Revocations>::default();
         let metrics = Metrics::new();
         let parts = FeedParts {
             trust_domain: TRUST_DOMAIN.to_owned(),
@@ -124,6 +126,7 @@ impl Harness {
             bulletin: Arc::clone(&bulletin),
             store: Arc::downgrade(&store),
             order,
+            revocations: Arc::clone(&revocations),
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
@@ -131,7 +134,7 @@ impl Harness {
             audit: Audit::start(files.path(), 0, &metrics).unwrap().0,
             metrics: metrics.clone(),
         };
-        let feed = Feed::bind(&config, tls, parts).unwrap();
+        let feed = Feed::bind(&config, watch::channel(tls).1, parts).unwrap();
         let address = format!("https://{}", feed.local_addr());
         let cancel = CancellationToken::new();
         let running = tokio::spawn(feed.run(cancel.clone()));
@@ -207,6 +210,15 @@ impl Harness {
     }
 
     /// Calls users of a checker late, or lets them recover.
+    async fn next_order(
+        &mut self,
+    ) -> (orders::SetDeadlines, orders::Reply<u64, deadlines::TooMany>) {
+        match self.orders.next().await {
+            Order::SetDeadlines(order, reply) => (order, reply),
+            other => panic!("no checker has ordered {other:?}"),
+        }
+    }
+
     fn say_late(&self, position: u64, checker: &str, users: &[u8], kind: deadlines::Kind) {
         self.say_late_at(position + 1, position, checker, users, kind);
     }
@@ -587,6 +599,7 @@ async fn events_whose_retention_is_over_go_when_the_day_ends_and_tokens_from_bef
                 metrics: harness.metrics.clone(),
             }),
             holders: Holders::default(),
+            revocations: Arc::default(),
             orders: orders::queue().1,
             erase: erase::queue().0,
             audit: Audit::nowhere(&harness.metrics),
@@ -674,21 +687,21 @@ async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
         let call = request(vec![asked(id(1), 60_000, 30_000), asked(id(2), 0, 5)]);
         async move { ops.set_deadlines(call).await }
     });
-    let order = harness.orders.next().await;
+    let (order, reply) = harness.next_order().await;
     assert_eq!(order.checker, Checker::named("ops"));
     let setting = Setting {
         expect_every_ms: 60_000,
         grace_ms: 30_000,
     };
     assert_eq!(order.settings, [(user(1), Some(setting)), (user(2), None)]);
-    order.answer(Ok(17));
+    reply.answer(Ok(17));
     assert_eq!(calling.await.unwrap().unwrap().into_inner().position, 17);
     let calling = tokio::spawn({
         let mut ops = ops.clone();
         async move { ops.set_deadlines(SetDeadlinesRequest::default()).await }
     });
     let too_many = deadlines::TooMany { most: 5 };
-    harness.orders.next().await.answer(Err(too_many));
+    harness.next_order().await.1.answer(Err(too_many));
     let refused = calling.await.unwrap().unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
 

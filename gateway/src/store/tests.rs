@@ -210,6 +210,17 @@ fn the_last_position_outlives_the_record_that_had_it() {
 }
 
 #[test]
+fn a_position_is_kept_also_when_nothing_else_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let mut batch = store.batch();
+    batch.put_position(5);
+    store.commit(batch).unwrap();
+    drop(store);
+    assert_eq!(open(&folder).load_devices().unwrap().1.position, 5);
+}
+
+#[test]
 fn rows_come_by_day_user_device_epoch_and_sequence_number() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);
