@@ -139,7 +139,7 @@ impl Limit {
 
 /// What counts as one address: an IPv4 address, or the IPv6 network of 64 bits, which is the least that
 /// anybody is given.
-pub(crate) fn network(address: IpAddr) -> IpAddr {
+pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let bits = u128::from(address) & !u128::from(u64::MAX);
