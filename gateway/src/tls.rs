@@ -234,10 +234,11 @@ pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConf
     Ok(tls.server)
 }
 
-#[cfg(test)]
-pub(crate) fn freshness_server_config(
-    config: &TlsConfig,
-) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+/// The server side of TLS for the gRPC port, as its files are now.
+///
+/// # Errors
+/// When a file cannot be used; the error says which and what to do.
+pub fn freshness_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
     freshness_tls(&Files::load(config)?, config)
 }
 

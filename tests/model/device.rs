@@ -491,7 +491,7 @@ impl Connection {
                 book.wanted.push(wanted);
                 return;
             }
-            Answer::Erased => panic!("nobody erases anything"),
+            Answer::Erased | Answer::Revoked => panic!("nobody erases anything"),
             Answer::Fenced => {
                 let is_early = matches!(asked.what, AskedWhat::Pings { is_early: true, .. });
                 assert!(is_early, "no epoch ends while anything of it is asked");
@@ -558,7 +558,7 @@ impl Connection {
                 Some(Vec::new())
             }
             Answer::Granted(granted) => Some(vec![self.session.handle_granted(granted)]),
-            Answer::Erased | Answer::Lost => None,
+            Answer::Erased | Answer::Revoked | Answer::Lost => None,
         }
     }
 
