@@ -119,6 +119,12 @@ impl Freshness {
         self.head.subscribe()
     }
 
+    /// How many have subscribed and still are.
+    #[must_use]
+    pub fn subscribers(&self) -> usize {
+        self.head.receiver_count()
+    }
+
     /// When a user was last heard; 0 for one that was never seen.
     #[must_use]
     pub fn last_contact_ms(&self, user: &UserId) -> u64 {
