@@ -488,7 +488,8 @@ impl Stage<'_> {
         readers.begin_phase();
         readers.slow_down();
         self.pause(audience.duration * 3 / 4).await;
-        let entries_per_s = readers.entries() as f64 / begun.elapsed().as_secs_f64();
+        let (entries, (_, updates)) = (readers.entries(), self.fleet.counts_of(0));
+        let seconds = begun.elapsed().as_secs_f64();
         enough.cancel();
         self.progress.begin("settling", None);
         self.follow(sender, 0..EARLIER).await?;
@@ -505,7 +506,8 @@ impl Stage<'_> {
         let measures = AudienceMeasures {
             users: users.len() as u64,
             latencies: [readers.latencies(0), during.clone()],
-            entries_per_s,
+            updates_per_s: updates as f64 / seconds,
+            entries_per_s: entries as f64 / seconds,
             caught_up,
             slow_reader_bytes: bytes.filter(|_| 0 < slow),
             readings: readers.readings(position, &known),

@@ -166,6 +166,8 @@ pub struct AudienceFindings {
     pub before_ms: FreshnessMs,
     /// The same while the slow ones were slow.
     pub during_ms: FreshnessMs,
+    /// Updates that were acknowledged in a second.
+    pub updates_per_s: f64,
     /// Entries that were read in a second, by all checkers together.
     pub entries_per_s: f64,
     /// Changes that each checker was told of, overtaken ones counted.
@@ -181,8 +183,9 @@ pub struct AudienceFindings {
     pub slow_reader_bytes: Option<u64>,
     #[serde(skip)]
     readings: Readings,
+    /// What was wished for.
     #[serde(skip)]
-    most_p99: Duration,
+    audience: Audience,
 }
 
 /// What an audience was measured by.
@@ -191,6 +194,7 @@ pub(crate) struct AudienceMeasures {
     pub(crate) users: u64,
     /// From durable to read: before, and while somebody was slow.
     pub(crate) latencies: [Latencies; 2],
+    pub(crate) updates_per_s: f64,
     pub(crate) entries_per_s: f64,
     pub(crate) caught_up: Duration,
     pub(crate) slow_reader_bytes: Option<u64>,
@@ -317,6 +321,7 @@ impl AudienceFindings {
             slow_readers: audience.slow_readers.into(),
             before_ms,
             during_ms,
+            updates_per_s: measures.updates_per_s,
             entries_per_s: measures.entries_per_s,
             changes: readings.changes,
             coalesced_for_slow: readings.coalesced_for_slow,
@@ -324,7 +329,7 @@ impl AudienceFindings {
             caught_up_s: measures.caught_up.as_secs_f64(),
             slow_reader_bytes: measures.slow_reader_bytes,
             readings,
-            most_p99: audience.most_p99,
+            audience: *audience,
         }
     }
 
@@ -338,6 +343,12 @@ impl AudienceFindings {
             different,
             ..
         } = self.readings;
+        let Audience {
+            updates_per_s,
+            least_pace,
+            most_p99,
+            ..
+        } = self.audience;
         let with_examples = |numbers: String| match self.readings.examples.join("; ") {
             examples if examples.is_empty() => numbers,
             examples => format!("{numbers}: {examples}"),
@@ -364,12 +375,21 @@ impl AudienceFindings {
                 detail: format!("{} of {} users differ", Count(different), Count(compared)),
             },
             Check {
+                promise: "updates came as fast as they should",
+                passed: updates_per_s * least_pace <= self.updates_per_s,
+                detail: format!(
+                    "{}/s of {}/s",
+                    Count::of(self.updates_per_s),
+                    Count::of(updates_per_s)
+                ),
+            },
+            Check {
                 promise: "checkers were told in time",
-                passed: self.during_ms.p99 <= self.most_p99.as_secs_f64() * 1_000.0,
+                passed: self.during_ms.p99 <= most_p99.as_secs_f64() * 1_000.0,
                 detail: format!(
                     "p99 {}, {} at most",
                     Ms(self.during_ms.p99),
-                    humantime::format_duration(self.most_p99)
+                    humantime::format_duration(most_p99)
                 ),
             },
         ];
@@ -727,6 +747,8 @@ mod tests {
             checkers: 10,
             slow_readers: 1,
             duration: Duration::from_secs(60),
+            updates_per_s: 1_000.0,
+            least_pace: 0.9,
             most_p99: Duration::from_millis(5),
         };
         let good = Readings {
@@ -736,10 +758,11 @@ mod tests {
             slow_still_connected: 1,
             ..Readings::default()
         };
-        let of = |during_ms, bytes, readings: &Readings| {
+        let at_pace = |updates_per_s, during_ms, bytes, readings: &Readings| {
             let measures = AudienceMeasures {
                 users: 1_000,
                 latencies: [latencies(1), latencies(during_ms)],
+                updates_per_s,
                 entries_per_s: 1_000.0,
                 caught_up: Duration::ZERO,
                 slow_reader_bytes: Some(bytes),
@@ -747,9 +770,11 @@ mod tests {
             };
             Findings::Freshness(AudienceFindings::new(&audience, measures))
         };
+        let of = |during_ms, bytes, readings: &Readings| at_pace(950.0, during_ms, bytes, readings);
         assert!(passed(&of(4, 50_000, &good), 1_000, 0));
         assert!(!passed(&of(6, 50_000, &good), 1_000, 0));
         assert!(!passed(&of(4, 400_000, &good), 1_000, 0));
+        assert!(!passed(&at_pace(850.0, 4, 50_000, &good), 1_000, 0));
         let faults: [fn(&mut Readings); 6] = [
             |readings| readings.complete = 9,
             |readings| readings.changes = 0,

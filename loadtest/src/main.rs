@@ -216,6 +216,10 @@ struct FreshnessArgs {
     /// How much later than durable the other checkers may be told, in 99 of 100 cases, while some are slow
     #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = parse_interval)]
     most_p99: Duration,
+    /// Which share of --rate must be acknowledged while it lasts: if less is, the machine is too small for this load,
+    /// and how soon checkers are told says nothing of it
+    #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = parse_share)]
+    least_pace: f64,
     #[command(flatten)]
     seed: SeedArgs,
     #[command(flatten)]
@@ -522,10 +526,12 @@ fn prepare(command: Command) -> anyhow::Result<(Scenario, CommonArgs)> {
                 checkers: args.checkers.get(),
                 slow_readers: args.slow_readers,
                 duration: args.duration,
+                updates_per_s: args.rate,
+                least_pace: args.least_pace,
                 most_p99: args.most_p99,
             };
             let seed = args.seed.number();
-            let scenario = Scenario::freshness(users, devices, args.rate, audience, seed);
+            let scenario = Scenario::freshness(users, devices, audience, seed);
             (scenario, args.common)
         }
         Command::Wake(args) => {

@@ -100,6 +100,10 @@ pub struct Audience {
     pub slow_readers: u32,
     /// How long devices report.
     pub duration: Duration,
+    /// How many updates there are in a second, of all devices together.
+    pub updates_per_s: f64,
+    /// Which share of them must get through in time, so that the figures mean something.
+    pub least_pace: f64,
     /// How much later than durable the others may be told, all but a hundredth of what they are told.
     pub most_p99: Duration,
 }
@@ -330,15 +334,10 @@ impl Scenario {
         }
     }
 
-    /// Checkers who watch `users`, of whom `devices` are connected and report, so many times a second together.
+    /// Checkers who watch `users`, of whom `devices` are connected and report.
     #[must_use]
-    pub fn freshness(
-        users: u32,
-        devices: u32,
-        updates_per_s: f64,
-        audience: Audience,
-        seed: u64,
-    ) -> Self {
+    pub fn freshness(users: u32, devices: u32, audience: Audience, seed: u64) -> Self {
+        let updates_per_s = audience.updates_per_s;
         let slow = match audience.slow_readers {
             0 => String::new(),
             slow => format!(", {} of them a byte a second", Count(slow.into())),

@@ -202,6 +202,8 @@ fn every_checker_is_told_of_every_change_though_one_of_them_is_slow() {
         "6s",
         "--most-p99",
         "1h",
+        "--least-pace",
+        "0",
     ]);
     assert_eq!(report["checkers"], 8);
     assert!(report["freshness_ms"]["p99"].is_f64(), "{report:#}");
@@ -236,6 +238,8 @@ fn checkers_that_are_told_too_late_fail_the_run() {
         "1s",
         "--most-p99",
         "1ns",
+        "--least-pace",
+        "0",
     ]);
     assert_eq!(code, Some(1), "{said}\n{report:#}");
     assert_eq!(report["freshness_wrong"], 0);
