@@ -496,6 +496,7 @@ impl Stage<'_> {
         let took_us = self.since(begun_us);
 
         self.begin("all level", Some(audience.checkers.into()));
+        let behind = readers.behind();
         readers.let_go();
         let let_go = Instant::now();
         let position = self.until_level(checker, &readers).await?;
@@ -508,6 +509,7 @@ impl Stage<'_> {
             latencies: [readers.latencies(0), during.clone()],
             updates_per_s: updates as f64 / seconds,
             entries_per_s: entries as f64 / seconds,
+            behind,
             caught_up,
             slow_reader_bytes: bytes.filter(|_| 0 < slow),
             readings: readers.readings(position, &known),

@@ -176,6 +176,8 @@ pub struct AudienceFindings {
     pub coalesced_for_slow: u64,
     /// The same on the way to all others.
     pub coalesced_for_others: u64,
+    /// Changes that the slowest had not been told of when it read freely again.
+    pub behind: u64,
     /// From when the slow readers read freely again until all were level.
     pub caught_up_s: f64,
     /// The most memory that the gateway kept for slow readers. A report has it one level up.
@@ -196,6 +198,7 @@ pub(crate) struct AudienceMeasures {
     pub(crate) latencies: [Latencies; 2],
     pub(crate) updates_per_s: f64,
     pub(crate) entries_per_s: f64,
+    pub(crate) behind: u64,
     pub(crate) caught_up: Duration,
     pub(crate) slow_reader_bytes: Option<u64>,
     pub(crate) readings: Readings,
@@ -326,6 +329,7 @@ impl AudienceFindings {
             changes: readings.changes,
             coalesced_for_slow: readings.coalesced_for_slow,
             coalesced_for_others: readings.coalesced_for_others,
+            behind: measures.behind,
             caught_up_s: measures.caught_up.as_secs_f64(),
             slow_reader_bytes: measures.slow_reader_bytes,
             readings,
@@ -396,11 +400,13 @@ impl AudienceFindings {
         if 0 < self.slow_readers {
             checks.push(Check {
                 promise: "nobody was cut off for being slow",
-                passed: slow_still_connected == self.slow_readers,
+                // Where nobody was behind, nobody was slow.
+                passed: slow_still_connected == self.slow_readers && 0 < self.behind,
                 detail: format!(
-                    "{} of {} are connected as in the beginning",
+                    "{} of {} are connected as in the beginning, up to {} changes behind",
                     Count(slow_still_connected),
-                    Count(self.slow_readers)
+                    Count(self.slow_readers),
+                    Count(self.behind)
                 ),
             });
         }
@@ -764,6 +770,7 @@ mod tests {
                 latencies: [latencies(1), latencies(during_ms)],
                 updates_per_s,
                 entries_per_s: 1_000.0,
+                behind: 60,
                 caught_up: Duration::ZERO,
                 slow_reader_bytes: Some(bytes),
                 readings: readings.clone(),

@@ -233,6 +233,14 @@ impl Readers {
         self.lines().for_each(Trickle::slow_down);
     }
 
+    /// How many changes that somebody was told of have not come to a slow reader.
+    pub(crate) fn behind(&self) -> u64 {
+        let most = self.readers.iter().map(Reader::changes).max();
+        let slow = self.readers.iter().filter(|reader| reader.line.is_some());
+        let least = slow.map(Reader::changes).min();
+        most.zip(least).map_or(0, |(most, least)| most - least)
+    }
+
     /// They read freely again.
     pub(crate) fn let_go(&self) {
         self.lines().for_each(Trickle::let_go);
@@ -247,12 +255,8 @@ impl Readers {
     /// What everybody was told, against what the gateway says: `known` is everybody's entry at `position`.
     pub(crate) fn readings(&self, position: u64, known: &[Entry]) -> Readings {
         let mut readings = Readings::default();
-        let changes_of = |book: &Book| book.entries + book.coalesced;
-        let most = self
-            .readers
-            .iter()
-            .map(|reader| changes_of(&reader.book.lock()));
-        readings.changes = most.max().unwrap_or(0);
+        let most = self.readers.iter().map(Reader::changes).max();
+        readings.changes = most.unwrap_or(0);
         for (at, reader) in self.readers.iter().enumerate() {
             let book = reader.book.lock();
             let mut say = |what: String| {
@@ -261,7 +265,7 @@ impl Readers {
                 }
             };
             let is_level = position <= book.announced;
-            let changes = changes_of(&book);
+            let changes = book.changes();
             if is_level && changes == readings.changes {
                 readings.complete += 1;
             } else {
@@ -292,6 +296,12 @@ impl Readers {
             }
         }
         readings
+    }
+}
+
+impl Reader {
+    fn changes(&self) -> u64 {
+        self.book.lock().changes()
     }
 }
 
@@ -389,6 +399,11 @@ impl Book {
                 self.fault(|| format!("{user} went from {before} to {position}"));
             }
         }
+    }
+
+    /// The changes that came, overtaken ones counted.
+    fn changes(&self) -> u64 {
+        self.entries + self.coalesced
     }
 
     fn announce(&mut self, position: u64) {
