@@ -1085,6 +1085,7 @@ async fn a_reader_that_stands_still_outlasts_one_whose_machine_has_vanished() {
     let mut commit = 0;
     // Until what lies between the two ends is full, so that not a byte gets through.
     while !harness.metric("waypost_freshness_lagging_watchers 1") {
+        assert!(harness.metric("waypost_freshness_watchers 2"), "cut off");
         commit += 1;
         harness.publish(commit, &everybody);
         sleep(Duration::from_millis(1)).await;
