@@ -7,7 +7,7 @@
 //!
 //! # Bounds
 //!
-//! Some 100 bytes for each user of the selection, and [`MAX_GAPS`] gaps. Those that ended before anybody who
+//! Some 110 bytes for each user of the selection, and [`MAX_GAPS`] gaps. Those that ended before anybody who
 //! is waited for was last heard are forgotten; should that not be enough, the two oldest that have ended become
 //! one, so that a silence across them is called later, and never for a time in which nobody could be heard.
 
@@ -18,7 +18,7 @@ use waypost_proto::{
     v1::{State, coverage},
 };
 
-use crate::{Entry, Event, Gap};
+use crate::{Entry, Event, Gap, Transition};
 
 /// Gaps that are kept.
 const MAX_GAPS: usize = 4_096;
@@ -53,12 +53,19 @@ pub enum Change {
     },
 }
 
+/// A user's last contact, and the commit that the stream told it of; 0 for one that was put back.
+#[derive(Clone, Copy, Debug)]
+struct Contact {
+    last_contact_ms: u64,
+    position: u64,
+}
+
 /// Tells who has been silent for longer than a time.
 #[derive(Clone, Debug)]
 pub struct Silences {
     silent_after_ms: u64,
     /// When each user was last heard, of those whose silence means something.
-    contacts: HashMap<UserId, u64>,
+    contacts: HashMap<UserId, Contact>,
     /// Those of them who have not been called silent, longest silence first.
     waiting: BTreeSet<(u64, UserId)>,
     /// Those who have, and when they had last been heard then. What was said outlives a reset.
@@ -84,7 +91,14 @@ impl Silences {
 
     /// Puts back what [`Self::known`] told, for a watch that resumes. The gaps go in as their events.
     pub fn remember(&mut self, user: UserId, last_contact_ms: u64, is_called_silent: bool) {
-        self.contacts.insert(user, last_contact_ms);
+        let position = 0;
+        self.contacts.insert(
+            user,
+            Contact {
+                last_contact_ms,
+                position,
+            },
+        );
         if is_called_silent {
             self.called.insert(user, last_contact_ms);
         } else {
@@ -95,8 +109,12 @@ impl Silences {
     /// Each user whose silence means something, when the user was last heard, and whether that was called
     /// silent.
     pub fn known(&self) -> impl Iterator<Item = (UserId, u64, bool)> {
-        self.contacts.iter().map(|(&user, &last_contact_ms)| {
-            (user, last_contact_ms, self.called.contains_key(&user))
+        self.contacts.iter().map(|(&user, contact)| {
+            (
+                user,
+                contact.last_contact_ms,
+                self.called.contains_key(&user),
+            )
         })
     }
 
@@ -140,9 +158,9 @@ impl Silences {
                 self.forget_gaps();
             }
             Event::Coverage(gap) => self.take_gap(gap),
+            Event::Transition(transition) => self.take_transition(transition, changes),
             Event::Connected { .. }
             | Event::Deadline(_)
-            | Event::Transition(_)
             | Event::Stale { .. }
             | Event::Live { .. }
             | Event::Disconnected { .. } => {}
@@ -154,22 +172,20 @@ impl Silences {
             user,
             state,
             last_contact_ms,
+            position,
             ..
         } = entry;
-        if let Some(before_ms) = self.contacts.remove(&user) {
-            self.waiting.remove(&(before_ms, user));
-        }
         if state != State::Active {
-            if let Some(last_contact_ms) = self.called.remove(&user) {
-                changes.push(Change::Closed {
-                    user,
-                    last_contact_ms,
-                    state: Some(state),
-                });
-            }
+            self.close(user, state, changes);
             return;
         }
-        self.contacts.insert(user, last_contact_ms);
+        let contact = Contact {
+            last_contact_ms,
+            position,
+        };
+        if let Some(before) = self.contacts.insert(user, contact) {
+            self.waiting.remove(&(before.last_contact_ms, user));
+        }
         match self.called.get(&user) {
             Some(&called_ms) if last_contact_ms <= called_ms => {}
             Some(_) => {
@@ -183,6 +199,38 @@ impl Silences {
             None => {
                 self.waiting.insert((last_contact_ms, user));
             }
+        }
+    }
+
+    /// A holder has paused or erased everything, of whom no entry may come: one who has left the selected states has
+    /// none. What the entries say is often newer; then the transition is of the past.
+    fn take_transition(&mut self, transition: &Transition, changes: &mut Vec<Change>) {
+        let &Transition {
+            user,
+            state,
+            position,
+            ..
+        } = transition;
+        let is_news = self
+            .contacts
+            .get(&user)
+            .is_some_and(|contact| contact.position < position);
+        if state != State::Active && is_news {
+            self.close(user, state, changes);
+        }
+    }
+
+    /// The silence of a user means nothing any more.
+    fn close(&mut self, user: UserId, state: State, changes: &mut Vec<Change>) {
+        if let Some(before) = self.contacts.remove(&user) {
+            self.waiting.remove(&(before.last_contact_ms, user));
+        }
+        if let Some(last_contact_ms) = self.called.remove(&user) {
+            changes.push(Change::Closed {
+                user,
+                last_contact_ms,
+                state: Some(state),
+            });
         }
     }
 

@@ -67,13 +67,19 @@ pub struct Reading {
 
 /// The system's wall clock as it is, for what happens before the store is open.
 #[must_use]
-#[expect(clippy::disallowed_methods, reason = "this is the one place")]
 pub fn system_now_ms() -> u64 {
+    system_now_us() / 1_000
+}
+
+/// The same in microseconds, for who measures.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "this is the one place")]
+pub fn system_now_us() -> u64 {
     // A clock before 1970 is a machine without a clock; 0 is then as good as any and never overtakes.
     let since_epoch = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();
-    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
+    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

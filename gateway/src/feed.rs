@@ -13,13 +13,16 @@
 //!
 //! A stream that is read slowly holds two messages of some 130 KB at most, what HTTP/2 and the kernel
 //! buffer for any connection, and what it remembers of each user to get level again (see
-//! [`crate::freshness`]), however much happens meanwhile. It is not closed for being slow.
+//! [`crate::freshness`]), however much happens meanwhile. It is not closed for being slow, nor for not being read at
+//! all: only a checker whose machine does not acknowledge anything any more is closed.
 
 mod discovery;
 mod listener;
+mod liveness;
 mod message;
 mod notices;
 mod service;
+mod tcp_info;
 mod token;
 mod watcher;
 mod wire;
@@ -187,6 +190,7 @@ pub struct Feed {
     tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     config: FreshnessConfig,
     parts: FeedParts,
+    peer_patience: Duration,
 }
 
 impl Feed {
@@ -214,6 +218,7 @@ impl Feed {
             tls,
             config: config.clone(),
             parts,
+            peer_patience: PEER_PATIENCE,
         })
     }
 
@@ -253,13 +258,11 @@ impl Feed {
             listener: self.listener,
             tls: self.tls,
             room: Arc::new(Semaphore::new(self.config.max_connections)),
+            patience: self.peer_patience,
             metrics,
         }
         .open(cancel.clone());
-        let mut server = Server::builder()
-            .http2_keepalive_interval(Some(KEEP_ALIVE))
-            .http2_keepalive_timeout(Some(KEEP_ALIVE))
-            .max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
+        let mut server = Server::builder().max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
         let serving = server
             .add_service(FreshnessServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
             .add_service(health)
@@ -288,9 +291,10 @@ impl Feed {
 const LEAST_PROGRESS_INTERVAL: Duration = Duration::from_millis(10);
 const MOST_PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A connection is asked for a sign of life this often, and closed when none comes in as long again: a
-/// checker that vanished gives its streams back within 20 s.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How long nothing that is sent to a checker may be acknowledged by its machine. One that vanished gives its streams
+/// back within 20 s, a connection without a stream within 40 s, and either within seven minutes if it had stopped
+/// reading before.
+const PEER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// One stream and a few questions beside it are usual.
 const MAX_CALLS_PER_CONNECTION: u32 = 64;

@@ -129,6 +129,12 @@ impl Freshness {
         self.head.subscribe()
     }
 
+    /// How many have subscribed and still are.
+    #[must_use]
+    pub fn subscribers(&self) -> usize {
+        self.head.receiver_count()
+    }
+
     /// When a user was last heard; 0 for one that was never seen.
     #[must_use]
     pub fn last_contact_ms(&self, user: &UserId) -> u64 {
@@ -148,6 +154,12 @@ impl Freshness {
     #[must_use]
     pub fn changes(&self) -> usize {
         self.index.read().changes()
+    }
+
+    /// The memory, in bytes, of what is kept for readers that lag, and of changes that are not yet forgotten.
+    #[must_use]
+    pub fn lagging_bytes(&self) -> usize {
+        self.index.read().lagging_bytes()
     }
 
     /// These users as they were at one head; none for a user that was never seen.
@@ -243,7 +255,9 @@ impl Freshness {
     ) -> Step {
         reader.make_room(BLOCK);
         entries.reserve(BLOCK);
-        self.index.read().read(reader, wanted, entries)
+        let step = self.index.read().read(reader, wanted, entries);
+        reader.show_memory();
+        step
     }
 }
 
@@ -341,6 +355,46 @@ mod tests {
         assert_eq!(
             found[0].map(|seen| (seen.clocks, seen.position)),
             Some((heard(90), 2))
+        );
+    }
+
+    /// The bound that the head of this file states, with all the room that tables and blocks may take beside it.
+    #[test]
+    fn a_reader_that_lags_costs_a_few_bytes_a_user_and_one_that_is_level_nothing() {
+        const USERS: usize = 20_000;
+        let id = |n: usize| UserId((n as u128).to_be_bytes());
+        let freshness = empty();
+        let mut slow = freshness.reader_from_start();
+        let mut entries = Vec::new();
+        let mut most = 0;
+        for position in 1..=400 {
+            let changes: Vec<_> = (0..USERS / 10)
+                .map(|n| {
+                    (
+                        id((n * 7 + position * 1_999) % USERS),
+                        heard(position as u64),
+                    )
+                })
+                .collect();
+            freshness.publish(position as u64, 0, &changes, &[]);
+            if position % 40 == 0 {
+                // A few steps are not enough to get level.
+                freshness.read(&mut slow, |_| true, &mut entries);
+                freshness.sweep(&mut slow);
+            }
+            most = most.max(freshness.lagging_bytes());
+        }
+        let bound = USERS * 128;
+        assert!(USERS * 24 < most && most < bound, "{most} bytes");
+        while freshness.read(&mut slow, |_| true, &mut entries) == Step::Behind {}
+        for position in 401..500 {
+            let everybody: Vec<_> = (0..USERS).map(|n| (id(n), heard(position))).collect();
+            freshness.publish(position, 0, &everybody, &[]);
+            while freshness.read(&mut slow, |_| true, &mut entries) == Step::Behind {}
+        }
+        assert!(
+            freshness.lagging_bytes() < USERS * 40,
+            "nothing but what is not yet forgotten"
         );
     }
 

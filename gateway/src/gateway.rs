@@ -526,6 +526,10 @@ async fn sample(
         metrics.audit.queued.set(audit.depth() as f64);
         metrics.freshness.users.set(freshness.users() as f64);
         metrics.freshness.changes.set(freshness.changes() as f64);
+        metrics
+            .freshness
+            .lagging_bytes
+            .set(freshness.lagging_bytes() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);
     }
     // The committer finishes when every handle is gone.

@@ -78,19 +78,16 @@ impl Checker {
     /// # Errors
     /// When the certificate folder lacks the development checker, or the service cannot be reached.
     pub async fn connect(freshness: SocketAddr, pki: &Path) -> anyhow::Result<Self> {
-        let read = |name: &str| {
-            let path = pki.join(name);
-            std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
-        };
-        let (ca, certificate, key) = (
-            read("ca.pem")?,
-            read("checker-dev.pem")?,
-            read("checker-dev.key")?,
-        );
-        let address = format!("https://{freshness}");
-        let config = Config::new(address, ca, certificate, key, SERVER_NAME);
-        let service = waypost_checker::Checker::connect(config).await?;
+        let service = waypost_checker::Checker::connect(config(freshness, pki)?).await?;
         Ok(Self { service })
+    }
+
+    /// The newest commit that can be asked about.
+    ///
+    /// # Errors
+    /// When the service fails.
+    pub async fn position(&mut self) -> anyhow::Result<u64> {
+        Ok(self.ask(&[]).await?.position)
     }
 
     /// The entries of users, asked page by page.
@@ -141,6 +138,24 @@ impl Checker {
         });
         Ok(Watch { state, task })
     }
+}
+
+/// How the development checker reaches a freshness service.
+///
+/// # Errors
+/// When the certificate folder lacks it.
+pub(crate) fn config(freshness: SocketAddr, pki: &Path) -> anyhow::Result<Config> {
+    let read = |name: &str| {
+        let path = pki.join(name);
+        std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let (ca, certificate, key) = (
+        read("ca.pem")?,
+        read("checker-dev.pem")?,
+        read("checker-dev.key")?,
+    );
+    let address = format!("https://{freshness}");
+    Ok(Config::new(address, ca, certificate, key, SERVER_NAME))
 }
 
 impl Watch {

@@ -13,31 +13,40 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use tokio::{
     task::{JoinHandle, spawn_blocking},
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use waypost_proto::id::UserId;
 
 use crate::{
+    checker::Checker,
     findings::{
-        BacklogFindings, Findings, GroupFindings, RampFindings, StormFindings, StormMeasures,
-        WakeFindings,
+        AudienceFindings, AudienceMeasures, BacklogFindings, Findings, GroupFindings, RampFindings,
+        StormFindings, StormMeasures, WakeFindings,
     },
     fleet::{Fleet, Pace, per_s},
     group::{Group, Presence},
     link::Handshake,
     local_gateway::LocalGateway,
     progress::Progress,
+    readers::Readers,
     recorder::{Recorder, Watched},
-    scenario::{Course, DuePing, STORMING, Scenario, Source, Storm},
+    report::Latencies,
+    run::Target,
+    scenario::{Audience, Course, DuePing, EARLIER, STORMING, Scenario, Source, Storm},
+    scrape::UseWatch,
 };
 
 /// All that takes part.
 pub(crate) struct Stage<'a> {
     pub(crate) scenario: &'a Arc<Scenario>,
     pub(crate) fleet: &'a Arc<Fleet>,
+    /// Who asks the gateway, if it can be asked.
+    pub(crate) checker: Option<&'a mut Checker>,
+    pub(crate) target: &'a Target,
     pub(crate) watched: Watched<'a>,
     pub(crate) recorder: &'a mut Recorder,
     /// The gateway, if it is ours to restart.
@@ -57,6 +66,8 @@ pub(crate) struct Played {
     /// How fast the devices connected that were there before the first ping.
     pub(crate) connects_per_s: Option<f64>,
     pub(crate) findings: Option<Findings>,
+    /// From durable to read, where that is what the course is about.
+    pub(crate) freshness_latencies: Option<Latencies>,
 }
 
 impl Stage<'_> {
@@ -81,6 +92,16 @@ impl Stage<'_> {
                     took_us: self.since(begun_us),
                     connects_per_s,
                     findings: Some(Findings::Storm(findings)),
+                    freshness_latencies: None,
+                })
+            }
+            Course::Freshness(audience) => {
+                let (took_us, findings, latencies) = self.freshness(audience).await?;
+                Ok(Played {
+                    took_us,
+                    connects_per_s,
+                    findings: Some(Findings::Freshness(findings)),
+                    freshness_latencies: Some(latencies),
                 })
             }
             Course::Rebind { every } => {
@@ -172,6 +193,7 @@ impl Stage<'_> {
             took_us,
             connects_per_s,
             findings: self.findings(took_us, joined),
+            freshness_latencies: None,
         })
     }
 
@@ -207,7 +229,11 @@ impl Stage<'_> {
                 Some(Findings::Mix { groups })
             }
             // The others are found out elsewhere.
-            Course::Calm | Course::Rebind { .. } | Course::Lossy(_) | Course::Storm(_) => None,
+            Course::Calm
+            | Course::Rebind { .. }
+            | Course::Lossy(_)
+            | Course::Storm(_)
+            | Course::Freshness(_) => None,
         }
     }
 
@@ -336,7 +362,7 @@ impl Stage<'_> {
         let (established, storming) = (0..STORMING, STORMING..STORMING + 1);
         let [(_, established_devices), (_, storming_devices)] = &self.scenario.group_sizes()[..]
         else {
-            anyhow::bail!("a storm has two groups");
+            bail!("a storm has two groups");
         };
         let (established_devices, total) = (*established_devices as u64, *storming_devices as u64);
         let scenario = self.scenario;
@@ -346,7 +372,11 @@ impl Stage<'_> {
         let _end = enough.clone().drop_guard();
 
         self.begin("first lap", Some(total));
-        let is_served = self.send_a_lap_in_turn(&mut laps).await;
+        let is_served = self
+            .send_a_lap_in_turn(STORMING, MOST_OPEN_PINGS, &mut laps, |fleet, due_ping| {
+                fleet.send(due_ping.device, due_ping.ping, fleet.now_us());
+            })
+            .await;
         ensure!(
             is_served || self.stop.is_cancelled(),
             "the devices that are to storm were not served before"
@@ -426,6 +456,124 @@ impl Stage<'_> {
         Ok(StormFindings::new(&storm, &measures))
     }
 
+    /// Checkers watch everybody while some report. After a quarter of the time the slow ones read a byte a second,
+    /// and freely again in the end. For how long pings were answered, what was found, and how long those waited who
+    /// are never slow, while others were.
+    async fn freshness(
+        &mut self,
+        audience: Audience,
+    ) -> anyhow::Result<(u64, AudienceFindings, Latencies)> {
+        let asker = self.checker.take().zip(self.target.freshness);
+        let (checker, service) = asker.context("nobody can watch without --freshness")?;
+        let users: Vec<UserId> = self.scenario.devices().iter().map(|id| id.user).collect();
+        self.let_earlier_ones_come().await?;
+
+        self.begin("watching", Some(audience.checkers.into()));
+        let (pki, slow) = (&self.target.pki, audience.slow_readers);
+        let readers = Readers::start(service, pki, &users, audience.checkers, slow).await?;
+        self.until_level(checker, &readers).await?;
+        if let Some(end) = readers.first_end() {
+            bail!("a checker was not served: {end}");
+        }
+        readers.begin_counting();
+
+        let enough = CancellationToken::new();
+        let sender = self.send(0..EARLIER, 1, enough.clone());
+        let _end = enough.clone().drop_guard();
+        let (begun, begun_us) = (Instant::now(), self.fleet.now_us());
+        self.begin("all read", None);
+        readers.begin_phase();
+        self.pause(audience.duration / 4).await;
+        self.begin("some slow", None);
+        readers.begin_phase();
+        readers.slow_down();
+        self.pause(audience.duration * 3 / 4).await;
+        let (entries, (_, updates)) = (readers.entries(), self.fleet.counts_of(0));
+        let seconds = begun.elapsed().as_secs_f64();
+        enough.cancel();
+        self.progress.begin("settling", None);
+        self.follow(sender, 0..EARLIER).await?;
+        let took_us = self.since(begun_us);
+
+        self.begin("all level", Some(audience.checkers.into()));
+        let behind = readers.behind();
+        readers.let_go();
+        let let_go = Instant::now();
+        let position = self.until_level(checker, &readers).await?;
+        let caught_up = let_go.elapsed();
+        let known = checker.get(&users).await?.entries;
+        let bytes = self.watched.usage.and_then(UseWatch::most_lagging_bytes);
+        let during = readers.latencies(1);
+        let measures = AudienceMeasures {
+            users: users.len() as u64,
+            latencies: [readers.latencies(0), during.clone()],
+            updates_per_s: updates as f64 / seconds,
+            entries_per_s: entries as f64 / seconds,
+            behind,
+            caught_up,
+            slow_reader_bytes: bytes.filter(|_| 0 < slow),
+            readings: readers.readings(position, &known),
+        };
+        Ok((took_us, AudienceFindings::new(&audience, measures), during))
+    }
+
+    /// Those who are known to the gateway and not there any more connect, ping and leave.
+    async fn let_earlier_ones_come(&mut self) -> anyhow::Result<()> {
+        let Some((_, earlier)) = self.scenario.group_sizes().get(EARLIER).cloned() else {
+            return Ok(());
+        };
+        let (group, scenario) = (EARLIER..EARLIER + 1, self.scenario);
+        self.begin("earlier", Some(earlier as u64));
+        self.fleet.wake_when_needed(EARLIER);
+        let mut lap = scenario.pings(group.clone(), self.start_ms);
+        let at_once = self.pace.at_once;
+        let hold = |fleet: &Fleet, due: DuePing| fleet.hold(due.device, due.ping);
+        let are_known = self
+            .send_a_lap_in_turn(EARLIER, at_once, &mut lap, hold)
+            .await;
+        let have_left = self
+            .until(|fleet| {
+                let there = fleet.connected_in(group.clone());
+                (earlier as u64 - there, there == 0)
+            })
+            .await;
+        ensure!(
+            (are_known && have_left) || self.stop.is_cancelled(),
+            "not all of those were served who come once, before"
+        );
+        Ok(())
+    }
+
+    /// Waits for all readers whose stream goes on to be told of everything, at a time when nothing more happens. The
+    /// newest commit. Goes on when the run is stopped: what was sent is still to be told.
+    async fn until_level(
+        &mut self,
+        checker: &mut Checker,
+        readers: &Readers,
+    ) -> anyhow::Result<u64> {
+        let mut ticks = ticks();
+        let mut moved = (0, Instant::now());
+        for _ in 0..MOST_LOOKS_FOR_QUIET {
+            let position = checker.position().await?;
+            loop {
+                let (level, waiting) = readers.level(position);
+                if waiting == 0 || SETTLE_PATIENCE <= moved.1.elapsed() {
+                    break;
+                }
+                let told = level + readers.told();
+                if told != moved.0 {
+                    moved = (told, Instant::now());
+                }
+                ticks.tick().await;
+                self.look(level);
+            }
+            if checker.position().await? == position {
+                return Ok(position);
+            }
+        }
+        bail!("others change users as well, so what checkers are told cannot be counted");
+    }
+
     /// The phase that has just begun.
     fn phase(&self) -> usize {
         self.fleet.phases() - 1
@@ -445,19 +593,25 @@ impl Stage<'_> {
             .await;
     }
 
-    /// One ping of each storming device, a few at a time: all of them at once would be a storm before the storm,
-    /// and what is to be measured is the other one. False if they are not all answered.
-    async fn send_a_lap_in_turn(&mut self, laps: &mut impl Iterator<Item = DuePing>) -> bool {
-        let devices = self.scenario.group_sizes()[STORMING].1;
+    /// One ping of each device of a group, no more than `at_once` at a time: all of them at once would be a storm
+    /// before what is to be measured. False if they are not all answered.
+    async fn send_a_lap_in_turn(
+        &mut self,
+        group: usize,
+        at_once: u64,
+        laps: &mut impl Iterator<Item = DuePing>,
+        send: impl Fn(&Fleet, DuePing),
+    ) -> bool {
+        let devices = self.scenario.group_sizes()[group].1;
         let mut lap = laps.take(devices).peekable();
         let mut sent = 0;
         self.until(|fleet| {
-            let mut open = fleet.open_in(STORMING..STORMING + 1);
+            let mut open = fleet.open_in(group..group + 1);
             let answered = sent - open;
-            while open < MOST_OPEN_PINGS
+            while open < at_once
                 && let Some(due_ping) = lap.next()
             {
-                fleet.send(due_ping.device, due_ping.ping, fleet.now_us());
+                send(fleet, due_ping);
                 open += 1;
                 sent += 1;
             }
@@ -542,6 +696,8 @@ const MOST_OPEN_PINGS: u64 = 2_000;
 /// A run is given up when nothing was acknowledged for this long: a gateway that was killed has time to
 /// come back.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(60);
+/// How often it is looked for a moment in which the gateway has nothing new to tell.
+const MOST_LOOKS_FOR_QUIET: usize = 10;
 const LIVE_INTERVAL: Duration = Duration::from_millis(200);
 const STOP_LATENCY: Duration = Duration::from_millis(100);
 const ROOM_INTERVAL: Duration = Duration::from_micros(200);

@@ -8,9 +8,10 @@ use serde::Serialize;
 
 use crate::{
     group::Group,
+    readers::Readings,
     relay,
-    report::{AckMs, Check, Count, Latencies, Ms, Seconds},
-    scenario::Storm,
+    report::{AckMs, Check, Count, FreshnessMs, Latencies, Ms, Seconds},
+    scenario::{Audience, Storm},
 };
 
 /// The findings of a scenario. In JSON, its name is the name of an object.
@@ -32,6 +33,8 @@ pub enum Findings {
     },
     /// Of `lossy`.
     Lossy(LossyFindings),
+    /// Of `freshness`.
+    Freshness(AudienceFindings),
     /// Of `mix`.
     Mix {
         /// Each group, in the order of the file.
@@ -149,6 +152,58 @@ pub struct LossyFindings {
     pub overflowed: u64,
 }
 
+/// How checkers were told of a fleet.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct AudienceFindings {
+    /// Users that everybody watched.
+    pub users: u64,
+    /// Checkers. A report has it one level up.
+    #[serde(skip)]
+    pub checkers: u64,
+    /// Those of them who read a byte a second for some time.
+    pub slow_readers: u64,
+    /// From durable to read, of those who are never slow, while nobody was.
+    pub before_ms: FreshnessMs,
+    /// The same while the slow ones were slow.
+    pub during_ms: FreshnessMs,
+    /// Updates that were acknowledged in a second.
+    pub updates_per_s: f64,
+    /// Entries that were read in a second, by all checkers together.
+    pub entries_per_s: f64,
+    /// Changes that each checker was told of, overtaken ones counted.
+    pub changes: u64,
+    /// Those of them that newer ones overtook on their way to slow readers.
+    pub coalesced_for_slow: u64,
+    /// The same on the way to all others.
+    pub coalesced_for_others: u64,
+    /// Changes that the slowest had not been told of when it read freely again.
+    pub behind: u64,
+    /// From when the slow readers read freely again until all were level.
+    pub caught_up_s: f64,
+    /// The most memory that the gateway kept for slow readers. A report has it one level up.
+    #[serde(skip)]
+    pub slow_reader_bytes: Option<u64>,
+    #[serde(skip)]
+    readings: Readings,
+    /// What was wished for.
+    #[serde(skip)]
+    audience: Audience,
+}
+
+/// What an audience was measured by.
+#[derive(Debug)]
+pub(crate) struct AudienceMeasures {
+    pub(crate) users: u64,
+    /// From durable to read: before, and while somebody was slow.
+    pub(crate) latencies: [Latencies; 2],
+    pub(crate) updates_per_s: f64,
+    pub(crate) entries_per_s: f64,
+    pub(crate) behind: u64,
+    pub(crate) caught_up: Duration,
+    pub(crate) slow_reader_bytes: Option<u64>,
+    pub(crate) readings: Readings,
+}
+
 /// What became of a group's pings.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct GroupFindings {
@@ -259,6 +314,152 @@ impl BacklogFindings {
     }
 }
 
+impl AudienceFindings {
+    pub(crate) fn new(audience: &Audience, measures: AudienceMeasures) -> Self {
+        let [before_ms, during_ms] = measures.latencies.each_ref().map(Latencies::freshness_ms);
+        let readings = measures.readings;
+        Self {
+            users: measures.users,
+            checkers: audience.checkers.into(),
+            slow_readers: audience.slow_readers.into(),
+            before_ms,
+            during_ms,
+            updates_per_s: measures.updates_per_s,
+            entries_per_s: measures.entries_per_s,
+            changes: readings.changes,
+            coalesced_for_slow: readings.coalesced_for_slow,
+            coalesced_for_others: readings.coalesced_for_others,
+            behind: measures.behind,
+            caught_up_s: measures.caught_up.as_secs_f64(),
+            slow_reader_bytes: measures.slow_reader_bytes,
+            readings,
+            audience: *audience,
+        }
+    }
+
+    fn checks(&self) -> Vec<Check> {
+        let Readings {
+            complete,
+            changes,
+            faults,
+            slow_still_connected,
+            compared,
+            different,
+            ..
+        } = self.readings;
+        let Audience {
+            updates_per_s,
+            least_pace,
+            most_p99,
+            ..
+        } = self.audience;
+        let with_examples = |numbers: String| match self.readings.examples.join("; ") {
+            examples if examples.is_empty() => numbers,
+            examples => format!("{numbers}: {examples}"),
+        };
+        let mut checks = vec![
+            Check {
+                promise: "every checker was told of every change",
+                passed: complete == self.checkers && 0 < changes,
+                detail: with_examples(format!(
+                    "{} of {} checkers, {} changes each",
+                    Count(complete),
+                    Count(self.checkers),
+                    Count(changes)
+                )),
+            },
+            Check {
+                promise: "every stream kept its order",
+                passed: faults == 0,
+                detail: with_examples(format!("{} faults", Count(faults))),
+            },
+            Check {
+                promise: "the streams end with what the gateway says",
+                passed: 0 < compared && different == 0,
+                detail: format!("{} of {} users differ", Count(different), Count(compared)),
+            },
+            Check {
+                promise: "updates came as fast as they should",
+                passed: updates_per_s * least_pace <= self.updates_per_s,
+                detail: format!(
+                    "{}/s of {}/s",
+                    Count::of(self.updates_per_s),
+                    Count::of(updates_per_s)
+                ),
+            },
+            Check {
+                promise: "checkers were told in time",
+                passed: self.during_ms.p99 <= most_p99.as_secs_f64() * 1_000.0,
+                detail: format!(
+                    "p99 {}, {} at most",
+                    Ms(self.during_ms.p99),
+                    humantime::format_duration(most_p99)
+                ),
+            },
+        ];
+        if 0 < self.slow_readers {
+            checks.push(Check {
+                promise: "nobody was cut off for being slow",
+                // Where nobody was behind, nobody was slow.
+                passed: slow_still_connected == self.slow_readers && 0 < self.behind,
+                detail: format!(
+                    "{} of {} are connected as in the beginning, up to {} changes behind",
+                    Count(slow_still_connected),
+                    Count(self.slow_readers),
+                    Count(self.behind)
+                ),
+            });
+        }
+        if let Some(bytes) = self.slow_reader_bytes {
+            let most = self.slow_readers * (self.users * MOST_BYTES_PER_USER + MOST_BYTES_BESIDES);
+            checks.push(Check {
+                promise: "slow readers cost a few bytes a user",
+                passed: bytes <= most,
+                detail: format!("{} bytes, {} at most", Count(bytes), Count(most)),
+            });
+        }
+        checks
+    }
+
+    fn tiles(&self) -> Vec<(String, String, String)> {
+        let mut tiles = vec![(
+            "told to checkers",
+            format!("{}/s", Count::of(self.entries_per_s)),
+            format!(
+                "{} checkers, {} users",
+                Count(self.checkers),
+                Count(self.users)
+            ),
+        )];
+        if 0 < self.slow_readers {
+            tiles.push((
+                "p99 while all read",
+                Ms(self.before_ms.p99).to_string(),
+                format!("p50 {}", Ms(self.before_ms.p50)),
+            ));
+            tiles.push((
+                "overtaken for the slow",
+                Count(self.coalesced_for_slow).to_string(),
+                format!(
+                    "of {} changes, all level again after {}",
+                    Count(self.changes * self.slow_readers),
+                    Seconds(self.caught_up_s)
+                ),
+            ));
+        }
+        if let Some(bytes) = self.slow_reader_bytes {
+            let each = bytes as f64 / (self.users * self.slow_readers).max(1) as f64;
+            tiles.push((
+                "kept for the slow",
+                format!("{} KB", Count(bytes / 1_000)),
+                format!("{each:.0} bytes a user"),
+            ));
+        }
+        let named = |(name, value, note): (&str, _, _)| (name.to_owned(), value, note);
+        tiles.into_iter().map(named).collect()
+    }
+}
+
 impl GroupFindings {
     pub(crate) fn new(group: &Group, sent: u64, acked: u64, latencies: &Latencies) -> Self {
         Self {
@@ -337,7 +538,16 @@ impl Findings {
                 passed: 0 < *rebinds && breaks == 0,
                 detail: format!("{} broken by {} changes", Count(breaks), Count(*rebinds)),
             }],
+            Self::Freshness(audience) => audience.checks(),
             Self::Wake(_) | Self::Lossy(_) | Self::Mix { .. } => Vec::new(),
+        }
+    }
+
+    /// What was found out about checkers, if that is what the run was about.
+    pub(crate) fn audience(&self) -> Option<&AudienceFindings> {
+        match self {
+            Self::Freshness(audience) => Some(audience),
+            _ => None,
         }
     }
 
@@ -423,6 +633,7 @@ impl Findings {
                     Count(lossy.overtaken)
                 ),
             )],
+            Self::Freshness(audience) => audience.tiles(),
             Self::Mix { groups } => groups
                 .iter()
                 .map(|group| {
@@ -462,6 +673,11 @@ fn rate(count: u64, seconds: f64) -> f64 {
 
 /// The clock of the books tells microseconds; less is none.
 const LEAST_MS: f64 = 0.001;
+/// What the gateway may keep for a slow reader and each user: changes that are void but counted, and what the reader
+/// remembers. See the bounds of `waypost_gateway::freshness`.
+const MOST_BYTES_PER_USER: u64 = 128;
+/// Lists grow by blocks, and tables by half.
+const MOST_BYTES_BESIDES: u64 = 256 << 10;
 
 #[cfg(test)]
 mod tests {
@@ -528,6 +744,57 @@ mod tests {
         assert!(passed(&Findings::Rebind { rebinds: 3 }, 1, 0));
         assert!(!passed(&Findings::Rebind { rebinds: 3 }, 1, 1));
         assert!(!passed(&Findings::Rebind { rebinds: 0 }, 1, 0));
+    }
+
+    #[test]
+    fn an_audience_fails_when_it_was_told_late_or_wrong_or_somebody_was_cut_off_or_kept_too_much_for()
+     {
+        let audience = Audience {
+            checkers: 10,
+            slow_readers: 1,
+            duration: Duration::from_secs(60),
+            updates_per_s: 1_000.0,
+            least_pace: 0.9,
+            most_p99: Duration::from_millis(5),
+        };
+        let good = Readings {
+            complete: 10,
+            changes: 100,
+            compared: 40,
+            slow_still_connected: 1,
+            ..Readings::default()
+        };
+        let at_pace = |updates_per_s, during_ms, bytes, readings: &Readings| {
+            let measures = AudienceMeasures {
+                users: 1_000,
+                latencies: [latencies(1), latencies(during_ms)],
+                updates_per_s,
+                entries_per_s: 1_000.0,
+                behind: 60,
+                caught_up: Duration::ZERO,
+                slow_reader_bytes: Some(bytes),
+                readings: readings.clone(),
+            };
+            Findings::Freshness(AudienceFindings::new(&audience, measures))
+        };
+        let of = |during_ms, bytes, readings: &Readings| at_pace(950.0, during_ms, bytes, readings);
+        assert!(passed(&of(4, 50_000, &good), 1_000, 0));
+        assert!(!passed(&of(6, 50_000, &good), 1_000, 0));
+        assert!(!passed(&of(4, 400_000, &good), 1_000, 0));
+        assert!(!passed(&at_pace(850.0, 4, 50_000, &good), 1_000, 0));
+        let faults: [fn(&mut Readings); 6] = [
+            |readings| readings.complete = 9,
+            |readings| readings.changes = 0,
+            |readings| readings.faults = 1,
+            |readings| readings.different = 1,
+            |readings| readings.compared = 0,
+            |readings| readings.slow_still_connected = 0,
+        ];
+        for (at, fault) in faults.into_iter().enumerate() {
+            let mut readings = good.clone();
+            fault(&mut readings);
+            assert!(!passed(&of(4, 50_000, &readings), 1_000, 0), "fault {at}");
+        }
     }
 
     #[test]

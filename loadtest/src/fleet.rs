@@ -125,13 +125,13 @@ struct Crew {
     own: Option<OwnRuntime>,
 }
 
-/// A runtime for one group. It may be dropped anywhere.
+/// A runtime for one group, or for some of the readers. It may be dropped anywhere.
 #[derive(Debug)]
-struct OwnRuntime(Option<Runtime>);
+pub(crate) struct OwnRuntime(Option<Runtime>);
 
 impl OwnRuntime {
     /// None for devices that need none.
-    fn start(threads: CrewThreads) -> anyhow::Result<Option<Self>> {
+    pub(crate) fn start(threads: CrewThreads) -> anyhow::Result<Option<Self>> {
         let mut builder = Builder::new_multi_thread();
         match threads {
             CrewThreads::Shared => return Ok(None),
@@ -151,7 +151,7 @@ impl OwnRuntime {
         Ok(Some(Self(Some(runtime))))
     }
 
-    fn enter(&self) -> Option<EnterGuard<'_>> {
+    pub(crate) fn enter(&self) -> Option<EnterGuard<'_>> {
         self.0.as_ref().map(Runtime::enter)
     }
 }

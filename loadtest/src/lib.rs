@@ -5,10 +5,10 @@
 //! from a file: [`mix`]). [`run`] takes it through the stations. [`local_gateway`] starts a gateway if there
 //! is none; the [`fleet`] enrols its [`device`]s, which connect over a few sockets ([`link`]), through a bad
 //! network perhaps ([`relay`]), and keeps a [`ledger`] of each; a course plays the scenario; a [`checker`]
-//! watches freshness meanwhile and [`scrape`] what the gateway uses. Then [`verify`] compares store and
-//! freshness with the ledgers, and [`verdict`] makes a [`report`] of it and of the scenario's own
-//! [`findings`], which [`page`] lays out with the charts of its [`timeline`]. [`limits`] is another thing: it
-//! measures what the machine can do at all.
+//! watches freshness meanwhile, or a crowd of lean readers does, and [`scrape`] what the gateway uses. Then
+//! [`verify`] compares store and freshness with the ledgers, and [`verdict`] makes a [`report`] of it and of the
+//! scenario's own [`findings`], which [`page`] lays out with the charts of its [`timeline`]. [`limits`] is another
+//! thing: it measures what the machine can do at all.
 
 mod chart;
 pub mod checker;
@@ -25,6 +25,7 @@ pub mod local_gateway;
 pub mod mix;
 pub mod page;
 pub mod progress;
+mod readers;
 mod recorder;
 pub mod relay;
 pub mod replay;
@@ -34,5 +35,7 @@ pub mod scenario;
 pub mod scrape;
 pub mod steady;
 pub mod timeline;
+mod told;
+mod trickle;
 pub mod verdict;
 pub mod verify;

@@ -216,12 +216,14 @@ fn log_tail(folder: &Path) -> String {
 }
 
 /// Old pings welcome, for a replay with its original times is years old; all the room that a temporary
-/// folder has; more connections than a machine can hold, so that memory is the limit; and none for one
+/// folder has; more connections and watchers than a machine can hold, so that memory is the limit; and none for one
 /// address, because the fleet's few are not the many that its devices would have.
-const SETTINGS: [(&str, &str); 4] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("WAYPOST_STORE_RETENTION", "36500d"),
     ("WAYPOST_STORE_FREE_SPACE_FLOOR_MIB", "0"),
     ("WAYPOST_DEVICES_CONNECTIONS", "1000000"),
+    ("WAYPOST_FRESHNESS_MAX_CONNECTIONS", "100000"),
+    ("WAYPOST_FRESHNESS_MAX_WATCHERS", "100000"),
     ("WAYPOST_DEVICES_ADMISSION_ADDRESS_HANDSHAKES_PER_S", "0"),
 ];
 const ADDRESSES_FILE: &str = "addresses.json";

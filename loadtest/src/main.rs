@@ -22,7 +22,7 @@ use waypost_loadtest::{
     replay::Replay,
     report::Report,
     run::{self, RunSettings, Target},
-    scenario::{Restart, Scenario, Storm},
+    scenario::{Audience, Restart, Scenario, Storm},
     steady::Steady,
 };
 
@@ -59,6 +59,8 @@ Examples:
     loadtest steady --devices 200000 --rate 3333 --duration 5m --connect-rate 2000
   Everybody comes back after the gateway was killed:
     loadtest storm --devices 50000 --established 1000 --restart kill
+  As many checkers as an operations centre has, one of them stuck:
+    loadtest freshness --checkers 100 --slow-readers 1
   Twelve hours without coverage:
     loadtest backlog --devices 5000 --held 720
   A gateway that runs already (never one that serves real devices):
@@ -79,6 +81,15 @@ enum Command {
     /// a ping. Checks that each is served, and that the p99 of the established ones did not grow too much.
     /// Example: loadtest storm --devices 50000 --established 1000 --restart stop
     Storm(StormArgs),
+    /// Many checkers watch all users while devices ping, some of them reading a byte a second
+    ///
+    /// Shows how many checkers this machine can tell of how much, and how soon. The users beyond --devices connect
+    /// once before, ping and leave. Then all checkers watch; after a quarter of --duration the slow ones read a byte
+    /// a second, and in the end they read freely. Checks that each checker is told of every change in order, that
+    /// nobody is cut off, and that the others are told in time. Checkers and devices run on this machine, the
+    /// devices only when nobody else wants to.
+    /// Example: loadtest freshness --checkers 100 --users 300000 --rate 10000
+    Freshness(FreshnessArgs),
     /// Devices connect for each ping and leave once it is acknowledged, again and again
     ///
     /// Reports the time from wake-up to acknowledgement, and how many pings travelled in the first packet
@@ -176,6 +187,39 @@ struct StormArgs {
     /// How many times the p99 of the established devices may grow in the storm
     #[arg(long, value_name = "TIMES", default_value = "3", value_parser = parse_rate)]
     most_slowdown: f64,
+    #[command(flatten)]
+    seed: SeedArgs,
+    #[command(flatten)]
+    common: CommonArgs,
+}
+
+#[derive(Debug, Args)]
+struct FreshnessArgs {
+    /// How many users the gateway knows, and every checker watches
+    #[arg(long, value_name = "N", default_value = "300000")]
+    users: NonZeroU32,
+    /// How many of them have a device that stays connected and pings. Each connection takes memory of both ends
+    #[arg(long, value_name = "N", default_value = "20000")]
+    devices: NonZeroU32,
+    /// Updates a second, all devices together; they take turns
+    #[arg(long, value_name = "PINGS_PER_S", default_value = "10000", value_parser = parse_rate)]
+    rate: f64,
+    /// How many checkers watch
+    #[arg(long, value_name = "N", default_value = "100")]
+    checkers: NonZeroU32,
+    /// How many of the checkers read a byte a second after a quarter of the time
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    slow_readers: u32,
+    /// How long devices ping
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_interval)]
+    duration: Duration,
+    /// How much later than durable the other checkers may be told, in 99 of 100 cases, while some are slow
+    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = parse_interval)]
+    most_p99: Duration,
+    /// Which share of --rate must be acknowledged while it lasts: if less is, the machine is too small for this load,
+    /// and how soon checkers are told says nothing of it
+    #[arg(long, value_name = "SHARE", default_value = "0.9", value_parser = parse_share)]
+    least_pace: f64,
     #[command(flatten)]
     seed: SeedArgs,
     #[command(flatten)]
@@ -468,6 +512,28 @@ fn prepare(command: Command) -> anyhow::Result<(Scenario, CommonArgs)> {
             let scenario = Scenario::storm(established, args.every, devices, storm, seed);
             (scenario, args.common)
         }
+        Command::Freshness(args) => {
+            let (users, devices) = (args.users.get(), args.devices.get());
+            ensure!(
+                devices <= users,
+                "--devices are some of the --users, so there cannot be more of them"
+            );
+            ensure!(
+                args.slow_readers < args.checkers.get(),
+                "--slow-readers are some of the --checkers, and at least one of these must read freely"
+            );
+            let audience = Audience {
+                checkers: args.checkers.get(),
+                slow_readers: args.slow_readers,
+                duration: args.duration,
+                updates_per_s: args.rate,
+                least_pace: args.least_pace,
+                most_p99: args.most_p99,
+            };
+            let seed = args.seed.number();
+            let scenario = Scenario::freshness(users, devices, audience, seed);
+            (scenario, args.common)
+        }
         Command::Wake(args) => {
             let (devices, seed) = (args.devices.get(), args.seed.number());
             let resumes = !args.full_handshakes;
@@ -706,6 +772,9 @@ mod tests {
                 "loadtest storm --restart --addr localhost:4433 --pki pki",
                 false,
             ),
+            ("loadtest freshness", true),
+            ("loadtest freshness --checkers 0", false),
+            ("loadtest freshness --slow-readers 0 --most-p99 1s", true),
             ("loadtest wake --every 0s", false),
             ("loadtest wake --full-handshakes", true),
             ("loadtest backlog --held 720", true),
@@ -736,6 +805,9 @@ mod tests {
     fn a_run_that_could_not_show_anything_is_refused() {
         assert!(prepared("loadtest ramp --devices 100 --connect-rate 10 --duration 9s").is_err());
         assert!(prepared("loadtest ramp --devices 100 --connect-rate 10 --duration 11s").is_ok());
+        assert!(prepared("loadtest freshness --users 10 --devices 11").is_err());
+        assert!(prepared("loadtest freshness --checkers 2 --slow-readers 2").is_err());
+        assert!(prepared("loadtest freshness --users 10 --devices 10 --checkers 2").is_ok());
         assert!(prepared("loadtest rebind --duration 5s --every 5s").is_err());
         assert!(prepared("loadtest rebind --duration 5s --every 1s").is_ok());
     }

@@ -71,6 +71,11 @@ pub struct Report {
     pub ack_ms: AckMs,
     /// From durable at the gateway to read by a checker; absent when no checker watched.
     pub freshness_ms: Option<FreshnessMs>,
+    /// How many checkers watched, in a run that is about them.
+    pub checkers: Option<u64>,
+    /// The most memory that the gateway kept for those who read slowly, all together, by its own count; absent where
+    /// nobody does, or its metrics are out of reach.
+    pub slow_reader_bytes: Option<u64>,
     /// What the gateway used.
     pub gateway: GatewayUse,
     /// The most memory that the load test itself was seen to hold.
@@ -98,7 +103,7 @@ pub struct AckMs {
 }
 
 /// Percentiles of the freshness stream's latency in milliseconds.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[expect(missing_docs, reason = "the names say it")]
 pub struct FreshnessMs {
     pub p50: f64,
@@ -412,6 +417,8 @@ pub(crate) fn example() -> Report {
         connects_per_s: Some(1_500.0),
         ack_ms: AckMs::default(),
         freshness_ms: Some(FreshnessMs::default()),
+        checkers: None,
+        slow_reader_bytes: None,
         gateway: GatewayUse::default(),
         own_rss_bytes: None,
         findings: None,
@@ -447,6 +454,8 @@ mod tests {
             "stored_twice",
             "freshness_checked",
             "freshness_wrong",
+            "checkers",
+            "slow_reader_bytes",
             "seconds",
             "pings_per_s",
         ] {

@@ -142,6 +142,7 @@ async fn load(
         ..target.clone()
     };
     let is_storm = matches!(scenario.course, Course::Storm(_));
+    let is_about_checkers = matches!(scenario.course, Course::Freshness(_));
     let group_sizes = scenario.group_sizes();
     let mut config = FleetConfig {
         keep_each: match scenario.is_endless() {
@@ -164,12 +165,24 @@ async fn load(
         established.threads = CrewThreads::Apart;
         storming.threads = CrewThreads::GivingWay;
     }
+    if is_about_checkers {
+        // What is measured is how long checkers wait.
+        let all = config.crews.iter_mut();
+        all.for_each(|crew| crew.threads = CrewThreads::GivingWay);
+    }
     let fleet = Arc::new(Fleet::enrol(&devices, &near, &config, progress).await?);
-    let watch = checker.as_ref().map(Checker::watch).transpose()?;
+    // Where many watch, one more would only be in their way.
+    let watch = checker
+        .as_ref()
+        .filter(|_| !is_about_checkers)
+        .map(Checker::watch)
+        .transpose()?;
     let mut recorder = Recorder::default();
     let mut stage = Stage {
         scenario: &scenario,
         fleet: &fleet,
+        checker: checker.as_mut(),
+        target: &near,
         watched: Watched {
             fleet: &fleet,
             stream: watch.as_ref(),
@@ -191,6 +204,7 @@ async fn load(
         took_us,
         connects_per_s,
         findings,
+        freshness_latencies,
     } = stage.play().await?;
 
     progress.begin("checking", None);
@@ -223,7 +237,7 @@ async fn load(
         connects_per_s,
         findings: findings.or_else(|| relay.map(|relay| Findings::Lossy(relay.counts().into()))),
         ack_latencies,
-        freshness_latencies: watch.map(|watch| watch.latencies()),
+        freshness_latencies: freshness_latencies.or_else(|| watch.map(|watch| watch.latencies())),
         gateway,
         breaks,
         ledgers,

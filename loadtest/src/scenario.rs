@@ -76,6 +76,8 @@ pub enum Course {
     Lossy(Weather),
     /// Group 0 stays and reports, and group 1 connects all at once.
     Storm(Storm),
+    /// Many checkers watch everybody while group 0 reports. Whoever else is known to the gateway came once, before.
+    Freshness(Audience),
 }
 
 /// A storm of reconnecting devices.
@@ -87,6 +89,23 @@ pub struct Storm {
     pub restart: Option<Restart>,
     /// How many times the p99 of the established devices may grow.
     pub most_slowdown: f64,
+}
+
+/// The checkers who watch a fleet.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Audience {
+    /// How many.
+    pub checkers: u32,
+    /// How many of them read a byte a second after a quarter of the time.
+    pub slow_readers: u32,
+    /// How long devices report.
+    pub duration: Duration,
+    /// How many updates there are in a second, of all devices together.
+    pub updates_per_s: f64,
+    /// Which share of them must get through in time, so that the figures mean something.
+    pub least_pace: f64,
+    /// How much later than durable the others may be told, all but a hundredth of what they are told.
+    pub most_p99: Duration,
 }
 
 /// How a gateway ends before it is started again.
@@ -111,6 +130,9 @@ pub struct DuePing {
 
 /// The group of those who storm, see [`Course::Storm`].
 pub const STORMING: usize = 1;
+
+/// The group of those who came once, before, see [`Course::Freshness`]. Nobody may have.
+pub const EARLIER: usize = 1;
 
 impl Scenario {
     /// A recorded day, sent again.
@@ -312,6 +334,40 @@ impl Scenario {
         }
     }
 
+    /// Checkers who watch `users`, of whom `devices` are connected and report.
+    #[must_use]
+    pub fn freshness(users: u32, devices: u32, audience: Audience, seed: u64) -> Self {
+        let updates_per_s = audience.updates_per_s;
+        let slow = match audience.slow_readers {
+            0 => String::new(),
+            slow => format!(", {} of them a byte a second", Count(slow.into())),
+        };
+        let title = format!(
+            "freshness: {} checkers read{slow}, of {} users, {updates_per_s} updates/s by {} devices, {}, seed {seed}",
+            Count(audience.checkers.into()),
+            Count(users.into()),
+            Count(devices.into()),
+            length(Some(audience.duration)),
+        );
+        let every = Duration::from_secs_f64(f64::from(devices) / updates_per_s);
+        let mut groups = vec![lone_pings("present", devices, every, Presence::Stays)];
+        let earlier = users.saturating_sub(devices);
+        if 0 < earlier {
+            groups.push(lone_pings("earlier", earlier, ONE_LAP, Presence::Wakes));
+        }
+        Self {
+            name: "freshness",
+            title,
+            passes: 1,
+            source: Source::Groups(Groups {
+                groups,
+                duration: None,
+                seed,
+            }),
+            course: Course::Freshness(audience),
+        }
+    }
+
     /// Groups as a file describes them.
     #[must_use]
     pub fn mix(groups: Groups) -> Self {
@@ -418,7 +474,8 @@ impl Scenario {
     /// Whether it goes on until it is told to stop, so that not all of it can be remembered.
     #[must_use]
     pub fn is_endless(&self) -> bool {
-        self.pings_per_pass().is_none() && !matches!(self.course, Course::Storm(_))
+        let ends_by_itself = matches!(self.course, Course::Storm(_) | Course::Freshness(_));
+        self.pings_per_pass().is_none() && !ends_by_itself
     }
 
     /// Whether devices that wake for a ping resume their sessions.
@@ -426,6 +483,8 @@ impl Scenario {
     pub fn resumes(&self) -> bool {
         match self.course {
             Course::Wake { resumes, .. } => resumes,
+            // Who comes once has nothing to come back with.
+            Course::Freshness(_) => false,
             _ => true,
         }
     }
@@ -433,7 +492,10 @@ impl Scenario {
     /// Whether many devices are to come at the same time.
     #[must_use]
     pub fn is_a_rush(&self) -> bool {
-        matches!(self.course, Course::Backlog { .. } | Course::Storm(_))
+        matches!(
+            self.course,
+            Course::Backlog { .. } | Course::Storm(_) | Course::Freshness(_)
+        )
     }
 
     /// Whether due times hold. If not, a ping is due as soon as earlier ones are acknowledged.

@@ -1,6 +1,6 @@
 //! What the gateway uses, read from its admin endpoint, and the memory of this process.
 //!
-//! Knows three metric names and as much HTTP as they need. Must not know the device protocol.
+//! Knows four metric names and as much HTTP as they need. Must not know the device protocol.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,6 +25,8 @@ pub struct UseWatch {
 struct Seen {
     newest: GatewayUse,
     most: GatewayUse,
+    /// The most that was kept for streams that lag.
+    most_lagging_bytes: Option<u64>,
     /// Processor time at the first look, and of processes that have ended since.
     cpu_before_s: Option<f64>,
     cpu_ended_s: f64,
@@ -43,7 +45,9 @@ impl UseWatch {
                 ticks.tick().await;
                 // A gateway that is being restarted does not answer; the next look finds it.
                 if let Ok(page) = get(admin, "/metrics").await {
-                    seen_by_task.lock().look(parse(&page));
+                    let mut seen = seen_by_task.lock();
+                    seen.look(parse(&page));
+                    seen.most_lagging_bytes = seen.most_lagging_bytes.max(lagging_bytes(&page));
                 }
             }
         });
@@ -54,6 +58,12 @@ impl UseWatch {
     #[must_use]
     pub fn newest(&self) -> GatewayUse {
         self.seen.lock().newest
+    }
+
+    /// The most memory that it was seen to keep for Watch streams that lag.
+    #[must_use]
+    pub fn most_lagging_bytes(&self) -> Option<u64> {
+        self.seen.lock().most_lagging_bytes
     }
 
     /// What it was seen to use at most, and the processor time since the first look.
@@ -136,26 +146,35 @@ pub fn own_rss_bytes() -> Option<u64> {
     Some(kibibytes << 10)
 }
 
+fn parse(page: &str) -> GatewayUse {
+    GatewayUse {
+        rss_bytes: whole(page, "process_resident_memory_bytes"),
+        cpu_s: value(page, "process_cpu_seconds_total"),
+        connections: whole(page, "waypost_connections"),
+        ..GatewayUse::default()
+    }
+}
+
+fn lagging_bytes(page: &str) -> Option<u64> {
+    whole(page, "waypost_freshness_lagging_bytes")
+}
+
 #[expect(
     clippy::cast_possible_truncation,
     reason = "Prometheus writes whole numbers as floats, too"
 )]
-fn parse(page: &str) -> GatewayUse {
-    let value = |name: &str| -> Option<f64> {
-        page.lines().find_map(|line| {
-            line.strip_prefix(name)?
-                .strip_prefix(' ')?
-                .trim()
-                .parse()
-                .ok()
-        })
-    };
-    GatewayUse {
-        rss_bytes: value("process_resident_memory_bytes").map(|bytes| bytes as u64),
-        cpu_s: value("process_cpu_seconds_total"),
-        connections: value("waypost_connections").map(|count| count as u64),
-        ..GatewayUse::default()
-    }
+fn whole(page: &str, name: &str) -> Option<u64> {
+    value(page, name).map(|value| value as u64)
+}
+
+fn value(page: &str, name: &str) -> Option<f64> {
+    page.lines().find_map(|line| {
+        line.strip_prefix(name)?
+            .strip_prefix(' ')?
+            .trim()
+            .parse()
+            .ok()
+    })
 }
 
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -182,6 +201,10 @@ mod tests {
             (Some(3), Some(1_048_576), Some(1.5))
         );
         assert_eq!(parse("").connections, None);
+        assert_eq!(
+            lagging_bytes("waypost_freshness_lagging_bytes 7\n"),
+            Some(7)
+        );
     }
 
     #[test]

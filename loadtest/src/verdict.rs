@@ -63,6 +63,7 @@ pub fn report(outcome: &Outcome) -> Report {
     let (sent, acked) = (sum(|ledger| ledger.sent), sum(|ledger| ledger.acked));
     let store = outcome.store.as_ref();
     let freshness = outcome.freshness.as_ref();
+    let audience = outcome.findings.as_ref().and_then(Findings::audience);
     Report {
         scenario: outcome.scenario,
         title: outcome.title.clone(),
@@ -99,6 +100,8 @@ pub fn report(outcome: &Outcome) -> Report {
             .freshness_latencies
             .as_ref()
             .map(Latencies::freshness_ms),
+        checkers: audience.map(|audience| audience.checkers),
+        slow_reader_bytes: audience.and_then(|audience| audience.slow_reader_bytes),
         gateway: gateway_use(outcome),
         own_rss_bytes: outcome
             .timeline

@@ -183,6 +183,66 @@ fn after_hours_without_coverage_everybody_is_fresh_again_and_the_backlog_arrives
     assert_eq!(report["backlog"]["held_each"], 300);
 }
 
+/// One of them reads a byte a second for some time, is never cut off, and is told in the end what it missed.
+#[test]
+fn every_checker_is_told_of_every_change_though_one_of_them_is_slow() {
+    let report = report(&[
+        "freshness",
+        "--users",
+        "300",
+        "--devices",
+        "200",
+        "--rate",
+        "1500",
+        "--checkers",
+        "8",
+        "--slow-readers",
+        "1",
+        "--duration",
+        "6s",
+        "--most-p99",
+        "1h",
+        "--least-pace",
+        "0",
+    ]);
+    assert_eq!(report["checkers"], 8);
+    assert!(report["freshness_ms"]["p99"].is_f64(), "{report:#}");
+    assert!(report["slow_reader_bytes"].is_u64(), "{report:#}");
+    let found = &report["freshness"];
+    assert_eq!(
+        (&found["users"], &found["slow_readers"]),
+        (&300.into(), &1.into())
+    );
+    assert!(0 < number(&found["behind"]), "it was slow: {report:#}");
+}
+
+/// The check has teeth: nobody is told within a nanosecond.
+#[test]
+fn checkers_that_are_told_too_late_fail_the_run() {
+    let (report, said, code) = attempt(&[
+        "freshness",
+        "--users",
+        "20",
+        "--devices",
+        "20",
+        "--rate",
+        "100",
+        "--checkers",
+        "2",
+        "--slow-readers",
+        "0",
+        "--duration",
+        "1s",
+        "--most-p99",
+        "1ns",
+        "--least-pace",
+        "0",
+    ]);
+    assert_eq!(code, Some(1), "{said}\n{report:#}");
+    assert_eq!(report["freshness_wrong"], 0);
+    assert!(report["slow_reader_bytes"].is_null(), "{report:#}");
+}
+
 #[test]
 fn what_is_sent_again_is_a_duplicate() {
     let report = report(&[

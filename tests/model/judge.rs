@@ -398,7 +398,10 @@ impl Judge<'_> {
         }
         stream.base = end.position;
         stream.events.clear();
-        stream.transitions.clear();
+        // Those that came ahead of it count for what is announced next.
+        stream
+            .transitions
+            .retain(|told| end.position < told.position);
         Ok(())
     }
 
@@ -415,7 +418,7 @@ impl Judge<'_> {
         stream.resolved_ms = progress.resolved_ms;
         stream.was_level |= progress.resolved_ms != 0;
         self.announce(progress.position, stream)?;
-        for user in self.wanted_at(progress.position) {
+        for user in self.wanted_at(progress.position, &stream.transitions) {
             let heard_ms = self.truth.history.heard_by(&user, progress.resolved_ms);
             let told_ms = self
                 .view
@@ -447,10 +450,15 @@ impl Judge<'_> {
             .filter(|it| self.selects(&it.user))
             .map(as_told)
             .collect();
-        if due != stream.transitions {
+        let told = stream.transitions.iter();
+        let told: Vec<_> = told
+            .filter(|told| told.position <= progress.position)
+            .cloned()
+            .collect();
+        if due != told {
             return Err(format!(
-                "of the transitions between {} and {} these should have been told: {due:?}, and these were: {:?}",
-                stream.base, progress.position, stream.transitions
+                "of the transitions between {} and {} these should have been told: {due:?}, and these were: {told:?}",
+                stream.base, progress.position
             ));
         }
         Ok(())
@@ -459,7 +467,7 @@ impl Judge<'_> {
     /// Nothing at or below this position will come later: so all of it must be here.
     fn announce(&mut self, position: u64, stream: &Stream) -> Result<(), String> {
         self.tally.announced += 1;
-        for user in self.wanted_at(position) {
+        for user in self.wanted_at(position, &stream.transitions) {
             let Some(value) = self.truth.history.at(&user, position) else {
                 continue;
             };
@@ -571,7 +579,7 @@ impl Judge<'_> {
             }
         }
         match self
-            .wanted_at(u64::MAX)
+            .wanted_at(u64::MAX, &[])
             .find(|user| !self.view.users.contains_key(user))
         {
             Some(user) => Err(format!("{user} was never told of")),
@@ -613,11 +621,18 @@ impl Judge<'_> {
     }
 
     /// Those of whom it must have an entry when a position is announced.
-    fn wanted_at(&self, position: u64) -> impl Iterator<Item = UserId> {
+    fn wanted_at(&self, position: u64, told: &[v1::Transition]) -> impl Iterator<Item = UserId> {
         let selected = self.truth.history.users().filter(|user| self.selects(user));
         selected.filter(move |user| {
-            // Who wants only the active may find one paused already, and is told of that a little later.
-            !self.selection.is_active_only || self.truth.history.shares_since(user, position)
+            if !self.selection.is_active_only || self.truth.history.shares_since(user, position) {
+                return true;
+            }
+            // Who wants only the active may find one paused already, and must have been told of that before.
+            let was_active = self.truth.history.at(user, position);
+            was_active.is_some_and(|value| value.state == State::Active)
+                && !told
+                    .iter()
+                    .any(|told| told.user == user.0[..] && position < told.position)
         })
     }
 }

@@ -299,3 +299,62 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn who_has_left_the_selected_states_is_not_called_silent_and_what_is_past_changes_nothing() {
+    let at = |position, event| match event {
+        Event::Entry { entry, is_snapshot } => Event::Entry {
+            entry: Entry { position, ..entry },
+            is_snapshot,
+        },
+        other => other,
+    };
+    let turned = |position, state| {
+        Event::Transition(Transition {
+            user: user(1),
+            state,
+            at_ms: 0,
+            position,
+            number: 0,
+        })
+    };
+    let changes = |events: Vec<Event>| {
+        let mut silences = Silences::new(100);
+        let mut changes = Vec::new();
+        for event in events {
+            silences.take(&event, &mut changes);
+        }
+        changes
+    };
+    // A stream of active users only: no entry says that this one has paused.
+    let paused = vec![at(5, heard(1, 10)), turned(6, State::Paused), progress(500)];
+    assert_eq!(changes(paused), []);
+    // The control: without the transition.
+    let silent = Change::Silent {
+        user: user(1),
+        last_contact_ms: 10,
+        resolved_ms: 500,
+    };
+    assert_eq!(changes(vec![at(5, heard(1, 10)), progress(500)]), [silent]);
+    // A pause that is over by the time it is told, after the entry that is newer.
+    let over = vec![
+        at(8, heard(1, 10)),
+        turned(6, State::Paused),
+        turned(8, State::Active),
+        progress(500),
+    ];
+    assert_eq!(changes(over), [silent]);
+    // One who was called silent before.
+    let closed = Change::Closed {
+        user: user(1),
+        last_contact_ms: 10,
+        state: Some(State::Erased),
+    };
+    let erased = vec![
+        at(5, heard(1, 10)),
+        progress(500),
+        turned(7, State::Erased),
+        progress(900),
+    ];
+    assert_eq!(changes(erased), [silent, closed]);
+}

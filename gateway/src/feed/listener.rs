@@ -8,6 +8,9 @@
 //! of their own, [`MAX_HANDSHAKES`] in all and [`MAX_HANDSHAKES_PER_NETWORK`] for one address (for IPv6, one
 //! /64), for [`HANDSHAKE_TIMEOUT`] at most, and for [`CROWDED_TIMEOUT`] when a quarter of them is taken. Whatever is beyond a bound is closed at once and counted: a
 //! checker then tries again later, where one left waiting would know nothing.
+//!
+//! A connection that has shown its certificate stays for as long as the peer's machine is there, however slowly it
+//! reads: see [`super::liveness`].
 
 use std::{
     collections::HashMap,
@@ -26,7 +29,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     task::JoinSet,
-    time::{sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -34,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
+use super::{liveness::Liveness, tcp_info};
 use crate::{
     admission::network,
     metrics::Metrics,
@@ -56,6 +60,9 @@ pub(super) struct Peer {
 pub(super) struct Connection {
     stream: TlsStream<TcpStream>,
     peer: Peer,
+    liveness: Liveness,
+    /// When it is looked whether the peer is there.
+    looks: Interval,
     _room: OwnedSemaphorePermit,
 }
 
@@ -66,6 +73,8 @@ pub(super) struct Door {
     pub(super) tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     /// Places for connections that have shown their certificate.
     pub(super) room: Arc<Semaphore>,
+    /// How long a peer may owe the acknowledgement of something before its machine is taken for gone.
+    pub(super) patience: Duration,
     pub(super) metrics: Metrics,
 }
 
@@ -95,7 +104,8 @@ impl Door {
                     Ok((stream, address)) if places.take(address.ip()) => {
                         let patience = places.patience();
                         let acceptor = TlsAcceptor::from(Arc::clone(&self.tls.borrow()));
-                        handshakes.spawn(shake_hands(acceptor, stream, address, patience));
+                        let quiet = self.patience;
+                        handshakes.spawn(shake_hands(acceptor, stream, address, patience, quiet));
                     }
                     Ok(_) => self.refused("overloaded"),
                     Err(error) => {
@@ -136,9 +146,14 @@ impl Door {
             chain: chain.into(),
             certificates: certificate_ids(chain),
         };
+        let between = self.patience / 2;
+        let mut looks = interval_at(Instant::now() + between, between);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         Some(Connection {
             stream,
             peer,
+            liveness: Liveness::new(self.patience),
+            looks,
             _room: room,
         })
     }
@@ -156,8 +171,9 @@ async fn shake_hands(
     stream: TcpStream,
     address: SocketAddr,
     patience: Duration,
+    quiet: Duration,
 ) -> (SocketAddr, Shaken) {
-    let shaken = match prepare(&stream) {
+    let shaken = match prepare(&stream, quiet) {
         Ok(()) => match timeout(patience, acceptor.accept(stream)).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(reason(&error)),
@@ -168,10 +184,14 @@ async fn shake_hands(
     (address, shaken)
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
+/// `quiet` is how long nothing may come before the kernel asks whether the peer's machine is there.
+fn prepare(stream: &TcpStream, quiet: Duration) -> io::Result<()> {
     // Progress and entries are small and wanted now.
     stream.set_nodelay(true)?;
-    SockRef::from(stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEPALIVE))
+    // The kernel counts whole seconds.
+    let [quiet, between] = [quiet, quiet / 2].map(|time| time.max(Duration::from_secs(1)));
+    let keep_alive = TcpKeepalive::new().with_time(quiet).with_interval(between);
+    SockRef::from(stream).set_tcp_keepalive(&keep_alive)
 }
 
 fn reason(error: &io::Error) -> &'static str {
@@ -230,12 +250,29 @@ impl Connected for Connection {
     }
 }
 
+impl Connection {
+    /// An error once the peer is gone. Looks when it is time to, and wakes the caller the next time: one that waits
+    /// to write may not read meanwhile, so both come here first.
+    fn look(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while self.looks.poll_tick(cx).is_ready() {
+            let acknowledgements = tcp_info::acknowledgements(self.stream.get_ref().0)?;
+            let now = Instant::now().into_std();
+            if self.liveness.is_gone(now, acknowledgements) {
+                debug!(peer = %self.peer.address, "a checker's machine is gone");
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        Ok(())
+    }
+}
+
 impl AsyncRead for Connection {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        self.look(cx)?;
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -246,6 +283,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.look(cx)?;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -254,6 +292,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bytes: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.look(cx)?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
     }
 
@@ -262,6 +301,7 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.look(cx)?;
         Pin::new(&mut self.stream).poll_flush(cx)
     }
 
@@ -278,8 +318,6 @@ const MAX_HANDSHAKES_PER_NETWORK: usize = 16;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Several round trips by satellite. Whoever stalls is gone five times as fast.
 const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection is idle before the kernel asks whether the peer's machine still exists.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(test)]

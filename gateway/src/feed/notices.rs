@@ -152,7 +152,11 @@ impl Notices {
             events.extend(spans.iter().flatten().map(coverage_event));
             told.spans = upto;
         }
-        if told.transitions < upto && !self.tell_transitions(told, upto, &wants, events).await? {
+        // Also those that are ahead of the entries. A stream that is brought level by a sweep, or has just handed out its
+        // snapshot, leaves out whoever is not in a selected state any more, and the position at which that happened may be
+        // beyond what it announces next: without the transition the user would seem to be silent in the old state.
+        let ahead = self.bulletin.newest_transition().max(upto);
+        if told.transitions < ahead && !self.tell_transitions(told, ahead, &wants, events).await? {
             return Ok(false);
         }
         if upto <= told.events || self.bulletin.newest_event(told.checker) <= told.events {

@@ -1,10 +1,14 @@
 //! The freshness service over real TLS on loopback, with certificates made here.
 
-use std::{collections::BTreeMap, thread};
+use std::{collections::BTreeMap, os::fd::AsRawFd, thread};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use rustc_hash::FxHashMap;
-use tokio::task::JoinHandle;
+use tokio::{
+    io::AsyncWriteExt,
+    sync::{oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::{Code, Status, Streaming, transport::Channel};
 use waypost_proto::{
     device::Clocks,
@@ -90,6 +94,10 @@ impl Harness {
     }
 
     fn with(change: impl FnOnce(&mut FreshnessConfig)) -> Self {
+        Self::with_patience(PEER_PATIENCE, change)
+    }
+
+    fn with_patience(patience: Duration, change: impl FnOnce(&mut FreshnessConfig)) -> Self {
         let mut config = FreshnessConfig {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             checkers: vec!["ops".to_owned(), "night".to_owned()],
@@ -134,7 +142,8 @@ impl Harness {
             audit: Audit::start(files.path(), 0, &metrics).unwrap().0,
             metrics: metrics.clone(),
         };
-        let feed = Feed::bind(&config, watch::channel(tls).1, parts).unwrap();
+        let mut feed = Feed::bind(&config, watch::channel(tls).1, parts).unwrap();
+        feed.peer_patience = patience;
         let address = format!("https://{}", feed.local_addr());
         let cancel = CancellationToken::new();
         let running = tokio::spawn(feed.run(cancel.clone()));
@@ -153,16 +162,12 @@ impl Harness {
     }
 
     async fn client(&self, uri: &str) -> FreshnessClient<Channel> {
+        connect(&self.config(&self.address, uri)).await.unwrap()
+    }
+
+    fn config(&self, address: &str, uri: &str) -> Config {
         let (certificate, key) = self.pki.issue(SanType::URI(uri.try_into().unwrap()));
-        connect(&Config::new(
-            &self.address,
-            &self.pki.ca_pem,
-            certificate,
-            key,
-            "localhost",
-        ))
-        .await
-        .unwrap()
+        Config::new(address, &self.pki.ca_pem, certificate, key, "localhost")
     }
 
     async fn watch(&self, token: &Bytes) -> Watching {
@@ -272,10 +277,7 @@ impl Harness {
     /// Whether a checker that connects now is answered. It may learn only from the first answer that it
     /// is not.
     async fn serves_another(&self) -> bool {
-        let (certificate, key) = self.pki.issue(SanType::URI(OPS.try_into().unwrap()));
-        let (address, ca_pem) = (&self.address, &self.pki.ca_pem);
-        let config = Config::new(address, ca_pem, certificate, key, "localhost");
-        match connect(&config).await {
+        match connect(&self.config(&self.address, OPS)).await {
             Ok(mut client) => client.get(GetRequest::default()).await.is_ok(),
             Err(_) => false,
         }
@@ -1097,6 +1099,168 @@ async fn a_reader_that_stands_still_keeps_its_stream_and_learns_what_it_missed()
     until(|| harness.metric("waypost_freshness_lagging_watchers 0")).await;
 }
 
+/// A machine between a checker and the gateway, which the gateway takes for the checker's.
+struct Machine {
+    address: String,
+    is_still: watch::Sender<bool>,
+    /// Towards the gateway.
+    socket: oneshot::Receiver<socket2::Socket>,
+}
+
+impl Machine {
+    /// Hands on what both ends say.
+    async fn start(harness: &Harness) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("https://{}", listener.local_addr().unwrap());
+        let gateway = harness.address.strip_prefix("https://").unwrap().to_owned();
+        let is_still = watch::Sender::new(false);
+        let mut stillness = is_still.subscribe();
+        let (says_socket, socket) = oneshot::channel();
+        tokio::spawn(async move {
+            let (checker, _) = listener.accept().await.unwrap();
+            let gateway = tokio::net::TcpStream::connect(gateway).await.unwrap();
+            drop(says_socket.send(socket2::SockRef::from(&gateway).try_clone().unwrap()));
+            let (mut from_checker, mut to_checker) = checker.into_split();
+            let (from_gateway, mut to_gateway) = gateway.into_split();
+            tokio::spawn(async move { tokio::io::copy(&mut from_checker, &mut to_gateway).await });
+            let mut buffer = vec![0; 1 << 16];
+            loop {
+                drop(stillness.wait_for(|is_still| !is_still).await);
+                from_gateway.readable().await.unwrap();
+                match from_gateway.try_read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(count) => to_checker.write_all(&buffer[..count]).await.unwrap(),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(_) => break,
+                }
+            }
+        });
+        Self {
+            address,
+            is_still,
+            socket,
+        }
+    }
+
+    /// A checker behind it, which itself waits for as long as it takes.
+    async fn client(&self, harness: &Harness) -> FreshnessClient<Channel> {
+        const LONG: Duration = Duration::from_secs(3_600);
+        let endpoint = harness.config(&self.address, OPS).endpoint().unwrap();
+        let channel = endpoint.http2_keep_alive_interval(LONG).connect().await;
+        FreshnessClient::new(channel.unwrap())
+    }
+
+    /// Does not read from the gateway any more, or does so again.
+    fn stand_still(&self, is_still: bool) {
+        self.is_still.send_replace(is_still);
+    }
+
+    /// Does not even acknowledge any more, as if it had lost its power. Nobody hears of it.
+    #[expect(unsafe_code, reason = "a socket option without a safe wrapper")]
+    async fn vanish(self) {
+        const RETURN: u16 = 0x06; // BPF_RET | BPF_K, here of no byte
+        let mut nothing = libc::sock_filter {
+            code: RETURN,
+            jt: 0,
+            jf: 0,
+            k: 0,
+        };
+        let program = libc::sock_fprog {
+            len: 1,
+            filter: &raw mut nothing,
+        };
+        let socket = self.socket.await.unwrap();
+        // SAFETY: the option takes a `sock_fprog` by pointer and size. It and its instruction live until the call
+        // returns, and the kernel copies them.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_FILTER,
+                (&raw const program).cast(),
+                size_of_val(&program).try_into().unwrap(),
+            )
+        };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        // Open for as long as the test runs: a socket that is closed says so.
+        std::mem::forget(socket);
+    }
+}
+
+/// Whoever reads nothing is there as long as its machine is. Another one, whose machine vanishes only after the first
+/// has stopped reading, shows that the patience has passed.
+#[tokio::test]
+async fn a_reader_that_stands_still_outlasts_one_whose_machine_has_vanished() {
+    let harness = Harness::with_patience(Duration::from_millis(200), |_| ());
+    let (still, vanishing) = (
+        Machine::start(&harness).await,
+        Machine::start(&harness).await,
+    );
+    let watch = async |machine: &Machine| {
+        let client = machine.client(&harness).await;
+        let mut watching = Watching::begin(client, WatchRequest::default())
+            .await
+            .unwrap();
+        watching.header().await;
+        watching.snapshot().await;
+        watching
+    };
+    let (mut slow, mut other) = (watch(&still).await, watch(&vanishing).await);
+    assert!(harness.metric("waypost_freshness_watchers 2"));
+    tokio::spawn(async move { while other.next().await.is_ok() {} });
+
+    still.stand_still(true);
+    let everybody: Vec<_> = (0..=u8::MAX).collect();
+    let mut commit = 0;
+    // Until what lies between the two ends is full, so that not a byte gets through.
+    while !harness.metric("waypost_freshness_lagging_watchers 1") {
+        assert!(harness.metric("waypost_freshness_watchers 2"), "cut off");
+        commit += 1;
+        harness.publish(commit, &everybody);
+        sleep(Duration::from_millis(1)).await;
+    }
+    vanishing.vanish().await;
+    until(|| harness.metric("waypost_freshness_watchers 1")).await;
+
+    still.stand_still(false);
+    let (entries, _) = slow.until(commit).await;
+    let last: BTreeMap<_, _> = entries
+        .iter()
+        .map(|entry| (&entry.user, entry.position))
+        .collect();
+    assert!(last.len() == 256 && last.values().all(|&position| position == commit));
+}
+
+#[tokio::test]
+async fn a_machine_that_vanishes_while_nothing_is_read_or_while_nothing_is_said_gives_its_place_back()
+ {
+    for has_stopped_reading in [true, false] {
+        let harness = Harness::with_patience(Duration::from_millis(200), |config| {
+            config.max_connections = 1;
+        });
+        let machine = Machine::start(&harness).await;
+        let mut client = machine.client(&harness).await;
+        if has_stopped_reading {
+            let mut watching = Watching::begin(client, WatchRequest::default())
+                .await
+                .unwrap();
+            watching.header().await;
+            machine.stand_still(true);
+            let everybody: Vec<_> = (0..=u8::MAX).collect();
+            let mut commit = 0;
+            while !harness.metric("waypost_freshness_lagging_watchers 1") {
+                commit += 1;
+                harness.publish(commit, &everybody);
+                sleep(Duration::from_millis(1)).await;
+            }
+        } else {
+            client.get(GetRequest::default()).await.unwrap();
+        }
+        machine.vanish().await;
+        while !harness.serves_another().await {}
+    }
+}
+
 #[tokio::test]
 async fn only_named_checkers_are_answered() {
     let harness = Harness::start();
@@ -1185,7 +1349,7 @@ async fn what_is_no_tls_is_counted() {
     let harness = Harness::start();
     let address = harness.address.strip_prefix("https://").unwrap();
     let mut stranger = tokio::net::TcpStream::connect(address).await.unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut stranger, b"GET / HTTP/1.1\r\n\r\n")
+    AsyncWriteExt::write_all(&mut stranger, b"GET / HTTP/1.1\r\n\r\n")
         .await
         .unwrap();
     let counted = r#"waypost_freshness_refused_checkers_total{reason="other"} 1"#;

@@ -47,9 +47,16 @@ const ENTRIES_PER_MESSAGE: usize = 512;
 /// How often the index is read for one message that does not fill, before other tasks get their turn.
 const READS_PER_TURN: usize = 64;
 
-/// Entries that come within this time of each other share a message. With a thousand commits a second
+/// Entries that come within this time of each other share a message, at least. With a thousand commits a second
 /// and a hundred watchers, a message for each commit would be most of the gateway's work.
-const GATHER: Duration = Duration::from_millis(1);
+const LEAST_GATHER: Duration = Duration::from_millis(1);
+
+/// With many streams they gather for longer, so that the messages of all together take half a processor at most: one
+/// takes some 10 µs, whatever is in it.
+const GATHER_PER_STREAM: Duration = Duration::from_micros(20);
+
+/// Beyond, an entry could not be with everybody within 5 ms. From 150 streams on, more of them take more processors.
+const MOST_GATHER: Duration = Duration::from_millis(3);
 
 pub(super) struct Watcher {
     pub(super) scope: Scope,
@@ -152,7 +159,7 @@ impl Watcher {
             };
             self.metrics.freshness.entries_sent.increment(count);
             if count != 0 && step != Step::Behind {
-                send_after = Instant::now() + GATHER;
+                send_after = Instant::now() + gather(self.freshness.subscribers());
             }
             if let Some(snapshot_count) = &mut at.snapshot_count {
                 *snapshot_count += count;
@@ -406,6 +413,14 @@ impl Watcher {
     }
 }
 
+/// How long entries gather for one message where so many streams are open.
+fn gather(streams: usize) -> Duration {
+    let streams = u32::try_from(streams).unwrap_or(u32::MAX);
+    GATHER_PER_STREAM
+        .saturating_mul(streams)
+        .clamp(LEAST_GATHER, MOST_GATHER)
+}
+
 /// Waits for a new head, or until progress is due.
 async fn news(heads: &mut watch::Receiver<Head>, progress_due: Instant) {
     tokio::select! {
@@ -422,5 +437,17 @@ fn label(reason: Reason) -> &'static str {
         Reason::OtherSelector => "other_selector",
         Reason::BadToken => "bad_token",
         Reason::MarkersGone => "markers_gone",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streams_gather_for_longer_the_more_there_are_but_never_for_too_long() {
+        assert_eq!([0, 1, 50].map(gather), [LEAST_GATHER; 3]);
+        assert_eq!(gather(100), Duration::from_millis(2));
+        assert_eq!([150, usize::MAX].map(gather), [MOST_GATHER; 2]);
     }
 }

@@ -24,7 +24,10 @@
 //! changes for each of its own: nothing holds a lock for as long as it takes to walk all users or all
 //! changes.
 
-use std::sync::{Arc, Weak};
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
@@ -101,8 +104,16 @@ pub struct Reader {
     /// before `next`.
     had: FxHashMap<u32, u32>,
     sweep: Option<Sweep>,
+    standing: Arc<Standing>,
+}
+
+/// What the index knows of a reader.
+#[derive(Debug)]
+struct Standing {
     /// `next`, or the place after `start` if that is later.
-    counts_from: Arc<Mutex<Place>>,
+    counts_from: Mutex<Place>,
+    /// What the reader remembers takes so much memory.
+    remembered_bytes: AtomicUsize,
 }
 
 /// How a reader that does not follow gets level.
@@ -145,8 +156,7 @@ pub(super) struct Index {
     /// Holds exactly one element that is not void for each user.
     changes: Changes,
     recent: Recent,
-    /// From where each reader counts.
-    readers: Vec<Weak<Mutex<Place>>>,
+    readers: Vec<Weak<Standing>>,
 }
 
 impl Reader {
@@ -174,6 +184,22 @@ impl Reader {
         }
     }
 
+    /// Says how much memory it takes what this reader remembers. One that remembers nothing keeps some room.
+    pub(super) fn show_memory(&self) {
+        let owed = match &self.sweep {
+            Some(Sweep::Changes(sweep)) => sweep.owed.capacity(),
+            Some(Sweep::Users(_)) | None => 0,
+        };
+        let had = match self.had.is_empty() {
+            true => 0,
+            // A table has an eighth more room than it fills, and a byte beside each entry.
+            false => self.had.capacity() * 8 / 7,
+        };
+        let bytes = had * (size_of::<(u32, u32)>() + 1) + owed * size_of::<u32>();
+        let remembered = &self.standing.remembered_bytes;
+        remembered.store(bytes, Ordering::Relaxed);
+    }
+
     /// Begins a sweep up to this head, of this many users, unless one is under way. Copies what the reader
     /// remembers, so it is done without a lock.
     pub(super) fn sweep(&mut self, (head, users): (Head, u32)) {
@@ -199,7 +225,7 @@ impl Reader {
     fn move_to(&mut self, next: Place) {
         // A reader from beyond the head stays there: nothing it has not had can be below.
         self.next = self.next.max(next);
-        *self.counts_from.lock() = self.next.max(Place::after(self.start));
+        *self.standing.counts_from.lock() = self.next.max(Place::after(self.start));
     }
 
     /// Remembers which value it had last of a user whose change it passes without handing it out. Whether
@@ -307,7 +333,7 @@ impl Index {
             |change| users[change.at.user as usize].position != change.at.position,
             || {
                 let readers = readers.iter().filter_map(Weak::upgrade);
-                readers.map(|counts_from| *counts_from.lock()).collect()
+                readers.map(|reader| *reader.counts_from.lock()).collect()
             },
         );
     }
@@ -335,6 +361,14 @@ impl Index {
         self.changes.len()
     }
 
+    /// The memory of what is kept for readers that lag: changes beyond one for each user, and what each remembers.
+    pub(super) fn lagging_bytes(&self) -> usize {
+        let void = self.changes.len().saturating_sub(self.users.len());
+        let readers = self.readers.iter().filter_map(Weak::upgrade);
+        let remembered = readers.map(|reader| reader.remembered_bytes.load(Ordering::Relaxed));
+        void * size_of::<Change>() + remembered.sum::<usize>()
+    }
+
     pub(super) fn find(&self, user: &UserId) -> Option<&LastSeen> {
         self.by_id.get(user).map(|&at| &self.users[at as usize])
     }
@@ -360,11 +394,14 @@ impl Index {
             settled: position,
             had: FxHashMap::default(),
             sweep: None,
-            counts_from: Arc::new(Mutex::new(Place::after(position))),
+            standing: Arc::new(Standing {
+                counts_from: Mutex::new(Place::after(position)),
+                remembered_bytes: AtomicUsize::new(0),
+            }),
         };
         reader.move_to(reader.next);
         self.readers.retain(|reader| 0 < reader.strong_count());
-        self.readers.push(Arc::downgrade(&reader.counts_from));
+        self.readers.push(Arc::downgrade(&reader.standing));
         reader
     }
 

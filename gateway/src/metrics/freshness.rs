@@ -26,6 +26,8 @@ pub struct FreshnessMetrics {
     pub lagging: Gauge,
     /// Changes that are kept: one for each user, and what streams that lag still count.
     pub changes: Gauge,
+    /// The memory of what is kept for streams that lag.
+    pub lagging_bytes: Gauge,
     /// Entries sent on Watch streams.
     pub entries_sent: Counter,
     /// Values that Watch streams did not get because newer ones overtook them.
@@ -62,6 +64,10 @@ impl FreshnessMetrics {
             changes: new_gauge(
                 "waypost_freshness_changes",
                 "Changes that are kept: one for each user, and what streams that lag still count.",
+            ),
+            lagging_bytes: new_gauge(
+                "waypost_freshness_lagging_bytes",
+                "Memory that is kept for Watch streams that lag: changes that are void but counted, and what each stream remembers of users.",
             ),
             entries_sent: new_counter(
                 "waypost_freshness_entries_sent_total",

@@ -870,7 +870,8 @@ pub struct Progress {
     pub token: ::prost::bytes::Bytes,
 }
 /// A span in which the gateway was not able to hear everybody. Silence in it says nothing. Spans may overlap. What
-/// tells them apart is from_ms and reason: one that lasts comes again when it has ended.
+/// tells them apart is from_ms and reason: one that lasts comes again when it has ended, and one that a crash has followed
+/// before anybody was heard may come again with a later end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Coverage {
     #[prost(uint64, tag = "1")]
