@@ -3,13 +3,13 @@
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
-//! Between groups it writes what the [`Vigil`] has to say, and what checkers order.
+//! Between groups it writes what the [`Vigil`] has to say, what checkers order, and who enrols.
 //! Knows device records, who has paused, and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
 //! The map of device records holds one record per device that the certificate authority has admitted, and
-//! [`Holders`] a few bytes for each user who has paused.
+//! [`Holders`] a few bytes for each user who has paused. Those of [`Invitations`] are bounded there.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{
@@ -40,14 +40,15 @@ use waypost_proto::{
 use crate::{
     bulletin::News,
     clock::Clock,
-    deadlines::{Contact, Said, Standing},
+    deadlines::{Contact, Said, Standing, TooMany},
     disk::Pulse,
+    enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{Order, Orders},
+    orders::{DeadlineSettings, Invite, Order, Orders, Redeem},
     rate::{Bucket, Rate},
     sharing::{Holders, Sharing, Transition},
     store::{Batch, CommitError, Day, PingKey, Store, record},
@@ -125,6 +126,7 @@ pub struct Committer {
     /// What may still be logged of losses.
     losses_said: Bucket,
     vigil: Vigil,
+    invitations: Invitations,
     orders: Orders,
     turned_away: Arc<AtomicU64>,
     /// For how long commits have waited for the disk since the last look.
@@ -154,7 +156,9 @@ pub struct CommitParts {
     pub retention: Duration,
     /// What it keeps beside pings.
     pub vigil: Vigil,
-    /// What checkers have it write.
+    /// Who may enrol.
+    pub invitations: Invitations,
+    /// What others than devices have it write.
     pub orders: Orders,
     /// How many newcomers were turned away for want of room: those could not be heard.
     pub turned_away: Arc<AtomicU64>,
@@ -171,6 +175,8 @@ impl Committer {
         );
         let paused = &parts.metrics.freshness.paused;
         paused.set(parts.holders.paused() as f64);
+        let open = &parts.metrics.enrolment.open_invitations;
+        open.set(parts.invitations.len() as f64);
         let committer = Self {
             requests,
             policy: config.policy(parts.retention),
@@ -187,6 +193,7 @@ impl Committer {
             taken: Arc::default(),
             losses_said: Bucket::default(),
             vigil: parts.vigil,
+            invitations: parts.invitations,
             orders: parts.orders,
             turned_away: parts.turned_away,
             disk_wait: Duration::ZERO,
@@ -300,24 +307,89 @@ impl Committer {
         self.say(&news)
     }
 
-    /// Does what a checker wants, and answers when it is on disk.
+    /// Does what somebody wants, and answers when it is on disk.
     fn obey(&mut self, order: Order) -> Result<(), CommitError> {
         let _waiting = self.pulse.wait();
+        match order {
+            Order::SetDeadlines(wanted, reply) => reply.answer(self.set_deadlines(&wanted)?),
+            Order::Invite(wanted, reply) => {
+                if let Some(answer) = self.invite(&wanted)? {
+                    reply.answer(answer);
+                }
+            }
+            Order::Redeem(wanted, reply) => reply.answer(self.redeem(&wanted)?),
+        }
+        Ok(())
+    }
+
+    fn set_deadlines(
+        &mut self,
+        wanted: &DeadlineSettings,
+    ) -> Result<Result<u64, TooMany>, CommitError> {
         let said = self.said_next();
         let (freshness, holders) = (&self.freshness, &self.holders);
         let news = self
             .vigil
-            .set_deadlines(order.checker, &order.settings, said, |user| {
+            .set_deadlines(wanted.checker, &wanted.settings, said, |user| {
                 contact(freshness, holders, user)
             });
-        let answer = match news {
+        match news {
             Ok(news) => {
                 self.say(&news)?;
-                Ok(self.position)
+                Ok(Ok(self.position))
             }
-            Err(too_many) => Err(too_many),
+            Err(too_many) => Ok(Err(too_many)),
+        }
+    }
+
+    /// `None` when the store does not say which numbers the user's devices have.
+    fn invite(
+        &mut self,
+        wanted: &Invite,
+    ) -> Result<Option<Result<Invitation, NotInvited>>, CommitError> {
+        let last_device = match self.store.last_device(wanted.invitee.user()) {
+            Ok(last_device) => last_device,
+            Err(error) => {
+                error!(%error, "nobody is invited");
+                return Ok(None);
+            }
         };
-        order.answer(answer);
+        let now_ms = self.clock.now_ms();
+        let expires_ms = now_ms.saturating_add(wanted.valid_for_ms);
+        let invited =
+            self.invitations
+                .invite(wanted.code, wanted.invitee, last_device, expires_ms, now_ms);
+        match invited {
+            Ok((invitation, change)) => {
+                self.write_invitations(&change)?;
+                Ok(Some(Ok(invitation)))
+            }
+            Err(not_invited) => Ok(Some(Err(not_invited))),
+        }
+    }
+
+    fn redeem(&mut self, wanted: &Redeem) -> Result<Result<DeviceId, NotValid>, CommitError> {
+        let now_ms = self.clock.now_ms();
+        match self.invitations.redeem(wanted.code, wanted.key, now_ms) {
+            Ok((device, change)) => {
+                if let Some(change) = change {
+                    self.write_invitations(&change)?;
+                }
+                Ok(Ok(device))
+            }
+            Err(not_valid) => Ok(Err(not_valid)),
+        }
+    }
+
+    /// At a position of its own, so that a store that has lost it is noticed like any other that is behind.
+    fn write_invitations(&mut self, change: &Change) -> Result<(), CommitError> {
+        let mut batch = self.store.batch();
+        batch.put_invitations(change);
+        self.write_beside_pings(batch)?;
+        self.freshness
+            .publish(self.position, self.resolved_ms, &[], &[]);
+        let open = &self.metrics.enrolment.open_invitations;
+        open.set(self.invitations.len() as f64);
         Ok(())
     }
 
@@ -333,16 +405,23 @@ impl Committer {
         if news.is_empty() {
             return Ok(());
         }
-        let position = self.position + 1;
         let mut batch = self.store.batch();
-        batch.put_position(position);
         batch.put_news(news);
+        self.write_beside_pings(batch)?;
+        self.vigil.publish(news);
+        self.freshness
+            .publish(self.position, self.resolved_ms, &[], &[]);
+        Ok(())
+    }
+
+    /// Writes what is no device's, at the next position.
+    fn write_beside_pings(&mut self, mut batch: Batch) -> Result<(), CommitError> {
+        let position = self.position + 1;
+        batch.put_position(position);
         let bytes = batch.size_bytes();
         let started = Instant::now();
         self.store.commit(batch)?;
         self.durable(position, bytes, started.elapsed());
-        self.vigil.publish(news);
-        self.freshness.publish(position, self.resolved_ms, &[], &[]);
         Ok(())
     }
 

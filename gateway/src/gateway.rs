@@ -23,6 +23,7 @@ use crate::{
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
     disk::DiskWatch,
+    enrol::{Enrolment, EnrolmentError, EnrolmentParts, Renewals, invitations::Invitations},
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
@@ -53,6 +54,8 @@ pub enum BindError {
     Worker(#[from] WorkerError),
     #[error(transparent)]
     Feed(#[from] FeedError),
+    #[error(transparent)]
+    Enrolment(#[from] EnrolmentError),
     #[error(transparent)]
     Admin(#[from] AdminError),
     /// The addresses could not be read or written.
@@ -94,6 +97,8 @@ pub struct Addresses {
     pub freshness: SocketAddr,
     /// TCP, for operators.
     pub admin: SocketAddr,
+    /// UDP, for newcomers; none where nobody can enrol.
+    pub enrolment: Option<SocketAddr>,
 }
 
 /// A gateway that holds its sockets and its store, and serves nobody yet.
@@ -109,6 +114,7 @@ pub struct Gateway {
     committer: Committer,
     workers: Workers,
     accept: AcceptParts,
+    enrolment: Option<Enrolment>,
     feed: Feed,
     admin: Admin,
 }
@@ -186,11 +192,29 @@ impl Gateway {
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
+                invitations: Invitations::restore(
+                    store.load_invitations()?,
+                    config.enrolment.max_invitations,
+                ),
                 orders: ordered,
                 turned_away: admission.turned_away(),
             },
         );
         let workers = Workers::bind(&config.devices, device_tls.server, &store.secret())?;
+        let draining = CancellationToken::new();
+        let devices = workers.local_addr()?;
+        let enrolment = Enrolment::bind(
+            &config.enrolment,
+            EnrolmentParts {
+                tls: &config.tls,
+                check: &device_tls.check,
+                devices,
+                order: orders.clone(),
+                metrics: metrics.clone(),
+                draining: draining.clone(),
+            },
+        )?;
+        let registrar = enrolment.as_ref().map(|one| Arc::clone(&one.registrar));
         let feed = Feed::bind(
             &config.freshness,
             freshness_tls,
@@ -200,6 +224,7 @@ impl Gateway {
                 bulletin,
                 store: Arc::downgrade(&store),
                 order: orders.clone(),
+                inviter: enrolment.as_ref().map(|one| one.inviter.clone()),
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
@@ -211,6 +236,7 @@ impl Gateway {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             admission,
+            renewals: Renewals::new(registrar, device_tls.check.clone()),
             restored_check: device_tls.check,
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
@@ -220,7 +246,7 @@ impl Gateway {
             metrics: metrics.clone(),
             clock,
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
-            draining: CancellationToken::new(),
+            draining,
         };
         let accept = AcceptParts {
             config: config.devices.clone(),
@@ -233,9 +259,10 @@ impl Gateway {
             .queue_capacity
             .set(config.commit.queue_requests.get() as f64);
         let addresses = Addresses {
-            devices: workers.local_addr()?,
+            devices,
             freshness: feed.local_addr(),
             admin: admin.local_addr(),
+            enrolment: enrolment.as_ref().map(Enrolment::local_addr),
         };
         write_addresses(&config.data_dir, &addresses)?;
         Ok(Self {
@@ -249,6 +276,7 @@ impl Gateway {
             committer,
             workers,
             accept,
+            enrolment,
             feed,
             admin,
         })
@@ -276,6 +304,7 @@ impl Gateway {
             committer,
             workers,
             accept,
+            enrolment,
             feed,
             admin,
         } = self;
@@ -285,6 +314,9 @@ impl Gateway {
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
+        if let Some(enrolment) = enrolment {
+            parts.spawn(named("port of enrolment", enrolment.run()));
+        }
         parts.spawn(named(
             "sampler",
             sample(

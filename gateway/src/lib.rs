@@ -8,6 +8,7 @@
 //! [`feed`] tells checkers. Beside pings the committer keeps a [`vigil`]: its [`lookout`] finds out when the gateway
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
 //! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`].
+//! Devices come by their certificates through [`enrol`], at a port of its own, if they are [invited](mod@invite).
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -18,8 +19,8 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, `accept`, `handshake` and [`session`]
-//!    speak QUIC, and only
+//! 5. Only [`store`] knows RocksDB. Only [`worker`], [`transport`], `steer`, `accept`, `handshake`, [`session`] and
+//!    the door of [`enrol`] speak QUIC, and only
 //!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows
 //!    none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
@@ -37,6 +38,7 @@ pub mod coverage;
 pub mod deadlines;
 pub mod disk;
 mod durable;
+pub mod enrol;
 pub mod feed;
 pub mod freshness;
 pub mod gateway;
@@ -44,6 +46,7 @@ pub mod gather;
 pub mod handoff;
 mod handshake;
 pub mod inspect;
+pub mod invite;
 pub mod logging;
 pub mod lookout;
 pub mod metrics;

@@ -6,6 +6,7 @@ use clap::{Parser, Subcommand};
 use waypost_gateway::{
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
+    invite::InviteArgs,
     pki::command::{self as pki, PkiArgs},
     watch::WatchArgs,
 };
@@ -37,8 +38,10 @@ enum Command {
     Serve(ServeArgs),
     /// Check the configuration and print what is in effect
     CheckConfig(CheckConfigArgs),
-    /// Make certificates for the gateway, devices and checkers
+    /// Make certificates for the gateway, devices, checkers and operators
     Pki(PkiArgs),
+    /// Invite a device: a code that it redeems for a certificate, also as a QR code
+    Invite(InviteArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve(&args),
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Invite(args) => cli::invite(args),
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

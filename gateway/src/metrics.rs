@@ -19,6 +19,7 @@
 //! - `commits`: the committer's queues, its commits, and how often the disk stalled them.
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
+//! - `enrolment`: who was invited, who has come, who was turned away.
 //! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
 //!
@@ -28,6 +29,7 @@
 mod commits;
 mod connections;
 mod disk;
+mod enrolment;
 mod fates;
 mod freshness;
 mod limits;
@@ -61,6 +63,7 @@ pub use self::{
     commits::CommitMetrics,
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
+    enrolment::{ENROLMENTS, EnrolmentMetrics, INVITATIONS},
     fates::{Fates, REJECTS},
     freshness::{FreshnessMetrics, RESETS, SHARINGS},
     limits::{LIMITS, LimitMetrics},
@@ -88,6 +91,7 @@ pub struct Handles {
     pub limits: LimitMetrics,
     pub resumption: ResumptionMetrics,
     pub vigil: VigilMetrics,
+    pub enrolment: EnrolmentMetrics,
 }
 
 struct Inner {
@@ -226,6 +230,7 @@ impl Handles {
             limits: LimitMetrics::register(),
             resumption: ResumptionMetrics::register(),
             vigil: VigilMetrics::register(),
+            enrolment: EnrolmentMetrics::register(),
         }
     }
 }
@@ -343,6 +348,7 @@ mod tests {
             Refusal::NotAnIdentity,
             Refusal::NotADevice,
             Refusal::NotAChecker,
+            Refusal::NotAnOperator,
         ] {
             assert!(REFUSALS.contains(&refusal.as_label()), "{refusal:?}");
         }

@@ -1,44 +1,82 @@
-//! What checkers have the committer write: a queue of its own, beside those of the devices.
+//! What checkers, operators and newcomers have the committer write: a queue of its own, beside those of the devices.
 //!
 //! Knows how an order gets to the committer and its answer back. Must not know what the committer does with it.
 //!
 //! # Bounds
 //!
 //! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
-//! as many as the freshness service has connections for. The committer takes one between two groups of pings.
+//! as many as the freshness service has connections for, and enrolment. The committer takes one between two groups of
+//! pings.
 
 use tokio::sync::{mpsc, oneshot};
-use waypost_proto::id::UserId;
+use waypost_proto::id::{DeviceId, UserId};
 
-use crate::deadlines::{Checker, Setting, TooMany};
+use crate::{
+    deadlines::{Checker, Setting, TooMany},
+    enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
+};
 
 /// A call a commit: more than a few are only a backlog.
 const QUEUE_ORDERS: usize = 16;
 
+/// What the committer is to do.
+#[derive(Debug)]
+pub enum Order {
+    /// Set deadlines of a checker. The answer is the position of the commit.
+    SetDeadlines(DeadlineSettings, Reply<u64, TooMany>),
+    /// Invite a device.
+    Invite(Invite, Reply<Invitation, NotInvited>),
+    /// Redeem an invitation.
+    Redeem(Redeem, Reply<DeviceId, NotValid>),
+}
+
 /// Deadlines that a checker sets or, where there is no setting, removes.
 #[derive(Debug)]
-pub struct Order {
+pub struct DeadlineSettings {
     /// Whose they are.
     pub checker: Checker,
     /// Whom they are for.
     pub settings: Vec<(UserId, Option<Setting>)>,
-    reply: oneshot::Sender<Result<u64, TooMany>>,
 }
 
-impl Order {
-    /// Answers with the position of the commit that has it on disk, or why there is none.
-    pub fn answer(self, answer: Result<u64, TooMany>) {
+/// An invitation that an operator makes.
+#[derive(Debug)]
+pub struct Invite {
+    /// What redeems it.
+    pub code: CodeHash,
+    /// Whose device it is for.
+    pub invitee: Invitee,
+    /// For how long it works, in milliseconds.
+    pub valid_for_ms: u64,
+}
+
+/// A newcomer with a code.
+#[derive(Debug)]
+pub struct Redeem {
+    /// The code.
+    pub code: CodeHash,
+    /// The newcomer's key.
+    pub key: KeyHash,
+}
+
+/// Where an answer goes.
+#[derive(Debug)]
+pub struct Reply<Done, Refused>(oneshot::Sender<Result<Done, Refused>>);
+
+impl<Done, Refused> Reply<Done, Refused> {
+    /// Answers with what is on disk, or why nothing is.
+    pub fn answer(self, answer: Result<Done, Refused>) {
         // A caller that has given up meanwhile needs none.
-        self.reply.send(answer).ok();
+        self.0.send(answer).ok();
     }
 }
 
 /// Why an order was not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OrderError {
-    /// There would be too many deadlines. Nothing has changed.
-    #[error(transparent)]
-    TooMany(#[from] TooMany),
+pub enum OrderError<Refused> {
+    /// The committer has refused it. Nothing has changed.
+    #[error("{0}")]
+    Refused(Refused),
     /// It is not known whether it is on disk: the committer has stopped.
     #[error("the gateway is stopping")]
     Stopped,
@@ -78,17 +116,36 @@ impl OrderHandle {
         &self,
         checker: Checker,
         settings: Vec<(UserId, Option<Setting>)>,
-    ) -> Result<u64, OrderError> {
+    ) -> Result<u64, OrderError<TooMany>> {
+        let wanted = DeadlineSettings { checker, settings };
+        self.give(|reply| Order::SetDeadlines(wanted, reply)).await
+    }
+
+    /// Makes an invitation, and returns when it is on disk.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn invite(&self, wanted: Invite) -> Result<Invitation, OrderError<NotInvited>> {
+        self.give(|reply| Order::Invite(wanted, reply)).await
+    }
+
+    /// Redeems an invitation, and returns when that is on disk, with the device that is enrolled.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn redeem(&self, wanted: Redeem) -> Result<DeviceId, OrderError<NotValid>> {
+        self.give(|reply| Order::Redeem(wanted, reply)).await
+    }
+
+    async fn give<Done, Refused>(
+        &self,
+        order: impl FnOnce(Reply<Done, Refused>) -> Order,
+    ) -> Result<Done, OrderError<Refused>> {
         let (reply, answer) = oneshot::channel();
-        let order = Order {
-            checker,
-            settings,
-            reply,
-        };
-        let sent = self.orders.send(order).await;
+        let sent = self.orders.send(order(Reply(reply))).await;
         sent.map_err(|_| OrderError::Stopped)?;
         let answer = answer.await.map_err(|_| OrderError::Stopped)?;
-        Ok(answer?)
+        answer.map_err(OrderError::Refused)
     }
 }
 
@@ -122,14 +179,18 @@ mod tests {
             give(handle.clone()),
             give(handle.clone()),
         );
-        orders.next().await.answer(Ok(7));
-        orders.next().await.answer(Err(TooMany { most: 3 }));
+        for answer in [Ok(7), Err(TooMany { most: 3 })] {
+            let Order::SetDeadlines(_, reply) = orders.next().await else {
+                panic!("another order")
+            };
+            reply.answer(answer);
+        }
         // Taken, and never answered.
         drop(orders.next().await);
         assert_eq!(first.await.unwrap(), Ok(7));
         assert_eq!(
             second.await.unwrap(),
-            Err(OrderError::TooMany(TooMany { most: 3 }))
+            Err(OrderError::Refused(TooMany { most: 3 }))
         );
         assert_eq!(third.await.unwrap(), Err(OrderError::Stopped));
         assert_eq!(handle.depth(), 0);

@@ -9,6 +9,7 @@
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
+//! - `invitations` and `enrolled`: who may enrol, and the numbers of their devices (`enrolment`).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
 //!   a whole when retention is over.
 //!
@@ -40,6 +41,7 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
+mod enrolment;
 mod folder;
 mod holders;
 mod keys;
@@ -49,6 +51,7 @@ mod settings;
 mod space;
 mod watermark;
 
+use enrolment::{ENROLLED, INVITATIONS};
 use folder::{Folder, Lock};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
@@ -123,7 +126,7 @@ enum Operation {
 enum Family {
     Devices,
     Day(Day),
-    /// One of [`notices`] or [`holders`], by its name.
+    /// One of [`notices`], [`holders`] or [`enrolment`], by its name.
     Notices(&'static str),
 }
 
@@ -313,7 +316,7 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 7] = [
+const PERMANENT: [&str; 9] = [
     META,
     DEVICES,
     COVERAGE,
@@ -321,6 +324,8 @@ const PERMANENT: [&str; 7] = [
     EVENTS,
     USERS,
     TRANSITIONS,
+    INVITATIONS,
+    ENROLLED,
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
@@ -864,8 +869,16 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
     families.extend(
-        [COVERAGE, DEADLINES, EVENTS, USERS, TRANSITIONS]
-            .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
+        [
+            COVERAGE,
+            DEADLINES,
+            EVENTS,
+            USERS,
+            TRANSITIONS,
+            INVITATIONS,
+            ENROLLED,
+        ]
+        .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
     families.extend(
         days.iter()

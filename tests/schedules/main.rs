@@ -26,8 +26,10 @@ mod store;
 mod sync;
 
 // The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, the vigil and those who share have no
-// threads, and no checker orders anything: all of these are used as they are.
-use waypost_gateway::{bulletin, deadlines, disk, gather, lookout, orders, rate, sharing, vigil};
+// threads, and nobody orders anything: all of these are used as they are.
+use waypost_gateway::{
+    bulletin, deadlines, disk, enrol, gather, lookout, orders, rate, sharing, vigil,
+};
 
 use std::{panic, sync::Arc, time::Instant};
 

@@ -32,6 +32,7 @@ use waypost_proto::{
 use crate::{
     clock::Clock,
     commit::{CommitConfig, CommitParts, Committer},
+    enrol::invitations::Invitations,
     freshness::Freshness,
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
     orders,
@@ -97,6 +98,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 start: None,
                 metrics: METRICS.clone(),
             }),
+            invitations: Invitations::default(),
             orders: orders::queue().1,
             turned_away: Arc::default(),
         },

@@ -4,9 +4,12 @@
 use std::collections::HashMap;
 
 use parking_lot::Mutex;
-use waypost_proto::{device::DeviceRecord, id::DeviceId};
+use waypost_proto::{
+    device::DeviceRecord,
+    id::{DeviceId, UserId},
+};
 
-use waypost_gateway::{bulletin::News, deadlines::Checker};
+use waypost_gateway::{bulletin::News, deadlines::Checker, enrol::invitations::Change};
 
 pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
 
@@ -95,6 +98,10 @@ impl Store {
         Ok(None)
     }
 
+    pub(crate) fn last_device(&self, _user: UserId) -> Result<Option<u32>, CommitError> {
+        Ok(None)
+    }
+
     pub(crate) fn note_heard(&self, _until_ms: u64) {}
 
     pub(crate) fn durable_position(&self) -> u64 {
@@ -136,6 +143,8 @@ impl Batch {
     pub(crate) fn put_news(&mut self, news: &News) {
         assert!(news.is_empty(), "there is none in a schedule");
     }
+
+    pub(crate) fn put_invitations(&mut self, _change: &Change) {}
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}
 

@@ -124,7 +124,7 @@ impl rpc::freshness_server::Freshness for Service {
         let settings = notices::settings(request.get_ref())?;
         let set = self.order.set_deadlines(checker, settings).await;
         let position = set.map_err(|error| match error {
-            OrderError::TooMany(_) => Status::resource_exhausted(format!(
+            OrderError::Refused(_) => Status::resource_exhausted(format!(
                 "{error}, and none of this call: remove some, or raise [freshness] max_deadlines"
             )),
             OrderError::Stopped => Status::unavailable(format!(

@@ -22,7 +22,7 @@ use crate::{
     clock::system_now_ms,
     coverage::{Reason, Span},
     deadlines::{self, Checker, Event, Late, Registration, Setting},
-    orders::{self, Orders},
+    orders::{self, Order, Orders},
     store::{Batch, StoreConfig},
     tls::{TlsConfig, freshness_server_config},
 };
@@ -119,6 +119,7 @@ impl Harness {
             bulletin: Arc::clone(&bulletin),
             store: Arc::downgrade(&store),
             order,
+            inviter: None,
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
@@ -558,21 +559,26 @@ async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
         let call = request(vec![asked(id(1), 60_000, 30_000), asked(id(2), 0, 5)]);
         async move { ops.set_deadlines(call).await }
     });
-    let order = harness.orders.next().await;
+    let Order::SetDeadlines(order, reply) = harness.orders.next().await else {
+        panic!("another order")
+    };
     assert_eq!(order.checker, Checker::named("ops"));
     let setting = Setting {
         expect_every_ms: 60_000,
         grace_ms: 30_000,
     };
     assert_eq!(order.settings, [(user(1), Some(setting)), (user(2), None)]);
-    order.answer(Ok(17));
+    reply.answer(Ok(17));
     assert_eq!(calling.await.unwrap().unwrap().into_inner().position, 17);
     let calling = tokio::spawn({
         let mut ops = ops.clone();
         async move { ops.set_deadlines(SetDeadlinesRequest::default()).await }
     });
     let too_many = deadlines::TooMany { most: 5 };
-    harness.orders.next().await.answer(Err(too_many));
+    let Order::SetDeadlines(_, reply) = harness.orders.next().await else {
+        panic!("another order")
+    };
+    reply.answer(Err(too_many));
     let refused = calling.await.unwrap().unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
 
