@@ -6,6 +6,7 @@ mod crash;
 mod discovery;
 mod disk;
 mod early;
+mod enrol;
 mod freshness;
 mod hostile;
 mod identity;
