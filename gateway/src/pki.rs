@@ -357,6 +357,15 @@ impl Authority {
         &self.certificate_pem
     }
 
+    /// All certificates of its file, its own first.
+    #[must_use]
+    pub fn certificates(&self) -> Vec<CertificateDer<'static>> {
+        // They could be read when it was opened.
+        CertificateDer::pem_slice_iter(self.certificate_pem.as_bytes())
+            .flatten()
+            .collect()
+    }
+
     /// A certificate for a gateway that is reached by these host names and addresses.
     ///
     /// # Errors
@@ -502,16 +511,18 @@ fn issuer(files: &Written) -> Result<(Issuer<'static, KeyPair>, String), PkiErro
     let certificate_pem = read(&files.certificate)?;
     let key = read_key(&files.private_key)?;
     let no_certificate = || damaged(&files.certificate, "is no certificate");
-    let der =
-        CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|_| no_certificate())?;
-    let (_, certificate) = parse_x509_certificate(&der).map_err(|_| no_certificate())?;
+    let all: Vec<_> = CertificateDer::pem_slice_iter(certificate_pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|_| no_certificate())?;
+    let der = all.first().ok_or_else(no_certificate)?;
+    let (_, certificate) = parse_x509_certificate(der).map_err(|_| no_certificate())?;
     if certificate.public_key().raw != key.subject_public_key_info() {
         return Err(damaged(
             &files.private_key,
             "is not the key of the certificate beside it",
         ));
     }
-    Ok((Issuer::from_ca_cert_der(&der, key)?, certificate_pem))
+    Ok((Issuer::from_ca_cert_der(der, key)?, certificate_pem))
 }
 
 /// The trust domain that the certificate of an authority names, as `waypost pki init` has it do.

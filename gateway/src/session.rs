@@ -575,8 +575,8 @@ impl<'a> Shell<'a> {
         }
     }
 
-    /// Answers with the device's next certificate. A signature takes its worker a fifth of a millisecond, so a
-    /// connection gets one only so often.
+    /// Answers with the device's next certificate. The signatures that are checked and made take its worker
+    /// some half a millisecond, so a connection gets one only so often.
     async fn renew(&mut self, lane: Lane, request: Bytes) -> Result<(), End> {
         let now = Instant::now();
         let wait = self.renewed_at.map_or(Duration::ZERO, |renewed_at| {

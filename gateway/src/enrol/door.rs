@@ -232,14 +232,14 @@ fn code(code: CloseCode) -> VarInt {
 }
 
 fn transport() -> TransportConfig {
-    let window = VarInt::from_u32(2 * ENROLL_FRAME_BYTES as u32);
+    let window = VarInt::from_u32(WINDOW_BYTES);
     let mut transport = TransportConfig::default();
     transport
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(window)
         .receive_window(window)
-        .send_window(2 * ENROLL_FRAME_BYTES as u64)
+        .send_window(WINDOW_BYTES.into())
         .datagram_receive_buffer_size(None)
         .crypto_buffer_size(8 << 10)
         .mtu_discovery_config(None)
@@ -251,6 +251,9 @@ fn transport() -> TransportConfig {
 const MOST_NEWCOMERS: usize = 64;
 /// What one newcomer may send before it is looked at.
 const INCOMING_BYTES: u64 = 16 << 10;
+/// What may be on its way in either direction: a frame, and room.
+const WINDOW_BYTES: u32 = 16 << 10;
+const _: () = assert!(ENROLL_FRAME_BYTES < WINDOW_BYTES as usize);
 /// How long a newcomer may take, from its first packet to its answer.
 const CONVERSATION: Duration = Duration::from_secs(10);
 /// How long a stopping endpoint lets newcomers have their answers.

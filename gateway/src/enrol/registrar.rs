@@ -5,10 +5,11 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::CertificateDer;
+use tracing::error;
 use waypost_proto::{
     enrol,
-    id::{DeviceId, UserId},
+    id::{DeviceId, Identity, UserId},
     v1::{
         EnrollResponse, EnrolmentRefusal, IssuedCertificate, enroll_response::Outcome,
         enrolment_refusal::Code,
@@ -19,7 +20,7 @@ use x509_parser::parse_x509_certificate;
 use super::{EnrolmentConfig, EnrolmentError, address};
 use crate::{
     clock::system_now_ms,
-    pki::{Authority, KeyPair, PkiError, Validity, request::RequestedKey},
+    pki::{Authority, KeyPair, PkiError, Purpose, Validity, request::RequestedKey},
     tls::{RestoredCheck, TlsConfig},
 };
 
@@ -52,8 +53,7 @@ impl Registrar {
             return Ok(None);
         };
         let authority = Authority::open_files(certificate, key, &tls.trust_domain)?;
-        let pem = authority.certificate_pem().as_bytes();
-        let authorities: Vec<_> = CertificateDer::pem_slice_iter(pem).flatten().collect();
+        let authorities = authority.certificates();
         let shown = authorities
             .iter()
             .filter(|authority| !is_root(authority))
@@ -79,12 +79,11 @@ impl Registrar {
             user: UserId([0; 16]),
             device: 0,
         };
-        let names = self
-            .authority
-            .names_of(&waypost_proto::id::Identity::Device(nobody))?;
+        let names = self.authority.names_of(&Identity::Device(nobody))?;
         let validity = validity(system_now_ms(), self.lifetime);
-        let purpose = crate::pki::Purpose::Client;
-        let certificate = self.authority.issue(names, purpose, validity, &key)?;
+        let certificate = self
+            .authority
+            .issue(names, Purpose::Client, validity, &key)?;
         let mut chain = vec![certificate.certificate_der()];
         chain.extend(
             self.shown
@@ -163,9 +162,8 @@ impl Renewals {
         request: &[u8],
         now_ms: u64,
     ) -> EnrollResponse {
-        let registrar = match (&self.registrar, self.check.check(chain)) {
-            (Some(registrar), Ok(())) => registrar,
-            _ => return refused(Code::NotOffered, 0),
+        let (Some(registrar), Ok(())) = (&self.registrar, self.check.check(chain)) else {
+            return refused(Code::NotOffered, 0);
         };
         match RequestedKey::read(request) {
             Ok(key) => answer(registrar.certify(device, &key, now_ms)),
@@ -181,7 +179,7 @@ pub(super) fn answer(certified: Result<IssuedCertificate, PkiError>) -> EnrollRe
             outcome: Some(Outcome::Issued(issued)),
         },
         Err(error) => {
-            tracing::error!(%error, "a certificate could not be signed");
+            error!(%error, "a certificate could not be signed");
             refused(Code::TryLater, TRY_LATER_MS)
         }
     }
@@ -230,3 +228,91 @@ fn is_root(certificate: &CertificateDer<'_>) -> bool {
 pub(super) const TRY_LATER_MS: u32 = 5_000;
 /// How far the clock of whoever checks a certificate may be behind.
 const CLOCK_TOLERANCE_S: u64 = 3_600;
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyUsagePurpose};
+
+    use super::*;
+    use crate::{
+        metrics::Metrics,
+        tls::{Refusal, device_tls},
+    };
+
+    fn params(constraint: BasicConstraints, name: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(rcgen::DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(constraint);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+    }
+
+    /// Opens a registrar whose authority was made elsewhere, below a root that devices are let in by, or not.
+    fn open(is_let_in: bool) -> Result<Registrar, EnrolmentError> {
+        let dir = tempfile::tempdir().unwrap();
+        let pki = dir.path().join("pki");
+        Authority::create(&pki, "waypost.local")
+            .unwrap()
+            .issue_server(&["localhost"])
+            .unwrap()
+            .write(&pki, "server")
+            .unwrap();
+        let root_key = KeyPair::generate().unwrap();
+        let root = params(BasicConstraints::Unconstrained, "root");
+        let root_pem = root.self_signed(&root_key).unwrap().pem();
+        let root = Issuer::new(root, root_key);
+        let key = KeyPair::generate().unwrap();
+        let own = params(BasicConstraints::Constrained(0), "devices")
+            .signed_by(&key, &root)
+            .unwrap();
+        let file = |name: &str, text: String| {
+            let path = pki.join(name);
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let mut tls = TlsConfig::default().under(dir.path());
+        if is_let_in {
+            tls.client_ca = file("root.pem", root_pem.clone());
+        }
+        let config = EnrolmentConfig {
+            ca_certificate: Some(file("devices.pem", own.pem() + &root_pem)),
+            ca_key: Some(file("devices.key", key.serialize_pem())),
+            ..EnrolmentConfig::default()
+        };
+        let check = device_tls(&tls, &Metrics::new()).unwrap().check;
+        Registrar::open(&config, &tls, &check).map(Option::unwrap)
+    }
+
+    #[test]
+    fn an_authority_from_elsewhere_signs_and_what_is_between_it_and_the_root_is_shown() {
+        let registrar = open(true).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let request = CertificateParams::default().serialize_request(&key);
+        let key = RequestedKey::read(request.unwrap().der()).unwrap();
+        let device = DeviceId {
+            user: UserId([7; 16]),
+            device: 3,
+        };
+        let issued = registrar.certify(device, &key, system_now_ms()).unwrap();
+        assert_eq!(issued.chain.len(), 2, "not the root, which is known");
+        let chain: Vec<_> = issued
+            .chain
+            .iter()
+            .map(|der| CertificateDer::from(der.to_vec()))
+            .collect();
+        assert_eq!(crate::tls::device_of(&chain, "waypost.local"), Ok(device));
+    }
+
+    #[test]
+    fn an_authority_whose_devices_would_be_refused_is_refused_itself() {
+        let refused = open(false).unwrap_err();
+        assert!(
+            matches!(refused, EnrolmentError::NotLetIn(Refusal::UnknownAuthority)),
+            "{refused}"
+        );
+    }
+}
