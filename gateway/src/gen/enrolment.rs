@@ -11,9 +11,9 @@ pub mod enrolment_client {
     use tonic::codegen::*;
     use tonic::codegen::http::Uri;
     /// For the operator's own backend: gRPC over TLS on the port of the freshness service, with a client certificate for
-    /// spiffe://<trust-domain>/operator/<name>
-    /// whose name the gateway lists in `enrolment.operators`. Anybody else gets PERMISSION_DENIED, and everybody
-    /// UNIMPLEMENTED from a gateway that issues no certificates. `waypost invite` is a client of it.
+    /// `spiffe://<trust-domain>/operator/<name>`, whose name the gateway lists in `enrolment.operators`. Anybody else gets
+    /// PERMISSION_DENIED, and everybody UNIMPLEMENTED from a gateway that issues no certificates. `waypost invite` is a
+    /// client of it.
     #[derive(Debug, Clone)]
     pub struct EnrolmentClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -148,9 +148,9 @@ pub mod enrolment_server {
         >;
     }
     /// For the operator's own backend: gRPC over TLS on the port of the freshness service, with a client certificate for
-    /// spiffe://<trust-domain>/operator/<name>
-    /// whose name the gateway lists in `enrolment.operators`. Anybody else gets PERMISSION_DENIED, and everybody
-    /// UNIMPLEMENTED from a gateway that issues no certificates. `waypost invite` is a client of it.
+    /// `spiffe://<trust-domain>/operator/<name>`, whose name the gateway lists in `enrolment.operators`. Anybody else gets
+    /// PERMISSION_DENIED, and everybody UNIMPLEMENTED from a gateway that issues no certificates. `waypost invite` is a
+    /// client of it.
     #[derive(Debug)]
     pub struct EnrolmentServer<T> {
         inner: Arc<T>,
