@@ -18,7 +18,7 @@
 #![allow(clippy::print_stderr, reason = "a program for a terminal")]
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     fs, io,
     io::Write as _,
     path::{Path, PathBuf},
@@ -29,7 +29,8 @@ use anyhow::{Context as _, ensure};
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 use waypost_checker::{
-    Change, Config, Event, Gap, Resume, Selector, Silences, UserId, Watch, coverage, deadline,
+    Change, Config, Deadline, Event, Gap, Resume, Selector, Silences, UserId, Watch, coverage,
+    deadline,
 };
 
 /// Alerts when somebody has not been heard for too long.
@@ -53,6 +54,9 @@ struct Args {
     /// How long nobody hears from a user before it is an alert.
     #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
     silent_after: Duration,
+    /// How long it waits before it tries a receiver again that failed.
+    #[arg(long, default_value = "10s", value_parser = humantime::parse_duration)]
+    retry_pause: Duration,
     /// Where it keeps what it must not forget.
     #[arg(long, default_value = "checker-state.json")]
     state: PathBuf,
@@ -67,7 +71,8 @@ struct Receiver {
     /// A shell command, which finds the alert in WAYPOST_ID, WAYPOST_KIND, WAYPOST_USER and WAYPOST_AT_MS.
     #[arg(long)]
     command: Option<String>,
-    /// Where the alert is posted as JSON: plain HTTP, so a relay on this machine is meant.
+    /// Where the alert is posted, as JSON with id, kind, user and at_ms, and with the id as Idempotency-Key. Plain
+    /// HTTP, so a relay on this machine is meant. It is delivered when the answer is a 2xx.
     #[arg(long)]
     webhook: Option<String>,
 }
@@ -81,7 +86,8 @@ struct Alert {
     kind: String,
     /// Empty when it is about the stream.
     user: String,
-    /// The last sign of life; for an alert about the stream, the moment up to which all is known.
+    /// The last sign of life; by a deadline, when the gateway said so; for an alert about the stream, the moment up
+    /// to which all is known. 0 if nobody knows.
     at_ms: u64,
 }
 
@@ -93,14 +99,19 @@ struct State {
     /// database, and writes what changed and the resume in one transaction.
     users: Vec<(String, u64, bool)>,
     gaps: Vec<(u64, Option<u64>, i32, u64)>,
+    /// Who is late by a deadline, with the position that said so.
+    #[serde(default)]
+    late: BTreeMap<String, u64>,
+    /// Also a process that has not reached the gateway yet says since when it knows nothing, and so by another id
+    /// each time.
+    #[serde(default)]
+    known_until_ms: u64,
     undelivered: VecDeque<Alert>,
 }
 
 /// The file is written before an alert leaves, and otherwise this often: what came after the last time
 /// simply comes again.
 const SAVE_INTERVAL: Duration = Duration::from_secs(10);
-/// A receiver that fails is tried again after this long.
-const RETRY_PAUSE: Duration = Duration::from_secs(10);
 /// A receiver that takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -117,8 +128,13 @@ async fn main() -> anyhow::Result<()> {
         &args.server_name,
     );
     let mut silences = Silences::new(u64::try_from(args.silent_after.as_millis())?);
-    let (resume, mut undelivered) = load(&args.state, &mut silences)?;
-    let mut watch = Watch::new(&config, Selector::default(), resume)?;
+    let before = load(&args.state, &mut silences)?;
+    let mut known_until_ms = before.known_until_ms;
+    let mut late = before.late;
+    // Who was late before a reset, and has not come again.
+    let mut doubted = BTreeMap::new();
+    let mut undelivered = before.undelivered;
+    let mut watch = Watch::new(&config, Selector::default(), before.resume)?;
     let mut changes = Vec::new();
     let mut last_saved = Instant::now();
     let mut retry_after = Instant::now();
@@ -126,41 +142,54 @@ async fn main() -> anyhow::Result<()> {
         let event = watch.next().await?;
         silences.take(&event, &mut changes);
         undelivered.extend(changes.drain(..).map(alert_of));
+        known_until_ms = known_until_ms.max(silences.resolved_ms());
+        if let Event::SnapshotEnd { .. } = event {
+            let gone = std::mem::take(&mut doubted).into_iter();
+            undelivered.extend(gone.map(not_late_any_more));
+        }
         match &event {
             // Only here may be gone on from. An entry in between says nothing of those before it.
             Event::SnapshotEnd { resume, .. } | Event::Progress { resume, .. } => {
                 let is_due = SAVE_INTERVAL <= last_saved.elapsed();
                 let has_alert = !undelivered.is_empty() && retry_after <= Instant::now();
                 if is_due || has_alert {
-                    save(&args.state, resume, &silences, &undelivered)?;
+                    let state = State::of(resume, known_until_ms, &silences, &late, &undelivered);
+                    save(&args.state, &state)?;
                     last_saved = Instant::now();
                 }
                 if has_alert {
                     if let Err(error) = deliver_all(&args.receiver, &mut undelivered).await {
-                        eprintln!("not delivered, tried again in {RETRY_PAUSE:?}: {error:#}");
-                        retry_after = Instant::now() + RETRY_PAUSE;
+                        let pause = args.retry_pause;
+                        eprintln!("not delivered, tried again in {pause:?}: {error:#}");
+                        retry_after = Instant::now() + pause;
                     }
-                    save(&args.state, resume, &silences, &undelivered)?;
+                    let state = State::of(resume, known_until_ms, &silences, &late, &undelivered);
+                    save(&args.state, &state)?;
                 }
             }
             // A deadline that was registered with the gateway, which works it out by itself.
-            Event::Deadline(event) => undelivered.push_back(Alert {
-                id: format!("deadline-{}-{}", event.user, event.position),
-                kind: match event.kind {
-                    deadline::Kind::Recovered => "recovered".to_owned(),
-                    _ => "late".to_owned(),
-                },
-                user: event.user.to_string(),
-                at_ms: event.at_ms,
-            }),
+            Event::Deadline(event) => {
+                let (user, position) = (event.user.to_string(), event.position);
+                let is_late = event.kind == deadline::Kind::Late;
+                let is_told = doubted.remove(&user) == Some(position);
+                if is_late {
+                    late.insert(user, position);
+                } else {
+                    late.remove(&user);
+                }
+                if !is_told {
+                    undelivered.push_back(by_deadline(event));
+                }
+            }
+            // The snapshot says again who is late; of those who are not, nothing more comes.
+            Event::Reset { .. } => doubted.append(&mut late),
             // These are about now, so they neither wait nor are kept for later.
-            Event::Stale { resolved_ms } => tell(&args.receiver, "unknown", *resolved_ms).await,
+            Event::Stale { .. } => tell(&args.receiver, "unknown", known_until_ms).await,
             Event::Live { resolved_ms } => tell(&args.receiver, "known", *resolved_ms).await,
             Event::Disconnected { why, retry_in } => {
                 eprintln!("disconnected: {why}; trying again in {retry_in:?}");
             }
             Event::Connected { .. }
-            | Event::Reset { .. }
             | Event::Entry { .. }
             | Event::Coverage(_)
             // Who has paused is not silent: the user's entry says so, and closes what was called silent.
@@ -181,7 +210,11 @@ fn alert_of(change: Change) -> Alert {
             last_contact_ms,
         } => ("heard", user, last_contact_ms),
         // Paused, erased or withdrawn: whoever was sent to look may come back.
-        Change::Closed { user, .. } => ("closed", user, 0),
+        Change::Closed {
+            user,
+            last_contact_ms,
+            ..
+        } => ("closed", user, last_contact_ms),
     };
     Alert {
         // A silence is known by the last contact before it, however often it is worked out.
@@ -189,6 +222,29 @@ fn alert_of(change: Change) -> Alert {
         kind: kind.to_owned(),
         user: user.to_string(),
         at_ms,
+    }
+}
+
+fn by_deadline(event: &Deadline) -> Alert {
+    let kind = match event.kind {
+        deadline::Kind::Recovered => "recovered",
+        _ => "late",
+    };
+    Alert {
+        id: format!("deadline-{}-{}", event.user, event.position),
+        kind: kind.to_owned(),
+        user: event.user.to_string(),
+        at_ms: event.at_ms,
+    }
+}
+
+/// Somebody who was called late is not, and when that changed was not told.
+fn not_late_any_more((user, position): (String, u64)) -> Alert {
+    Alert {
+        id: format!("not-late-{user}-{position}"),
+        kind: "recovered".to_owned(),
+        user,
+        at_ms: 0,
     }
 }
 
@@ -233,22 +289,35 @@ async fn deliver(receiver: &Receiver, alert: &Alert) -> anyhow::Result<()> {
             ureq::post(&url)
                 .config()
                 .timeout_global(Some(PATIENCE))
+                // The relay is on this machine, whatever proxy leads out of it, and has to take it itself.
+                .proxy(None)
+                .max_redirects(0)
                 .build()
                 .header("Content-Type", "application/json")
                 .header("Idempotency-Key", &id)
                 .send(&body[..])
         };
         // The small client waits; the stream need not.
-        tokio::task::spawn_blocking(posting).await??;
+        let status = tokio::task::spawn_blocking(posting).await??.status();
+        ensure!(status.is_success(), "the webhook answered {status}");
     }
     Ok(())
 }
 
-/// What the process before this one knew; nothing if there was none.
-fn load(path: &Path, silences: &mut Silences) -> anyhow::Result<(Option<Resume>, VecDeque<Alert>)> {
+/// What the process before this one knew, beside whom it had heard.
+#[derive(Default)]
+struct Before {
+    resume: Option<Resume>,
+    known_until_ms: u64,
+    late: BTreeMap<String, u64>,
+    undelivered: VecDeque<Alert>,
+}
+
+/// Reads the file; nothing was known if there is none.
+fn load(path: &Path, silences: &mut Silences) -> anyhow::Result<Before> {
     let bytes = match fs::read(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Ok((None, VecDeque::new()));
+            return Ok(Before::default());
         }
         read => read.with_context(|| format!("cannot read {}", path.display()))?,
     };
@@ -267,34 +336,47 @@ fn load(path: &Path, silences: &mut Silences) -> anyhow::Result<(Option<Resume>,
         };
         silences.take(&Event::Coverage(gap), &mut Vec::new());
     }
-    Ok((Some(Resume::from_bytes(&state.resume)?), state.undelivered))
+    Ok(Before {
+        resume: Some(Resume::from_bytes(&state.resume)?),
+        known_until_ms: state.known_until_ms,
+        late: state.late,
+        undelivered: state.undelivered,
+    })
+}
+
+impl State {
+    fn of(
+        resume: &Resume,
+        known_until_ms: u64,
+        silences: &Silences,
+        late: &BTreeMap<String, u64>,
+        undelivered: &VecDeque<Alert>,
+    ) -> Self {
+        let users = silences.known();
+        let gaps = silences.gaps();
+        Self {
+            resume: resume.to_bytes(),
+            users: users
+                .map(|(user, last_contact_ms, is_called)| {
+                    (user.to_string(), last_contact_ms, is_called)
+                })
+                .collect(),
+            gaps: gaps
+                .map(|gap| (gap.from_ms, gap.until_ms, gap.reason.into(), gap.position))
+                .collect(),
+            late: late.clone(),
+            known_until_ms,
+            undelivered: undelivered.clone(),
+        }
+    }
 }
 
 /// Replaces the file in one step, and is not content before the disk has it.
-fn save(
-    path: &Path,
-    resume: &Resume,
-    silences: &Silences,
-    undelivered: &VecDeque<Alert>,
-) -> anyhow::Result<()> {
-    let state = State {
-        resume: resume.to_bytes(),
-        users: silences
-            .known()
-            .map(|(user, last_contact_ms, is_called)| {
-                (user.to_string(), last_contact_ms, is_called)
-            })
-            .collect(),
-        gaps: silences
-            .gaps()
-            .map(|gap| (gap.from_ms, gap.until_ms, gap.reason.into(), gap.position))
-            .collect(),
-        undelivered: undelivered.clone(),
-    };
+fn save(path: &Path, state: &State) -> anyhow::Result<()> {
     let beside = path.with_extension("new");
     let write = || {
         let mut file = fs::File::create(&beside)?;
-        file.write_all(&serde_json::to_vec(&state)?)?;
+        file.write_all(&serde_json::to_vec(state)?)?;
         file.sync_all()?;
         fs::rename(&beside, path)?;
         let folder = path

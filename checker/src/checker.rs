@@ -3,7 +3,8 @@
 //! Knows the calls and the form of their answers. Must not know streams; that is [`Watch`].
 
 use bytes::Bytes;
-use tonic::transport::Channel;
+use tokio::time::timeout;
+use tonic::{Response, Status, transport::Channel};
 use waypost_proto::{
     id::UserId,
     v1::{self, GetRequest, ListStaleRequest},
@@ -14,7 +15,8 @@ use crate::{
     event::user_of, rpc::freshness_client::FreshnessClient,
 };
 
-/// A connection to a gateway's freshness service. Clones share it; it comes back by itself.
+/// A connection to a gateway's freshness service. Clones share it; it comes back by itself. A call that is not
+/// answered for [`Config::lost_after`] has failed.
 #[derive(Clone, Debug)]
 pub struct Checker {
     config: Config,
@@ -100,7 +102,8 @@ impl Checker {
             .iter()
             .map(|user| Bytes::copy_from_slice(&user.0))
             .collect();
-        let answer = self.client.get(GetRequest { user_ids }).await?.into_inner();
+        let asked = self.client.get(GetRequest { user_ids });
+        let answer = in_time(&self.config, asked).await?;
         if answer.entries.len() != users.len() {
             return Err(CheckerError::Failed(format!(
                 "the gateway answered for {} users of {}",
@@ -123,7 +126,8 @@ impl Checker {
         &mut self,
         request: ListStaleRequest,
     ) -> Result<StalePage, CheckerError> {
-        let page = self.client.list_stale(request).await?.into_inner();
+        let asked = self.client.list_stale(request);
+        let page = in_time(&self.config, asked).await?;
         Ok(StalePage {
             entries: entries(page.entries)?,
             next_page_token: (!page.next_page_token.is_empty()).then_some(page.next_page_token),
@@ -137,7 +141,8 @@ impl Checker {
     /// Sets, changes and removes up to 1,000 deadlines, and returns the commit by which they are on disk.
     ///
     /// # Errors
-    /// When the service refuses, has no room for more, or does not answer; in that last case they may be set.
+    /// When the service refuses, has no room for more, or does not answer; in that last case,
+    /// [`CheckerError::Failed`], they may be set: set them again, which changes nothing if they are.
     pub async fn set_deadlines(
         &mut self,
         deadlines: &[DeadlineSetting],
@@ -151,23 +156,25 @@ impl Checker {
             })
             .collect();
         let request = v1::SetDeadlinesRequest { deadlines };
-        let answer = self.client.set_deadlines(request).await?;
-        Ok(answer.into_inner().position)
+        let asked = self.client.set_deadlines(request);
+        Ok(in_time(&self.config, asked).await?.position)
     }
 
-    /// A page of this checker's deadlines, by user; empty `page_token` for the first.
+    /// A page of this checker's deadlines, by user, at most 1,000 of them: the first, or the one that the page before
+    /// names.
     ///
     /// # Errors
     /// When the service refuses or does not answer.
     pub async fn list_deadlines(
         &mut self,
-        page_token: Bytes,
+        page_token: Option<Bytes>,
     ) -> Result<DeadlinePage, CheckerError> {
         let request = v1::ListDeadlinesRequest {
-            page_token,
+            page_token: page_token.unwrap_or_default(),
             ..v1::ListDeadlinesRequest::default()
         };
-        let page = self.client.list_deadlines(request).await?.into_inner();
+        let asked = self.client.list_deadlines(request);
+        let page = in_time(&self.config, asked).await?;
         let deadlines = page.deadlines.into_iter().map(DeadlineState::try_from);
         Ok(DeadlinePage {
             deadlines: deadlines.collect::<Result<_, _>>().map_err(unreadable)?,
@@ -183,6 +190,18 @@ impl Checker {
     pub fn watch(&self, selector: Selector, from: Option<Resume>) -> Result<Watch, CheckerError> {
         Watch::new(&self.config, selector, from)
     }
+}
+
+/// Waits for an answer, but not for ever: a gateway whose disk hangs keeps its connections alive.
+async fn in_time<T>(
+    config: &Config,
+    answer: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, CheckerError> {
+    let patience = config.lost_after;
+    let answer = timeout(patience, answer)
+        .await
+        .map_err(|_| CheckerError::Failed(format!("nothing came for {patience:?}")))?;
+    Ok(answer?.into_inner())
 }
 
 fn entries(entries: Vec<v1::Entry>) -> Result<Vec<Entry>, CheckerError> {

@@ -32,7 +32,7 @@ pub struct Config {
     pub server_name: String,
     /// A watch that learns nothing new for so long is stale. The contract is progress every second.
     pub stale_after: Duration,
-    /// A stream that does not move for so long is given up, and another one tried.
+    /// A stream that does not move for so long is given up, and another one tried. A call is given up after as long.
     pub lost_after: Duration,
 }
 
@@ -64,6 +64,9 @@ pub enum CheckerError {
     /// The service answers, and asking again would not change the answer.
     #[error("the freshness service refuses: {0}")]
     Refused(String),
+    /// The service has no room for more, and has changed nothing.
+    #[error("the freshness service has no room: {0}")]
+    NoRoom(String),
     /// The service did not answer, or said that it cannot now.
     #[error("the freshness service did not answer: {0}")]
     Failed(String),
@@ -162,6 +165,7 @@ impl From<Status> for CheckerError {
             Code::PermissionDenied | Code::InvalidArgument | Code::Unimplemented => {
                 Self::Refused(said)
             }
+            Code::ResourceExhausted => Self::NoRoom(said),
             _ => Self::Failed(said),
         }
     }
@@ -194,5 +198,16 @@ mod tests {
         assert!(final_code(Code::PermissionDenied));
         assert!(!final_code(Code::Unavailable));
         assert!(!final_code(Code::ResourceExhausted));
+    }
+
+    #[test]
+    fn want_of_room_is_told_apart_from_an_answer_that_did_not_come() {
+        let error = |code| CheckerError::from(Status::new(code, "said"));
+        let no_room = error(Code::ResourceExhausted);
+        assert!(matches!(no_room, CheckerError::NoRoom(_)), "{no_room}");
+        for code in [Code::Unavailable, Code::Internal, Code::Unknown] {
+            let failed = error(code);
+            assert!(matches!(failed, CheckerError::Failed(_)), "{failed}");
+        }
     }
 }

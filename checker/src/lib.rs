@@ -12,11 +12,38 @@
 //!   Whoever stores the resume together with the effects of all events before it, in one write, has each
 //!   effect exactly once. Within one watch, a change is given once, also when the connection broke.
 //! - **A [`Event::Reset`] forgets**: all that came before may be wrong, a snapshot follows. A user who does
-//!   not come again is gone.
+//!   not come again is gone, and one who was late and does not come as late again is not any more.
 //! - **[`Event::Stale`] is unknown, not silent.** Of a moment after its `resolved_ms` nothing is known of
 //!   anybody, until [`Event::Live`].
 //! - **A gateway that breaks the order of its stream is not believed**: the stream is given up with
 //!   [`Interruption::Violation`] and begins again with a snapshot.
+//!
+//! # Example
+//!
+//! ```no_run
+//! use waypost_checker::{Change, CheckerError, Config, Event, Selector, Silences, Watch};
+//!
+//! /// Says who has been silent for ten minutes. `examples/checker.rs` forgets nothing between two runs, either.
+//! async fn follow(config: &Config) -> Result<(), CheckerError> {
+//!     let mut silences = Silences::new(10 * 60 * 1_000);
+//!     let mut changes = Vec::new();
+//!     let mut watch = Watch::new(config, Selector::default(), None)?;
+//!     loop {
+//!         let event = watch.next().await?;
+//!         silences.take(&event, &mut changes);
+//!         for change in changes.drain(..) {
+//!             match change {
+//!                 Change::Silent { user, .. } => println!("no word from {user}"),
+//!                 Change::HeardAgain { user, .. } => println!("{user} is back"),
+//!                 Change::Closed { user, .. } => println!("nothing to say of {user} any more"),
+//!             }
+//!         }
+//!         if let Event::Stale { resolved_ms } = event {
+//!             println!("since {resolved_ms} nothing is known of anybody");
+//!         }
+//!     }
+//! }
+//! ```
 
 mod checker;
 mod connection;

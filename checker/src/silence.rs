@@ -8,8 +8,8 @@
 //! # Bounds
 //!
 //! Some 100 bytes for each user of the selection, and [`MAX_GAPS`] gaps. Those that ended before anybody who
-//! is waited for was last heard are forgotten; should that not be enough, the two oldest become one, so that
-//! a silence across them is called later, and never for a time in which nobody could be heard.
+//! is waited for was last heard are forgotten; should that not be enough, the two oldest that have ended become
+//! one, so that a silence across them is called later, and never for a time in which nobody could be heard.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -46,6 +46,8 @@ pub enum Change {
     Closed {
         /// Who.
         user: UserId,
+        /// Since when the user was called silent.
+        last_contact_ms: u64,
         /// Paused, erased or withdrawn; none when the store knows nothing of the user after a reset.
         state: Option<State>,
     },
@@ -158,9 +160,12 @@ impl Silences {
             self.waiting.remove(&(before_ms, user));
         }
         if state != State::Active {
-            if self.called.remove(&user).is_some() {
-                let state = Some(state);
-                changes.push(Change::Closed { user, state });
+            if let Some(last_contact_ms) = self.called.remove(&user) {
+                changes.push(Change::Closed {
+                    user,
+                    last_contact_ms,
+                    state: Some(state),
+                });
             }
             return;
         }
@@ -187,7 +192,11 @@ impl Silences {
         let gone = self
             .called
             .extract_if(|user, _| !contacts.contains_key(user));
-        changes.extend(gone.map(|(user, _)| Change::Closed { user, state: None }));
+        changes.extend(gone.map(|(user, last_contact_ms)| Change::Closed {
+            user,
+            last_contact_ms,
+            state: None,
+        }));
     }
 
     fn call_silent(&mut self, changes: &mut Vec<Change>) {
@@ -226,16 +235,18 @@ impl Silences {
 
     fn take_gap(&mut self, gap: &Gap) {
         self.gaps.insert((gap.from_ms, gap.reason), *gap);
-        if MAX_GAPS < self.gaps.len()
-            && let (Some((oldest, one)), Some((_, other))) =
-                (self.gaps.pop_first(), self.gaps.pop_first())
-        {
-            let until_ms = one.until_ms.zip(other.until_ms);
+        if self.gaps.len() <= MAX_GAPS {
+            return;
+        }
+        // One that lasts is left alone: its end would not find it again.
+        let mut ended = self.gaps.values().filter(|gap| gap.until_ms.is_some());
+        if let (Some(&one), Some(&other)) = (ended.next(), ended.next()) {
+            self.gaps.remove(&(other.from_ms, other.reason));
             let joined = Gap {
-                until_ms: until_ms.map(|(one_ms, other_ms)| one_ms.max(other_ms)),
+                until_ms: one.until_ms.max(other.until_ms),
                 ..one
             };
-            self.gaps.insert(oldest, joined);
+            self.gaps.insert((one.from_ms, one.reason), joined);
         }
     }
 

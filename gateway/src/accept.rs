@@ -5,7 +5,8 @@
 //! # Bounds
 //!
 //! At most [`DevicesConfig::connections`] are open or shaking hands, on all workers together, and
-//! [`crate::admission`] says who may begin; all others are refused before any cryptography is spent on them.
+//! [`crate::admission`] says who may begin; all others are refused before any cryptography is spent on them. Whoever
+//! comes while too many wait for that is dropped before it is seen here, which is noticed by their number.
 //! What a connection may hold is in [`crate::session`].
 //!
 //! A handshake takes a third of a millisecond of its worker's time, during which nobody else is served. So in
@@ -16,13 +17,16 @@
 //! somebody knocks, there is always something to do.
 
 use std::{
+    future::poll_fn,
+    pin::pin,
     sync::Arc,
+    task::Poll,
     time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
-use quinn::Endpoint;
-use tokio::{task::yield_now, time::timeout};
+use quinn::{Endpoint, Incoming};
+use tokio::{sync::watch, task::yield_now, time::timeout};
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 use waypost_proto::session::CloseCode;
@@ -31,6 +35,7 @@ use crate::{
     admission::Verdict,
     commit::Bell,
     handshake::{self, Newcomer},
+    newcomers::Newcomers,
     rate::Bucket,
     session::SessionParts,
     worker::DevicesConfig,
@@ -41,6 +46,9 @@ use crate::{
 pub(crate) struct AcceptParts {
     /// Timeouts.
     pub(crate) config: DevicesConfig,
+    /// What newcomers are met with from now on, when certificate files have changed. None before that, when endpoints
+    /// have what they began with.
+    pub(crate) server: watch::Receiver<Option<quinn::ServerConfig>>,
     /// Who belongs here.
     pub(crate) trust_domain: Arc<str>,
     /// What each session gets.
@@ -50,7 +58,7 @@ pub(crate) struct AcceptParts {
 }
 
 /// Accepts connections until the sessions are told to drain, then waits for those to end.
-pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
+pub(crate) async fn serve(endpoint: Endpoint, newcomers: Arc<Newcomers>, parts: Arc<AcceptParts>) {
     let sessions = TaskTracker::new();
     let bell = Arc::<Bell>::default();
     let hearing = tokio::spawn({
@@ -58,16 +66,25 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
         async move { bell.serve().await }
     });
     let draining = &parts.sessions.draining;
+    let mut server = parts.server.clone();
     loop {
         let incoming = tokio::select! {
             biased;
             () = draining.cancelled() => break,
-            incoming = endpoint.accept() => incoming,
+            Ok(()) = server.changed() => {
+                // Connections that have begun go on as they are.
+                endpoint.set_server_config(server.borrow_and_update().clone());
+                continue;
+            }
+            incoming = next(&endpoint, &newcomers) => incoming,
         };
         let Some(incoming) = incoming else { break };
         let metrics = &parts.sessions.metrics;
         let address = incoming.remote_address().ip();
         let admission = &parts.sessions.admission;
+        if newcomers.looked_at() {
+            admission.had_no_room_to_wait();
+        }
         match admission.admit(address, incoming.remote_address_validated()) {
             Ok(place) => {
                 let newcomer = Newcomer {
@@ -119,6 +136,18 @@ pub(crate) async fn serve(endpoint: Endpoint, parts: Arc<AcceptParts>) {
     // Let the last CONNECTION_CLOSE frames leave, within reason.
     drop(timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await);
     hearing.abort();
+}
+
+/// The next newcomer.
+async fn next(endpoint: &Endpoint, newcomers: &Newcomers) -> Option<Incoming> {
+    let mut accepted = pin!(endpoint.accept());
+    match poll_fn(|context| Poll::Ready(accepted.as_mut().poll(context))).await {
+        Poll::Ready(incoming) => incoming,
+        Poll::Pending => {
+            newcomers.none_waits();
+            accepted.await
+        }
+    }
 }
 
 /// Lets everybody else have a turn, and again if that has taken long.

@@ -7,8 +7,8 @@
 //!
 //! From the cheapest answer to the dearest (13 to 330 µs of a core each):
 //!
-//! 0. More newcomers wait at a worker than it can look at soon: quinn drops what comes then
-//!    ([`crate::transport`]).
+//! 0. More newcomers wait at a worker than it can look at soon: quinn drops what comes then, and how many that is
+//!    nobody knows ([`crate::newcomers`]).
 //! 1. All connections are taken, or all places for handshakes: the newcomer is refused and comes back. Saying
 //!    so costs nearly twice as much as not saying it, so beyond `REFUSALS_PER_S` newcomers are ignored: they come
 //!    back as well, each time after twice as long.
@@ -48,6 +48,9 @@ use crate::{
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdmissionConfig {
+    /// How many newcomers may wait at a worker until it looks at them: a second of work, more or less. More are
+    /// dropped unseen, which costs 13 µs each, and come back by themselves after a second.
+    pub newcomers: NonZeroUsize,
     /// How many handshakes may be in progress, and a sixteenth of it from one address that has proved to be
     /// its peer's own; more are refused. Each takes about 40 KB, and two cores complete some 5,000 in a
     /// second, so this is less than a second of work.
@@ -75,6 +78,7 @@ pub struct AdmissionConfig {
 impl Default for AdmissionConfig {
     fn default() -> Self {
         Self {
+            newcomers: const { NonZeroUsize::new(4_096).expect("not zero") },
             handshakes: const { NonZeroUsize::new(2_048).expect("not zero") },
             prove_address_from_handshakes: 256,
             unproved_per_s: 1_000,
@@ -102,6 +106,8 @@ pub enum Verdict {
 /// What there is too much of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
+    /// Newcomers that wait to be looked at.
+    Newcomers,
     /// Connections.
     Connections,
     /// Handshakes in progress.
@@ -115,13 +121,14 @@ pub enum Limit {
 impl Limit {
     /// Whether it is the gateway as a whole that has no room, and not one address that takes too much.
     fn is_of_all(self) -> bool {
-        matches!(self, Self::Connections | Self::Handshakes)
+        matches!(self, Self::Newcomers | Self::Connections | Self::Handshakes)
     }
 
     /// Its name in metrics.
     #[must_use]
     pub fn as_label(self) -> &'static str {
         match self {
+            Self::Newcomers => "newcomers",
             Self::Connections => "connections",
             Self::Handshakes => "handshakes",
             Self::AddressHandshakes => "address_handshakes",
@@ -132,7 +139,7 @@ impl Limit {
 
 /// What counts as one address: an IPv4 address, or the IPv6 network of 64 bits, which is the least that
 /// anybody is given.
-pub(crate) fn network(address: IpAddr) -> IpAddr {
+pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => {
             let bits = u128::from(address) & !u128::from(u64::MAX);
@@ -331,6 +338,13 @@ impl Admission {
         }
     }
 
+    /// There was no room for newcomers to wait, so some may have been dropped unseen.
+    pub fn had_no_room_to_wait(&self) {
+        let limits = &self.metrics.limits;
+        limits.reached.of(Limit::Newcomers.as_label()).increment(1);
+        self.turned_away.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Decides about a newcomer, and gives it its place if it is accepted.
     ///
     /// # Errors
@@ -427,6 +441,7 @@ mod tests {
     /// Limits so far away that a test meets only the one that it moves near.
     fn state(change: impl FnOnce(&mut AdmissionConfig)) -> State {
         let mut config = AdmissionConfig {
+            newcomers: NonZeroUsize::MAX,
             handshakes: NonZeroUsize::new(1_000_000).unwrap(),
             prove_address_from_handshakes: 1_000_000,
             unproved_per_s: 0,

@@ -14,7 +14,9 @@ use crate::{
     enrol::EnrolmentConfig,
     gateway::{Addresses, Gateway},
     invite::{self, InviteArgs},
-    logging, pki, tls,
+    logging,
+    metrics::Metrics,
+    pki, tls,
     watch::{self, WatchArgs},
 };
 
@@ -124,6 +126,12 @@ pub fn serve(args: &ServeArgs) -> Result<(), Failure> {
     }
     check(&config)?;
     logging::start(&config.log).map_err(Failure::configuration)?;
+    if config.store.sealing.is_default() && !args.dev {
+        tracing::warn!(
+            "the master key lies in the data folder, where it protects nothing from who can read that folder; \
+             [store.sealing] names another place"
+        );
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -179,10 +187,14 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
 /// Finds what is wrong before anything is bound or opened.
 fn check(config: &Config) -> Result<(), Failure> {
     config.log.filter().map_err(Failure::configuration)?;
-    tls::device_server_config(&config.tls).map_err(Failure::configuration)?;
-    tls::freshness_server_config(&config.tls).map_err(Failure::configuration)?;
+    tls::TlsFiles::load(&config.tls, &Metrics::new()).map_err(Failure::configuration)?;
     config.freshness.check().map_err(Failure::configuration)?;
     config.enrolment.check().map_err(Failure::configuration)?;
+    config
+        .store
+        .sealing
+        .check()
+        .map_err(Failure::configuration)?;
     Ok(())
 }
 

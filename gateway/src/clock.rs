@@ -35,6 +35,12 @@ impl Clock {
             .max(system_ms)
     }
 
+    /// Sets it forward.
+    #[cfg(test)]
+    pub(crate) fn leap_to(&self, now_ms: u64) {
+        self.latest_ms.fetch_max(now_ms, Ordering::Relaxed);
+    }
+
     /// Now, by every clock there is.
     #[must_use]
     pub fn read(&self) -> Reading {

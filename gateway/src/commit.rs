@@ -3,13 +3,13 @@
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
-//! Between groups it writes what the [`Vigil`] has to say, what checkers order, and who enrols.
-//! Knows device records, who has paused, and order; must not know connections, queues or RocksDB.
+//! Between groups it writes what the [`Vigil`] has to say, what checkers and the operator order, and who enrols.
+//! Knows device records, who has paused or is revoked, and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
 //! The map of device records holds one record per device that the certificate authority has admitted, and
-//! [`Holders`] a few bytes for each user who has paused. Those of [`Invitations`] are bounded there.
+//! [`Holders`] a few bytes for each user who has paused or erased everything. Those of [`Invitations`] are bounded there.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{
@@ -34,22 +34,29 @@ use waypost_proto::{
     device::{Admission, Claim, Deferral, DeviceRecord, Judgement, LastStored, Policy},
     id::{DeviceId, UserId},
     ping::{Ping, RejectCode},
-    session::{Granted, Request, Settled, Welcomed, batch_len},
+    ranges::RangeSet,
+    session::{Grant, Granted, Request, Settled, Welcomed, Wish, batch_len},
 };
 
 use crate::{
+    audit::{
+        Audit,
+        chain::{Deed, What, Who, Whose},
+    },
     bulletin::News,
     clock::Clock,
     deadlines::{Contact, Said, Standing, TooMany},
     disk::Pulse,
     enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
+    erase::{EraseHandle, Erasure, Place},
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{DeadlineSettings, Invite, Order, Orders, Redeem},
+    orders::{self, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
+    revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition},
     store::{Batch, CommitError, Day, PingKey, Store, record},
     vigil::Vigil,
@@ -115,6 +122,7 @@ pub struct Committer {
     clock: Clock,
     devices: FxHashMap<DeviceId, DeviceRecord>,
     holders: Holders,
+    revocations: Arc<Revocations>,
     /// What the thinning rule compares with; empty while neither the operator nor a holder thins. Not kept on disk: after a
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
     last_stored: FxHashMap<DeviceId, LastStored>,
@@ -128,6 +136,8 @@ pub struct Committer {
     vigil: Vigil,
     invitations: Invitations,
     orders: Orders,
+    erase: EraseHandle,
+    audit: Audit,
     turned_away: Arc<AtomicU64>,
     /// For how long commits have waited for the disk since the last look.
     disk_wait: Duration,
@@ -148,8 +158,10 @@ pub struct CommitParts {
     pub clock: Clock,
     /// All device records of the store.
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
-    /// Who has paused.
+    /// Who does not share.
     pub holders: Holders,
+    /// Who is let in no more, which it writes and others read.
+    pub revocations: Arc<Revocations>,
     /// The last position that the store holds.
     pub position: u64,
     /// How long pings are kept, and events of deadlines.
@@ -160,6 +172,10 @@ pub struct CommitParts {
     pub invitations: Invitations,
     /// What others than devices have it write.
     pub orders: Orders,
+    /// Who erases what a fence was made around.
+    pub erase: EraseHandle,
+    /// Where erasures are recorded.
+    pub audit: Audit,
     /// How many newcomers were turned away for want of room: those could not be heard.
     pub turned_away: Arc<AtomicU64>,
 }
@@ -186,6 +202,7 @@ impl Committer {
             clock: parts.clock,
             devices: parts.devices,
             holders: parts.holders,
+            revocations: parts.revocations,
             last_stored: FxHashMap::default(),
             position: parts.position,
             day: None,
@@ -195,6 +212,8 @@ impl Committer {
             vigil: parts.vigil,
             invitations: parts.invitations,
             orders: parts.orders,
+            erase: parts.erase,
+            audit: parts.audit,
             turned_away: parts.turned_away,
             disk_wait: Duration::ZERO,
             resolved_ms: 0,
@@ -311,35 +330,42 @@ impl Committer {
     fn obey(&mut self, order: Order) -> Result<(), CommitError> {
         let _waiting = self.pulse.wait();
         match order {
-            Order::SetDeadlines(wanted, reply) => reply.answer(self.set_deadlines(&wanted)?),
+            Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
+            Order::Revoke(order, reply) => self.revoke(order, reply),
             Order::Invite(wanted, reply) => {
                 if let Some(answer) = self.invite(&wanted)? {
                     reply.answer(answer);
                 }
+                Ok(())
             }
-            Order::Redeem(wanted, reply) => reply.answer(self.redeem(&wanted)?),
+            Order::Redeem(wanted, reply) => {
+                reply.answer(self.redeem(&wanted)?);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn set_deadlines(
         &mut self,
-        wanted: &DeadlineSettings,
-    ) -> Result<Result<u64, TooMany>, CommitError> {
+        order: &SetDeadlines,
+        reply: orders::Reply<u64, TooMany>,
+    ) -> Result<(), CommitError> {
         let said = self.said_next();
         let (freshness, holders) = (&self.freshness, &self.holders);
         let news = self
             .vigil
-            .set_deadlines(wanted.checker, &wanted.settings, said, |user| {
+            .set_deadlines(order.checker, &order.settings, said, |user| {
                 contact(freshness, holders, user)
             });
-        match news {
+        let answer = match news {
             Ok(news) => {
                 self.say(&news)?;
-                Ok(Ok(self.position))
+                Ok(self.position)
             }
-            Err(too_many) => Ok(Err(too_many)),
-        }
+            Err(too_many) => Err(too_many),
+        };
+        reply.answer(answer);
+        Ok(())
     }
 
     /// `None` when the store does not say which numbers the user's devices have.
@@ -347,6 +373,9 @@ impl Committer {
         &mut self,
         wanted: &Invite,
     ) -> Result<Option<Result<Invitation, NotInvited>>, CommitError> {
+        if self.holders.sharing(&wanted.invitee.user()) == Sharing::Erased {
+            return Ok(Some(Err(NotInvited::UnknownUser)));
+        }
         let last_device = match self.store.last_device(wanted.invitee.user()) {
             Ok(last_device) => last_device,
             Err(error) => {
@@ -369,6 +398,14 @@ impl Committer {
     }
 
     fn redeem(&mut self, wanted: &Redeem) -> Result<Result<DeviceId, NotValid>, CommitError> {
+        // A certificate would be of no use, and the code is kept in case that a revocation is lifted.
+        let device = self.invitations.device_of(wanted.code);
+        let is_shut_out = |device: DeviceId| {
+            self.revocations.holds(&device) || self.holders.sharing(&device.user) == Sharing::Erased
+        };
+        if device.is_some_and(is_shut_out) {
+            return Ok(Err(NotValid));
+        }
         let now_ms = self.clock.now_ms();
         match self.invitations.redeem(wanted.code, wanted.key, now_ms) {
             Ok((device, change)) => {
@@ -385,11 +422,47 @@ impl Committer {
     fn write_invitations(&mut self, change: &Change) -> Result<(), CommitError> {
         let mut batch = self.store.batch();
         batch.put_invitations(change);
-        self.write_beside_pings(batch)?;
-        self.freshness
-            .publish(self.position, self.resolved_ms, &[], &[]);
+        let position = self.write(batch)?;
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
         let open = &self.metrics.enrolment.open_invitations;
         open.set(self.invitations.len() as f64);
+        Ok(())
+    }
+
+    /// Durable, then in force, then answered.
+    fn revoke(
+        &mut self,
+        order: Revoke,
+        reply: orders::Reply<Revoked, NoRoom>,
+    ) -> Result<(), CommitError> {
+        let Revoke { subject, is_lifted } = order;
+        let before_ms = self.revocations.since_ms(subject);
+        if before_ms.is_none() == is_lifted {
+            let now_ms = before_ms;
+            reply.answer(Ok(Revoked { before_ms, now_ms }));
+            return Ok(());
+        }
+        if !is_lifted && let Err(no_room) = self.revocations.check_room() {
+            reply.answer(Err(no_room));
+            return Ok(());
+        }
+        let now_ms = (!is_lifted).then(|| self.clock.now_ms());
+        let mut batch = self.store.batch();
+        batch.put_revocation(subject, now_ms);
+        let position = self.write(batch)?;
+        self.revocations.set(subject, now_ms);
+        self.metrics.trust.revoked(self.revocations.counts());
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.audit.tell(Deed {
+            at_ms: self.clock.now_ms(),
+            who: Who::Operator,
+            what: match now_ms {
+                Some(_) => What::Revoked,
+                None => What::RevocationLifted,
+            },
+            whose: Whose::of(&[subject.user()]),
+        });
+        reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
     }
 
@@ -407,22 +480,21 @@ impl Committer {
         }
         let mut batch = self.store.batch();
         batch.put_news(news);
-        self.write_beside_pings(batch)?;
+        let position = self.write(batch)?;
         self.vigil.publish(news);
-        self.freshness
-            .publish(self.position, self.resolved_ms, &[], &[]);
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
         Ok(())
     }
 
-    /// Writes what is no device's, at the next position.
-    fn write_beside_pings(&mut self, mut batch: Batch) -> Result<(), CommitError> {
+    /// Writes a batch at a position of its own, which it returns.
+    fn write(&mut self, mut batch: Batch) -> Result<u64, CommitError> {
         let position = self.position + 1;
         batch.put_position(position);
         let bytes = batch.size_bytes();
         let started = Instant::now();
         self.store.commit(batch)?;
         self.durable(position, bytes, started.elapsed());
-        Ok(())
+        Ok(position)
     }
 
     /// A commit is on disk.
@@ -442,6 +514,9 @@ impl Committer {
         self.rotate(commit_ms)?;
         let position = self.position + 1;
         let mut judged = Judged::new(self.store.batch());
+        // Also when nothing else is written, as when all wait for their Hello: it is announced, and a position that is
+        // not on disk would be used again after a restart.
+        judged.batch.put_position(position);
         let put_off = self.store.space().is_short.then_some(NO_ROOM);
         for submission in group.drain(..) {
             let Submission {
@@ -452,6 +527,11 @@ impl Committer {
                 early,
                 reply,
             } = submission;
+            // Whatever its session knows by now: once a revocation is on disk, nothing of its subject gets there.
+            if self.revocations.holds(&device) {
+                judged.answers.push((reply, Answer::Revoked));
+                continue;
+            }
             // What was stored before is answered as ever, and the device is heard: its record takes the
             // same few bytes each time.
             let deferral = put_off.or(deferral);
@@ -460,6 +540,14 @@ impl Committer {
                 commit_ms,
                 position,
             };
+            if let Request::Control {
+                id,
+                wish: Wish::Erase,
+            } = request
+            {
+                self.fence(device, id, reply, moment, &mut judged);
+                continue;
+            }
             let answer = match early {
                 Some(claim) => {
                     self.judge_early(device, request, deferral, claim, moment, &mut judged)
@@ -473,7 +561,6 @@ impl Committer {
             let Some(record) = self.devices.get(device) else {
                 continue;
             };
-            judged.batch.put_position(position);
             judged.batch.put_device(device, record);
         }
         for &device in &judged.touched {
@@ -497,6 +584,9 @@ impl Committer {
                 at_ms: commit_ms,
             },
         );
+        for device in &judged.fenced {
+            news.deadlines.extend(self.vigil.forget_user(device.user));
+        }
         news.transitions = std::mem::take(&mut judged.transitions);
         judged.batch.put_news(&news);
 
@@ -521,7 +611,87 @@ impl Committer {
         for (reply, answer) in judged.answers {
             reply.answer(answer, &mut rings);
         }
+        for device in &judged.fenced {
+            self.audit.tell(Deed {
+                at_ms: commit_ms,
+                who: Who::Holder(device.to_string()),
+                what: What::Erased,
+                whose: Whose::of(&[device.user]),
+            });
+        }
+        for wanted in judged.erasures {
+            wanted.hand_over();
+        }
         Ok(())
+    }
+
+    /// A holder wants everything erased: from this commit on nothing more is taken of the user. What is held is then
+    /// erased in its own time, and the answer comes after that.
+    fn fence(
+        &mut self,
+        device: DeviceId,
+        id: u64,
+        reply: Reply,
+        moment: Moment,
+        judged: &mut Judged,
+    ) {
+        let Some(place) = self.erase.place() else {
+            let grant = Grant::TryLater;
+            let answer = Answer::Granted(Granted { id, grant });
+            judged.answers.push((reply, answer));
+            return;
+        };
+        let user = device.user;
+        let said = Said {
+            position: moment.position,
+            at_ms: moment.commit_ms,
+        };
+        let begun = self.holders.grant(user, Wish::Erase).map(|to| {
+            judged.turn(user, to, said);
+            judged.fenced.push(device);
+            // Rare enough to look at all of them.
+            self.devices.retain(|device, _| device.user != user);
+            self.last_stored.retain(|device, _| device.user != user);
+            Erasure::begun(said.position, said.at_ms)
+        });
+        judged.erasures.push(Wanted {
+            place,
+            user,
+            begun,
+            id,
+            reply,
+        });
+    }
+
+    /// Answers a device whose user is erased. Nothing of it is kept.
+    fn turn_away(request: &Request, moment: Moment, judged: &mut Judged) -> Answer {
+        let (epoch, pings, rejects) = match request {
+            Request::Hello(_) | Request::Control { .. } => return Answer::Erased,
+            Request::Heartbeat => (0, 0, Vec::new()),
+            Request::Batch { batch, .. } => {
+                let seqs = batch.pings.iter().map(|ping| ping.seq);
+                let seqs = seqs.chain(batch.malformed.iter().map(|&(seq, _)| seq));
+                let rejects: Vec<_> = seqs.map(|seq| (seq, RejectCode::Erased)).collect();
+                judged
+                    .fates
+                    .reject(RejectCode::Erased, rejects.len() as u64);
+                (batch.epoch, batch_len(batch), rejects)
+            }
+        };
+        Answer::Settled(Settled {
+            epoch,
+            pings,
+            accepted: 0,
+            duplicate: 0,
+            filtered: 0,
+            rejects,
+            settled: RangeSet::default(),
+            receive_ms: moment.receive_ms,
+            commit_ms: moment.commit_ms,
+            position: moment.position,
+            retry_after_ms: 0,
+            is_paused: false,
+        })
     }
 
     /// Applies one request to its device's record and to the write batch.
@@ -538,20 +708,23 @@ impl Committer {
             commit_ms,
             position,
         } = moment;
-        let was_paused = self.holders.sharing(&device.user) == Sharing::Paused;
+        let was = self.holders.sharing(&device.user);
+        if was == Sharing::Erased {
+            return Self::turn_away(&request, moment, judged);
+        }
         if let Request::Control { wish, .. } = request {
             let said = Said {
                 position,
                 at_ms: commit_ms,
             };
-            if let Some(to) = self.holders.grant(device.user, wish, said) {
+            if let Some(to) = self.holders.grant(device.user, wish) {
                 judged.turn(device.user, to, said);
             }
         }
         let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
         let record = self.devices.entry(device).or_default();
         // To pause and to resume is to be heard. In between no clock moves, also none that would show later.
-        if !(was_paused && is_paused) {
+        if !(was == Sharing::Paused && is_paused) {
             record.contact(receive_ms);
             record.clocks.durable_ms = record.clocks.durable_ms.max(commit_ms);
         }
@@ -625,7 +798,10 @@ impl Committer {
                     ..settled
                 })
             }
-            Request::Control { id, .. } => Answer::Granted(Granted { id }),
+            Request::Control { id, .. } => Answer::Granted(Granted {
+                id,
+                grant: Grant::Holds,
+            }),
             Request::Heartbeat => Answer::Settled(Settled {
                 epoch: record.epoch,
                 pings: 0,
@@ -656,8 +832,8 @@ impl Committer {
         judged: &mut Judged,
     ) -> Answer {
         // A holder who has paused may have resumed when Hello is judged; only then is it known what becomes of the pings.
-        let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
-        let record = self.devices.get_mut(&device).filter(|_| !is_paused);
+        let shares = self.holders.sharing(&device.user) == Sharing::Active;
+        let record = self.devices.get_mut(&device).filter(|_| shares);
         match (request, record) {
             (
                 Request::Batch {
@@ -750,7 +926,7 @@ fn contact(freshness: &Freshness, holders: &Holders, user: &UserId) -> Contact {
         standing: match holders.sharing(user) {
             // To resume is to be heard, so it cannot be later than the last contact.
             Sharing::Active => Standing::Active { since_ms: 0 },
-            Sharing::Paused => Standing::Silenced,
+            Sharing::Paused | Sharing::Erased => Standing::Silenced,
         },
     }
 }
@@ -766,6 +942,9 @@ struct Judged {
     changes: Vec<(UserId, waypost_proto::device::Clocks)>,
     /// In the order in which they were wanted.
     transitions: Vec<Transition>,
+    /// The devices whose holders have had everything erased.
+    fenced: Vec<DeviceId>,
+    erasures: Vec<Wanted>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
     gaps: u64,
@@ -779,6 +958,8 @@ impl Judged {
             touched_early: Vec::new(),
             changes: Vec::new(),
             transitions: Vec::new(),
+            fenced: Vec::new(),
+            erasures: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
             gaps: 0,
@@ -856,6 +1037,28 @@ impl Judged {
             retry_after_ms: 0,
             is_paused: false,
         }
+    }
+}
+
+/// An erasure that a device waits for.
+#[derive(Debug)]
+struct Wanted {
+    place: Place,
+    user: UserId,
+    /// None if its fence was made before.
+    begun: Option<Erasure>,
+    id: u64,
+    reply: Reply,
+}
+
+impl Wanted {
+    fn hand_over(self) {
+        let (id, reply) = (self.id, self.reply);
+        self.place.erase(self.user, self.begun, move |receipt| {
+            let grant = Grant::Erased(receipt);
+            let answer = Answer::Granted(Granted { id, grant });
+            reply.answer(answer, &mut Rings::default());
+        });
     }
 }
 

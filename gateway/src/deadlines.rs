@@ -326,6 +326,16 @@ impl Deadlines {
         Ok(())
     }
 
+    /// Removes all deadlines for a user, of whichever checker.
+    pub fn forget_user(&mut self, user: UserId, changes: &mut Vec<Change>) {
+        for (number, &checker) in (0..).zip(&self.checkers.clone()) {
+            if let Some(&index) = self.by_user.get(&(number, user)) {
+                self.remove(index);
+                changes.push(Change::Removed(checker, user));
+            }
+        }
+    }
+
     /// Users were heard, at these moments: whoever was late is not any more.
     pub fn heard(
         &mut self,

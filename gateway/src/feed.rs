@@ -32,8 +32,12 @@ use std::{
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::Server;
 use tracing::{error, info};
@@ -47,12 +51,14 @@ use self::{
 };
 use crate::{
     admin::Readiness,
+    audit::Audit,
     bulletin::Bulletin,
     clock::Clock,
     enrol::{Inviter, rpc::enrolment_server::EnrolmentServer},
     freshness::Freshness,
     metrics::Metrics,
     orders::OrderHandle,
+    revocation::Revocations,
     store::Store,
 };
 
@@ -169,6 +175,8 @@ pub struct FeedParts {
     pub order: OrderHandle,
     /// What operators call at the same port, if anybody can enrol.
     pub inviter: Option<Inviter>,
+    /// Whose certificates are revoked.
+    pub revocations: Arc<Revocations>,
     /// The store's name.
     pub incarnation: [u8; 16],
     /// The store's key for resume tokens.
@@ -177,6 +185,8 @@ pub struct FeedParts {
     pub clock: Clock,
     /// What the health service says.
     pub readiness: Readiness,
+    /// Where it is recorded who watches whom.
+    pub audit: Audit,
     /// What it counts with.
     pub metrics: Metrics,
 }
@@ -186,7 +196,7 @@ pub struct FeedParts {
 pub struct Feed {
     listener: tokio::net::TcpListener,
     listen: SocketAddr,
-    tls: Arc<rustls::ServerConfig>,
+    tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     config: FreshnessConfig,
     parts: FeedParts,
 }
@@ -198,7 +208,7 @@ impl Feed {
     /// When a setting cannot be used or the address cannot be bound.
     pub fn bind(
         config: &FreshnessConfig,
-        tls: Arc<rustls::ServerConfig>,
+        tls: watch::Receiver<Arc<rustls::ServerConfig>>,
         parts: FeedParts,
     ) -> Result<Self, FeedError> {
         config.check()?;
@@ -239,6 +249,9 @@ impl Feed {
             freshness: self.parts.freshness,
             notices: Notices::new(self.parts.bulletin, self.parts.store),
             order: self.parts.order,
+            audit: self.parts.audit,
+            watched: Mutex::default(),
+            revocations: self.parts.revocations,
             clock: self.parts.clock,
             metrics: self.parts.metrics,
             checkers: self.config.checkers.into_iter().collect(),

@@ -28,7 +28,7 @@ pub use self::{
     index::{Head, LastSeen, Reader, Step, Update},
     recent::{Commit, Encoded},
 };
-use crate::sharing::{Pause, Sharing, Transition};
+use crate::sharing::{Sharing, Transition, Withheld};
 
 /// The freshness of every user, and the head that readers wait for.
 #[derive(Debug)]
@@ -60,18 +60,18 @@ pub struct Silence {
 }
 
 impl Freshness {
-    /// The state of a store: its devices in any order, who has paused, and the moment up to which it holds
+    /// The state of a store: its devices in any order, who does not share, and the moment up to which it holds
     /// every contact.
     #[must_use]
     pub fn restore(
         devices: impl Iterator<Item = (DeviceId, Clocks, u64)>,
-        paused: impl IntoIterator<Item = (UserId, Pause)>,
+        withheld: impl IntoIterator<Item = (UserId, Withheld)>,
         resolved_ms: u64,
     ) -> Self {
         let mut index = Index::new(BLOCK);
         index.restore(
             devices.map(|(id, clocks, position)| (id.user, clocks, position)),
-            paused.into_iter(),
+            withheld.into_iter(),
             resolved_ms,
         );
         let head = watch::Sender::new(index.head());
@@ -174,7 +174,7 @@ impl Freshness {
                     last_contact_ms,
                     user: seen.user,
                 };
-                if seen.sharing == Sharing::Paused
+                if seen.sharing != Sharing::Active
                     || older_than_ms <= last_contact_ms
                     || after.is_some_and(|after| silence <= after)
                 {
@@ -370,7 +370,8 @@ mod tests {
             user: user(n),
             device: 1,
         };
-        let lasting = Pause {
+        let lasting = Withheld {
+            sharing: Sharing::Paused,
             position: 2,
             since_ms: 70,
         };
@@ -386,6 +387,37 @@ mod tests {
         let resumed = [pause(6, Sharing::Active)];
         restored.publish(6, 200, &[(user(1), heard(200))], &resumed);
         assert_eq!(listed(&restored), [user(2), user(1)]);
+    }
+
+    #[test]
+    fn of_a_user_who_was_erased_nothing_is_known_but_that() {
+        let freshness = empty();
+        let erased = Transition {
+            user: user(1),
+            to: Sharing::Erased,
+            at_ms: 70,
+            position: 2,
+            number: 0,
+        };
+        freshness.publish(1, 50, &[(user(1), heard(50))], &[]);
+        freshness.publish(2, 70, &[(user(1), heard(70))], &[erased]);
+        let marker = LastSeen {
+            user: user(1),
+            clocks: Clocks::default(),
+            sharing: Sharing::Erased,
+            position: 2,
+        };
+        assert_eq!(freshness.get(&[user(1)]).0, [Some(marker)]);
+        let withheld = Withheld {
+            sharing: Sharing::Erased,
+            position: 2,
+            since_ms: 70,
+        };
+        let restored = Freshness::restore(std::iter::empty(), [(user(1), withheld)], 100);
+        assert_eq!(restored.get(&[user(1)]).0, [Some(marker)]);
+        for freshness in [freshness, restored] {
+            assert_eq!(freshness.stale(1_000, None, 9).users, []);
+        }
     }
 
     #[test]

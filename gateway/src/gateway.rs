@@ -6,33 +6,44 @@
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use rustc_hash::FxHashMap;
 use serde::Serialize;
-use tokio::{sync::oneshot, task::JoinSet, time::timeout};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinSet,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
-use waypost_proto::session::Lane;
+use waypost_proto::{id::UserId, session::Lane};
 
 use crate::{
     accept::{self, AcceptParts},
     admin::{Admin, AdminError, Readiness, Stage},
     admission::Admission,
     allowance::Allowances,
+    audit::{self, Audit},
     bulletin::Bulletin,
     clock::{Clock, system_now_ms},
     commit::{CommitHandle, CommitParts, Committer},
     config::Config,
+    control::{ControlError, Door, DoorParts},
     disk::DiskWatch,
     enrol::{Enrolment, EnrolmentError, EnrolmentParts, Renewals, invitations::Invitations},
+    erase::{self, Eraser},
+    export::stream::{ExportParts, Exports},
     feed::{Feed, FeedError, FeedParts},
     freshness::Freshness,
     metrics::Metrics,
     orders::{self, OrderHandle},
+    reload::Reload,
+    revocation::Revocations,
     session::SessionParts,
-    sharing::Holders,
+    sharing::{Holders, Sharing, Withheld},
     store::{CommitError, OpenError, ReadError, Store},
     takeover::Takeovers,
-    tls::{self, TlsError},
+    tls::{TlsError, TlsFiles},
     vigil::{Start, Vigil, VigilParts},
     worker::{WorkerError, Workers},
 };
@@ -58,9 +69,19 @@ pub enum BindError {
     Enrolment(#[from] EnrolmentError),
     #[error(transparent)]
     Admin(#[from] AdminError),
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The addresses could not be read or written.
     #[error("cannot write {path}: {source}")]
     Addresses {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The audit log cannot be written.
+    #[error("cannot write the audit log {path}: {source}")]
+    Audit {
         /// The file.
         path: String,
         /// What the system said.
@@ -117,6 +138,12 @@ pub struct Gateway {
     enrolment: Option<Enrolment>,
     feed: Feed,
     admin: Admin,
+    audit: Audit,
+    audit_ended: oneshot::Receiver<()>,
+    eraser: Eraser,
+    exports: Exports,
+    door: Door,
+    reload: Reload,
 }
 
 impl Gateway {
@@ -129,8 +156,7 @@ impl Gateway {
         let metrics = Metrics::new();
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
-        let device_tls = tls::device_tls(&config.tls, &metrics)?;
-        let freshness_tls = tls::freshness_server_config(&config.tls)?;
+        let (tls_files, tls) = TlsFiles::load(&config.tls, &metrics)?;
 
         let store = Arc::new(Store::open(&config.data_dir, &config.store, began_ms)?);
         let (devices, recovered) = store.load_devices()?;
@@ -138,11 +164,20 @@ impl Gateway {
         // Nothing is said of the time since an earlier process until it is written down that nobody was heard in it.
         let heard_until_ms = (recovered.high_water_ms != 0).then_some(recovered.high_water_ms);
         let holders = store.load_holders()?;
+        let retention_ms = u64::try_from(config.store.retention.as_millis()).unwrap_or(u64::MAX);
+        let oldest_ms = clock.now_ms().saturating_sub(retention_ms);
+        let is_known_to_checkers = |(_, withheld): &(UserId, Withheld)| {
+            withheld.sharing != Sharing::Erased || oldest_ms <= withheld.since_ms
+        };
         let freshness = Freshness::restore(
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
-            holders.paused.iter().copied(),
+            holders
+                .withheld
+                .iter()
+                .copied()
+                .filter(is_known_to_checkers),
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -160,6 +195,15 @@ impl Gateway {
             position = recovered.position,
             "the store is open"
         );
+
+        let (audit, audit_ended) = Audit::start(&config.data_dir, clock.now_ms(), &metrics)
+            .map_err(|source| BindError::Audit {
+                path: config.data_dir.join(audit::FILE_NAME).display().to_string(),
+                source,
+            })?;
+        let revocations = Arc::new(Revocations::restore(store.load_revocations()?));
+        revocations.set_listed(tls.revoked);
+        metrics.trust.revoked(revocations.counts());
 
         metrics.commits.known_devices.set(devices.len() as f64);
         metrics.commits.position.set(recovered.position as f64);
@@ -180,6 +224,14 @@ impl Gateway {
             metrics: metrics.clone(),
         });
         let (orders, ordered) = orders::queue();
+        let (erase, erase_jobs) = erase::queue();
+        let eraser = Eraser::new(
+            erase_jobs,
+            Arc::clone(&store),
+            clock.clone(),
+            metrics.clone(),
+            holders.erasures,
+        );
         let (commit, committer) = Committer::new(
             &config.commit,
             CommitParts {
@@ -188,7 +240,8 @@ impl Gateway {
                 metrics: metrics.clone(),
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
-                holders: Holders::restore(holders.paused),
+                holders: Holders::restore(holders.withheld),
+                revocations: Arc::clone(&revocations),
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
@@ -197,17 +250,19 @@ impl Gateway {
                     config.enrolment.max_invitations,
                 ),
                 orders: ordered,
+                erase,
+                audit: audit.clone(),
                 turned_away: admission.turned_away(),
             },
         );
-        let workers = Workers::bind(&config.devices, device_tls.server, &store.secret())?;
+        let workers = Workers::bind(&config.devices, tls.devices.server, &store.secret())?;
         let draining = CancellationToken::new();
         let devices = workers.local_addr()?;
         let enrolment = Enrolment::bind(
             &config.enrolment,
             EnrolmentParts {
                 tls: &config.tls,
-                check: &device_tls.check,
+                check: &tls.devices.check,
                 devices,
                 order: orders.clone(),
                 metrics: metrics.clone(),
@@ -215,9 +270,11 @@ impl Gateway {
             },
         )?;
         let registrar = enrolment.as_ref().map(|one| Arc::clone(&one.registrar));
+        let (device_servers, device_server) = watch::channel(None);
+        let (checker_servers, checker_server) = watch::channel(tls.checkers);
         let feed = Feed::bind(
             &config.freshness,
-            freshness_tls,
+            checker_server,
             FeedParts {
                 trust_domain: config.tls.trust_domain.clone(),
                 freshness: Arc::clone(&freshness),
@@ -225,33 +282,61 @@ impl Gateway {
                 store: Arc::downgrade(&store),
                 order: orders.clone(),
                 inviter: enrolment.as_ref().map(|one| one.inviter.clone()),
+                revocations: Arc::clone(&revocations),
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
                 clock: clock.clone(),
                 readiness: readiness.clone(),
+                audit: audit.clone(),
                 metrics: metrics.clone(),
             },
         )?;
+        let exports = Exports::new(ExportParts {
+            store: Arc::clone(&store),
+            audit: audit.clone(),
+            audit_log: config.data_dir.join(audit::FILE_NAME),
+            clock: clock.clone(),
+            metrics: metrics.clone(),
+            retention: config.store.retention,
+        });
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             admission,
-            renewals: Renewals::new(registrar, device_tls.check.clone()),
-            restored_check: device_tls.check,
+            renewals: Renewals::new(registrar),
+            restored_check: RwLock::new(tls.devices.check),
+            revocations,
+            connected: Arc::default(),
             takeovers: Takeovers::new(metrics.clone()),
             allowances: Allowances::new(
                 &config.devices.allowance,
                 config.devices.connections.saturating_mul(2),
             ),
+            exports: exports.clone(),
             metrics: metrics.clone(),
             clock,
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
             draining,
         };
+        let sessions = Arc::new(sessions);
+        let door = DoorParts {
+            orders: orders.clone(),
+            connected: Arc::clone(&sessions.connected),
+        };
+        let door = Door::bind(&config.data_dir, door)?;
+        let reload = Reload {
+            files: tls_files,
+            config: config.devices.clone(),
+            secret: store.secret(),
+            devices: device_servers,
+            checkers: checker_servers,
+            sessions: Arc::clone(&sessions),
+        };
         let accept = AcceptParts {
             config: config.devices.clone(),
+            server: device_server,
             trust_domain: config.tls.trust_domain.as_str().into(),
-            sessions: Arc::new(sessions),
+            sessions,
             refusals: Arc::default(),
         };
         metrics
@@ -279,6 +364,12 @@ impl Gateway {
             enrolment,
             feed,
             admin,
+            audit,
+            audit_ended,
+            eraser,
+            exports,
+            door,
+            reload,
         })
     }
 
@@ -307,8 +398,14 @@ impl Gateway {
             enrolment,
             feed,
             admin,
+            audit,
+            audit_ended,
+            eraser,
+            exports,
+            door,
+            reload,
         } = self;
-        let disk = DiskWatch::new(store, committer.pulse(), metrics.clone());
+        let disk = DiskWatch::new(Arc::clone(&store), committer.pulse(), metrics.clone());
         let draining = accept.sessions.draining.clone();
         let closing = CancellationToken::new();
         let mut parts = JoinSet::new();
@@ -317,19 +414,26 @@ impl Gateway {
         if let Some(enrolment) = enrolment {
             parts.spawn(named("port of enrolment", enrolment.run()));
         }
+        // Who comes to it while the gateway stops writes to the store when it has.
+        parts.spawn(named("operator's door", door.run(draining.clone())));
+        // It holds what sessions hold, so it goes when they do.
+        let watching = reload.run(draining.clone());
+        parts.spawn(named("watch over certificate files", watching));
         parts.spawn(named(
             "sampler",
             sample(
                 freshness,
                 commit,
                 orders,
+                audit,
                 metrics,
                 draining.clone(),
                 closing.clone(),
             ),
         ));
         let accept = Arc::new(accept);
-        let serve = move |endpoint| accept::serve(endpoint, Arc::clone(&accept));
+        let serve =
+            move |endpoint, newcomers| accept::serve(endpoint, newcomers, Arc::clone(&accept));
         let mut workers = workers.spawn(serve).map_err(|error| {
             error!(%error, "no thread for a worker");
             GatewayError::PartEnded("worker")
@@ -338,6 +442,11 @@ impl Gateway {
         let mut committed = committer.spawn().map_err(|error| {
             error!(%error, "no thread for the committer");
             GatewayError::PartEnded("committer")
+        })?;
+
+        let mut erased = eraser.spawn().map_err(|error| {
+            error!(%error, "no thread for the eraser");
+            GatewayError::PartEnded("eraser")
         })?;
 
         readiness.advance(match disk.obstacle() {
@@ -386,9 +495,18 @@ impl Gateway {
             }
         };
         closing.cancel();
+        // The committer has gone, so the eraser ends after its step, which may be long.
+        if timeout(ERASER_PATIENCE, &mut erased).await.is_err() {
+            store.stop_compactions();
+            drop(timeout(CLOSE_TIMEOUT, erased).await);
+        }
         drop(
             timeout(CLOSE_TIMEOUT, async {
                 while parts.join_next().await.is_some() {}
+                exports.ended().await;
+                drop(exports);
+                // With the last part went the last who could have had something recorded.
+                audit_ended.await.ok();
             })
             .await,
         );
@@ -417,6 +535,7 @@ async fn sample(
     freshness: Arc<Freshness>,
     commit: CommitHandle,
     orders: OrderHandle,
+    audit: Audit,
     metrics: Metrics,
     draining: CancellationToken,
     closing: CancellationToken,
@@ -436,6 +555,7 @@ async fn sample(
             .queued_backfill
             .set(commit.depth(Lane::Backfill) as f64);
         metrics.vigil.queued_orders.set(orders.depth() as f64);
+        metrics.audit.queued.set(audit.depth() as f64);
         metrics.freshness.users.set(freshness.users() as f64);
         metrics.freshness.changes.set(freshness.changes() as f64);
         metrics.freshness.resolved(freshness.head().resolved_ms);
@@ -457,6 +577,8 @@ fn write_addresses(data_dir: &Path, addresses: &Addresses) -> Result<(), BindErr
 
 /// How long a stop may take: sessions finish what is in flight, the committer what is queued.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the eraser may go on when the gateway stops. What is not finished is begun again at the next start.
+const ERASER_PATIENCE: Duration = Duration::from_secs(1);
 /// After a failure there is nothing to finish, only closes to send.
 const FAILED_CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the last responses of the other ports may take.

@@ -65,9 +65,13 @@ pub enum Answer {
     Settled(Settled),
     /// To what the holder wanted.
     Granted(Granted),
+    /// The holder has erased the user: nothing more is taken.
+    Erased,
     /// The batch was of an epoch that ended while it waited; or it was early data, and nothing may be said of
     /// it before Hello is judged.
     Fenced,
+    /// The device is revoked. Nothing of the request is kept.
+    Revoked,
     /// It is not known whether the request is on disk: the committer stopped. The device keeps what it
     /// has and sends it again.
     Lost,

@@ -4,7 +4,8 @@
 //! nor what a device says.
 //!
 //! A device that resumes its TLS session is known from its first packet, and what it sends with that is taken in
-//! by [`Early`]. But TLS does not look at its certificate again, so that is done here, each time.
+//! by [`Early`]. But TLS does not look at its certificate again, so that is done here, each time; and so is whether
+//! the device is one that the operator has revoked, of which no certificate says anything.
 //!
 //! Refusals that anybody can cause are logged up to `LOGGED_REFUSALS` a second, and counted always.
 
@@ -24,7 +25,7 @@ use crate::{
     commit::Bell,
     metrics::Metrics,
     rate::{Bucket, Rate},
-    session::{self, Early, SessionParts},
+    session::{self, Early, Proven, SessionParts},
     tls::{self, Refusal},
 };
 
@@ -62,8 +63,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
     place.shaken_hands();
     metrics.connections.handshakes_in_progress.decrement(1.0);
     let Shaken {
-        connection,
-        device,
+        proven,
         kind,
         early,
     } = match shaken {
@@ -91,6 +91,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
             return;
         }
     };
+    let device = proven.device;
     let limits = &metrics.limits;
     let entered = parts.allowances.enter(device, std::time::Instant::now());
     limits.devices.set(parts.allowances.devices() as f64);
@@ -106,7 +107,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
             metrics.connections.open.increment(1.0);
             tasks.spawn(async move {
                 let session = Arc::clone(&parts);
-                session::serve(connection, device, allowance, bell, session, early).await;
+                session::serve(proven, allowance, bell, session, early).await;
                 parts.metrics.connections.open.decrement(1.0);
                 drop(place);
             });
@@ -120,6 +121,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
             limits.reached.of(limit).increment(1);
             metrics.connections.refused.of("overloaded").increment(1);
             let code = u32::from(CloseCode::Overloaded as u8);
+            let connection = &proven.connection;
             connection.close(code.into(), too_many.to_string().as_bytes());
         }
     }
@@ -127,8 +129,7 @@ pub(crate) async fn accept(newcomer: Newcomer, parts: Arc<SessionParts>) {
 
 /// A handshake that went well.
 struct Shaken {
-    connection: quinn::Connection,
-    device: DeviceId,
+    proven: Proven,
     /// How it began, a label of [`crate::metrics::HANDSHAKES`].
     kind: &'static str,
     /// What the device said meanwhile.
@@ -185,7 +186,7 @@ async fn shake_hands(
             let connection = connecting.await.map_err(Failure::broken)?;
             let chain = chain_of(&connection).unwrap_or_default();
             let device = restored(&chain, trust_domain, parts);
-            return Shaken::new(connection, device, "full", None);
+            return Shaken::new(connection, &chain, device, "full", None);
         }
     };
     let start = Start::of(&connection);
@@ -221,32 +222,34 @@ async fn shake_hands(
         (Some(quinn::ConnectionError::ApplicationClosed(_)), Start::Full) => {}
         (Some(error), _) => return Err(Failure::broken(error)),
     }
+    let chain = chain_of(&connection).unwrap_or_default();
     let (device, kind) = match (resumed, start) {
         (Some(device), _) => match early.as_ref().is_some_and(|early| early.has_begun()) {
             true => (device, "early_data"),
             false => (device, "resumed"),
         },
-        (None, Start::Full) => (device_of(&connection, trust_domain), "full"),
-        (None, _) => {
-            let chain = chain_of(&connection).unwrap_or_default();
-            (restored(&chain, trust_domain, parts), "full")
-        }
+        (None, Start::Full) => (known(&chain, trust_domain, parts), "full"),
+        (None, _) => (restored(&chain, trust_domain, parts), "full"),
     };
-    Shaken::new(connection, device, kind, early)
+    Shaken::new(connection, &chain, device, kind, early)
 }
 
 impl Shaken {
     /// Closes the connection with the reason if it is nobody's.
     fn new(
         connection: quinn::Connection,
+        chain: &[CertificateDer<'_>],
         device: Result<DeviceId, Refusal>,
         kind: &'static str,
         early: Option<Box<Early>>,
     ) -> Result<Self, Failure> {
         match device {
             Ok(device) => Ok(Self {
-                connection,
-                device,
+                proven: Proven {
+                    certificates: tls::certificate_ids(chain),
+                    connection,
+                    device,
+                },
                 kind,
                 early,
             }),
@@ -274,8 +277,23 @@ fn restored(
     trust_domain: &str,
     parts: &SessionParts,
 ) -> Result<DeviceId, Refusal> {
-    parts.restored_check.check(chain)?;
-    tls::device_of(chain, trust_domain)
+    let check = parts.restored_check.read().clone();
+    check.check(chain)?;
+    known(chain, trust_domain, parts)
+}
+
+/// The device of a certificate that TLS has checked.
+fn known(
+    chain: &[CertificateDer<'_>],
+    trust_domain: &str,
+    parts: &SessionParts,
+) -> Result<DeviceId, Refusal> {
+    let device = tls::device_of(chain, trust_domain)?;
+    if parts.revocations.holds(&device) {
+        debug!(%device, "turned away: it has been revoked");
+        return Err(Refusal::Revoked);
+    }
+    Ok(device)
 }
 
 fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mutex<Bucket>) {
@@ -289,10 +307,6 @@ fn refused(metrics: &Metrics, remote: SocketAddr, refusal: &Refusal, logged: &Mu
         .refused
         .of(refusal.as_label())
         .increment(1);
-}
-
-fn device_of(connection: &quinn::Connection, trust_domain: &str) -> Result<DeviceId, Refusal> {
-    tls::device_of(&chain_of(connection).unwrap_or_default(), trust_domain)
 }
 
 fn chain_of(connection: &quinn::Connection) -> Option<Vec<CertificateDer<'static>>> {

@@ -1,6 +1,7 @@
 //! `waypost inspect`: what a store holds, beside a running gateway or without one.
 //!
-//! Knows how to count and print. Must not print a coordinate, whatever is asked of it.
+//! Knows how to count and print. Must not print a coordinate, whatever is asked of it. Rows that it has no key for are
+//! counted as such.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +17,11 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
-use crate::store::{Day, OpenError, PingRow, ReadError, Store};
+use crate::{
+    config::{self, Config, ConfigError},
+    sharing::Sharing,
+    store::{Day, OpenError, PingKey, PingRow, ReadError, Store},
+};
 
 /// Show what a store holds: counts and times, never positions.
 #[derive(Clone, Debug, Args)]
@@ -24,6 +29,10 @@ pub struct InspectArgs {
     /// The gateway's data folder. The gateway may be running.
     #[arg(long = "data", value_name = "DIR")]
     pub data_dir: PathBuf,
+    /// The gateway's configuration file, which says where the master key is. Without it, and without the environment,
+    /// that is the data folder; rows that cannot be opened are counted, and their pings are not
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Show the devices of this user instead of the store as a whole.
     #[arg(long, value_name = "UUID", value_parser = parse_user)]
     pub user: Option<UserId>,
@@ -35,6 +44,9 @@ pub struct InspectArgs {
 /// Why nothing could be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
+    /// The configuration cannot be read.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// There is no store, or it cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -55,8 +67,11 @@ struct StoreReport {
     position: u64,
     users: u64,
     paused_users: u64,
+    erased_users: u64,
     devices: u64,
     rows: u64,
+    /// Of these there was no key: their pings are not counted.
+    sealed_rows: u64,
     pings: u64,
     size_bytes: u64,
     days: Vec<DayReport>,
@@ -97,13 +112,22 @@ struct RangeReport {
 struct DayReport {
     day: String,
     rows: u64,
+    sealed_rows: u64,
     pings: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Count {
     rows: u64,
+    sealed_rows: u64,
     pings: u64,
+}
+
+/// A row of pings as it is counted.
+struct Row {
+    day: Day,
+    key: PingKey,
+    count: Count,
 }
 
 /// Reads the store and prints the report.
@@ -111,7 +135,9 @@ struct Count {
 /// # Errors
 /// When the store cannot be read, the user is not in it, or the output is closed.
 pub fn run(args: &InspectArgs, out: &mut impl Write) -> Result<(), InspectError> {
-    let store = Store::open_read_only(&args.data_dir)?;
+    let data_dir = Some(args.data_dir.clone());
+    let config = Config::load(args.config.as_deref(), config::environment(), data_dir)?;
+    let store = Store::open_sealed_read_only(&args.data_dir, &config.store.sealing)?;
     match args.user {
         None => print(&store_report(&store)?, args.json, out),
         Some(user) => print(&user_report(&store, user)?, args.json, out),
@@ -142,10 +168,17 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
         .collect();
     let mut all = Count::default();
     for row in store.rows() {
-        let row = row?;
-        all.add(&row);
-        days.entry(row.day).or_default().add(&row);
+        let row = counted(row)?;
+        all.add(row.count);
+        days.entry(row.day).or_default().add(row.count);
     }
+    let holders = store.load_holders()?.withheld;
+    let withheld = |how| {
+        let users = holders
+            .iter()
+            .filter(|(_, withheld)| withheld.sharing == how);
+        users.count() as u64
+    };
     Ok(StoreReport {
         incarnation: store
             .incarnation()
@@ -154,9 +187,11 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
             .collect(),
         position: recovered.position,
         users: users.len() as u64,
-        paused_users: store.load_holders()?.paused.len() as u64,
+        paused_users: withheld(Sharing::Paused),
+        erased_users: withheld(Sharing::Erased),
         devices: devices.len() as u64,
         rows: all.rows,
+        sealed_rows: all.sealed_rows,
         pings: all.pings,
         size_bytes: store.statistics().size_bytes,
         days: day_reports(days),
@@ -166,12 +201,12 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
 fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> {
     let mut days: BTreeMap<DeviceId, BTreeMap<Day, Count>> = BTreeMap::new();
     for row in store.rows_of(user) {
-        let row = row?;
+        let row = counted(row)?;
         days.entry(row.key.device)
             .or_default()
             .entry(row.day)
             .or_default()
-            .add(&row);
+            .add(row.count);
     }
     let mut devices = Vec::new();
     for device in store.devices_of(user) {
@@ -185,8 +220,8 @@ fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> 
     if devices.is_empty() {
         return Err(InspectError::UnknownUser(user));
     }
-    let mut paused = store.load_holders()?.paused.into_iter();
-    let pause = paused.find(|(paused, _)| *paused == user);
+    let mut withheld = store.load_holders()?.withheld.into_iter();
+    let pause = withheld.find(|(of, withheld)| *of == user && withheld.sharing == Sharing::Paused);
     Ok(UserReport {
         user: user.to_string(),
         paused_since_ms: pause.map_or(0, |(_, pause)| pause.since_ms),
@@ -224,15 +259,34 @@ fn day_reports(days: BTreeMap<Day, Count>) -> Vec<DayReport> {
     let report = |(day, count): (Day, Count)| DayReport {
         day: day.to_string(),
         rows: count.rows,
+        sealed_rows: count.sealed_rows,
         pings: count.pings,
     };
     days.into_iter().map(report).collect()
 }
 
+fn counted(row: Result<PingRow, ReadError>) -> Result<Row, ReadError> {
+    let (day, key, sealed_rows, pings) = match row {
+        Ok(row) => (row.day, row.key, 0, row.record.pings.len() as u64),
+        Err(ReadError::Sealed { day, key }) => (day, key, 1, 0),
+        Err(error) => return Err(error),
+    };
+    Ok(Row {
+        day,
+        key,
+        count: Count {
+            rows: 1,
+            sealed_rows,
+            pings,
+        },
+    })
+}
+
 impl Count {
-    fn add(&mut self, row: &PingRow) {
-        self.rows += 1;
-        self.pings += row.record.pings.len() as u64;
+    fn add(&mut self, more: Self) {
+        self.rows += more.rows;
+        self.sealed_rows += more.sealed_rows;
+        self.pings += more.pings;
     }
 }
 
@@ -242,11 +296,13 @@ impl fmt::Display for StoreReport {
         writeln!(f, "position     {}", self.position)?;
         writeln!(
             f,
-            "users        {}, {} of them paused",
-            self.users, self.paused_users
+            "users        {}, {} of them paused; {} erased",
+            self.users, self.paused_users, self.erased_users
         )?;
         writeln!(f, "devices      {}", self.devices)?;
-        writeln!(f, "pings        {} in {} rows", self.pings, self.rows)?;
+        write!(f, "pings        {} in {} rows", self.pings, self.rows)?;
+        say_sealed(self.sealed_rows, f)?;
+        writeln!(f)?;
         writeln!(f, "on disk      {} bytes", self.size_bytes)?;
         writeln!(f, "received on")?;
         self.days.iter().try_for_each(|day| writeln!(f, "  {day}"))
@@ -297,12 +353,23 @@ impl fmt::Display for DayReport {
             f,
             "{}  {} pings in {} rows",
             self.day, self.pings, self.rows
-        )
+        )?;
+        say_sealed(self.sealed_rows, f)
+    }
+}
+
+fn say_sealed(rows: u64, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    match rows {
+        0 => Ok(()),
+        rows => write!(
+            f,
+            ", {rows} of them sealed with no key here and not counted"
+        ),
     }
 }
 
 /// Milliseconds since 1970-01-01 UTC, as people read them.
-struct Moment(u64);
+pub(crate) struct Moment(pub(crate) u64);
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -322,7 +389,8 @@ impl fmt::Display for Moment {
     }
 }
 
-fn parse_user(text: &str) -> Result<UserId, &'static str> {
+/// Reads a user's id as people write it.
+pub(crate) fn parse_user(text: &str) -> Result<UserId, &'static str> {
     UserId::parse(text)
         .ok_or("a user is a UUID in lower case, as in 6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 }
@@ -341,7 +409,7 @@ mod tests {
     use super::*;
     use crate::{
         bulletin::News,
-        sharing::{Sharing, Transition},
+        sharing::Transition,
         store::{PingKey, StoreConfig, record},
     };
 
@@ -423,8 +491,9 @@ mod tests {
         let json: serde_json::Value =
             serde_json::from_str(&inspect(&folder, &["--json"]).unwrap()).unwrap();
         let mut expected = serde_json::json!({
-            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "devices": 2, "rows": 2, "pings": 10,
-            "days": [{"day": "2026-08-20", "rows": 2, "pings": 10}],
+            "incarnation": incarnation, "position": 8, "users": 1, "paused_users": 0, "erased_users": 0,
+            "devices": 2, "rows": 2, "sealed_rows": 0, "pings": 10,
+            "days": [{"day": "2026-08-20", "rows": 2, "sealed_rows": 0, "pings": 10}],
         });
         expected["size_bytes"] = json["size_bytes"].clone();
         assert!(0 < json["size_bytes"].as_u64().unwrap());
@@ -452,7 +521,7 @@ mod tests {
                 "device": number, "epoch": 3, "position": number, "settled_upto": 5,
                 "settled_above": [{"first": 9, "last": 9}], "gaps": 2,
                 "last_contact_ms": NOW_MS, "last_sample_ms": NOW_MS, "last_fix_ms": 0, "durable_ms": NOW_MS,
-                "days": [{"day": "2026-08-20", "rows": 1, "pings": 5}],
+                "days": [{"day": "2026-08-20", "rows": 1, "sealed_rows": 0, "pings": 5}],
             })
         };
         assert_eq!(
@@ -496,7 +565,7 @@ mod tests {
         store.commit(batch).unwrap();
         let whole = inspect(&folder, &[]).unwrap();
         assert!(
-            whole.contains("users        1, 1 of them paused"),
+            whole.contains("users        1, 1 of them paused; 0 erased"),
             "{whole}"
         );
         let user = inspect(&folder, &["--user", USER]).unwrap();
@@ -506,6 +575,25 @@ mod tests {
             )),
             "{user}"
         );
+    }
+
+    #[test]
+    fn without_the_master_key_rows_are_counted_and_pings_are_not() {
+        let (folder, _store) = store();
+        let master = folder.path().join("master.key");
+        let elsewhere = folder.path().join("elsewhere.key");
+        std::fs::rename(&master, &elsewhere).unwrap();
+        let text = inspect(&folder, &[]).unwrap();
+        let line = "pings        0 in 2 rows, 2 of them sealed with no key here and not counted";
+        assert!(text.lines().any(|found| found == line), "{text}");
+        let config = folder.path().join("waypost.toml");
+        std::fs::write(
+            &config,
+            "[store.sealing]\nmaster_key_file = \"elsewhere.key\"\n",
+        )
+        .unwrap();
+        let text = inspect(&folder, &["--config", config.to_str().unwrap()]).unwrap();
+        assert!(text.contains("pings        10 in 2 rows\n"), "{text}");
     }
 
     #[test]

@@ -4,10 +4,13 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use waypost_gateway::{
+    audit::command::{self as audit, AuditArgs},
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
     invite::InviteArgs,
     pki::command::{self as pki, PkiArgs},
+    revoke::{self, RevokeArgs},
+    seal::command::{self as keys, KeysArgs},
     watch::WatchArgs,
 };
 
@@ -42,10 +45,16 @@ enum Command {
     Pki(PkiArgs),
     /// Invite a device: a code that it redeems for a certificate, also as a QR code
     Invite(InviteArgs),
+    /// Make the master key that everything stored is sealed with, or go over to another
+    Keys(KeysArgs),
+    /// Serve a device or user no more
+    Revoke(RevokeArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
     Inspect(InspectArgs),
+    /// Check the record of who did what to whose data
+    Audit(AuditArgs),
 }
 
 fn main() -> ExitCode {
@@ -54,9 +63,16 @@ fn main() -> ExitCode {
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
         Command::Invite(args) => cli::invite(args),
+        Command::Keys(args) => keys::run(args).map_err(Failure::from),
+        Command::Revoke(args) => {
+            revoke::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+        Command::Audit(args) => {
+            audit::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
         }
     };
     match ended {

@@ -20,16 +20,20 @@
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
 //! - `enrolment`: who was invited, who has come, who was turned away.
+//! - `trust`: who is revoked, and certificate files that were read again.
 //! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
 //!
 //! `waypost_build_info` is here. `series` makes what those files name, `text` is what Prometheus reads, and
 //! [`snapshot`] has the same as numbers for people.
 
+mod audit;
 mod commits;
 mod connections;
 mod disk;
 mod enrolment;
+mod erasures;
+mod exports;
 mod fates;
 mod freshness;
 mod limits;
@@ -40,6 +44,7 @@ mod sessions;
 pub mod snapshot;
 mod store;
 mod text;
+mod trust;
 mod vigil;
 
 use std::{ops::Deref, sync::Arc};
@@ -60,10 +65,13 @@ use self::{
 use crate::clock::system_now_ms;
 
 pub use self::{
+    audit::AuditMetrics,
     commits::CommitMetrics,
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
     enrolment::{ENROLMENTS, EnrolmentMetrics, INVITATIONS},
+    erasures::ErasureMetrics,
+    exports::ExportMetrics,
     fates::{Fates, REJECTS},
     freshness::{FreshnessMetrics, RESETS, SHARINGS},
     limits::{LIMITS, LimitMetrics},
@@ -71,6 +79,7 @@ pub use self::{
     series::ByLabel,
     sessions::{ADMISSIONS, FRAME_KINDS, SessionMetrics},
     store::StoreFigures,
+    trust::{RELOADS, TrustMetrics},
     vigil::{BLINDNESSES, DEADLINE_EVENTS, VigilMetrics},
 };
 
@@ -90,8 +99,12 @@ pub struct Handles {
     pub freshness: FreshnessMetrics,
     pub limits: LimitMetrics,
     pub resumption: ResumptionMetrics,
+    pub trust: TrustMetrics,
     pub vigil: VigilMetrics,
     pub enrolment: EnrolmentMetrics,
+    pub audit: AuditMetrics,
+    pub erasures: ErasureMetrics,
+    pub exports: ExportMetrics,
 }
 
 struct Inner {
@@ -229,8 +242,12 @@ impl Handles {
             freshness: FreshnessMetrics::register(),
             limits: LimitMetrics::register(),
             resumption: ResumptionMetrics::register(),
+            trust: TrustMetrics::register(),
             vigil: VigilMetrics::register(),
             enrolment: EnrolmentMetrics::register(),
+            audit: AuditMetrics::register(),
+            erasures: ErasureMetrics::register(),
+            exports: ExportMetrics::register(),
         }
     }
 }
@@ -341,6 +358,7 @@ mod tests {
             Refusal::UnknownAuthority,
             Refusal::Expired,
             Refusal::NotYetValid,
+            Refusal::Revoked,
             Refusal::BadCertificate,
             Refusal::NoSharedProtocol,
             Refusal::NoUri,

@@ -5,38 +5,59 @@
 //! # Bounds
 //!
 //! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
-//! as many as the freshness service has connections for, and enrolment. The committer takes one between two groups of
-//! pings.
+//! as many as the freshness service and the operator's door have connections for, and enrolment has newcomers. The
+//! committer takes one between two groups of pings.
 
-use tokio::sync::{mpsc, oneshot};
 use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
     deadlines::{Checker, Setting, TooMany},
     enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
+    revocation::{NoRoom, Subject},
+    sync::{mpsc, oneshot},
 };
 
 /// A call a commit: more than a few are only a backlog.
 const QUEUE_ORDERS: usize = 16;
 
-/// What the committer is to do.
+/// Something to be written.
 #[derive(Debug)]
 pub enum Order {
-    /// Set deadlines of a checker. The answer is the position of the commit.
-    SetDeadlines(DeadlineSettings, Reply<u64, TooMany>),
-    /// Invite a device.
+    /// Of a checker.
+    SetDeadlines(SetDeadlines, Reply<u64, TooMany>),
+    /// Of the operator.
+    Revoke(Revoke, Reply<Revoked, NoRoom>),
+    /// Of an operator's backend: invite a device.
     Invite(Invite, Reply<Invitation, NotInvited>),
-    /// Redeem an invitation.
+    /// Of a newcomer: redeem an invitation.
     Redeem(Redeem, Reply<DeviceId, NotValid>),
 }
 
 /// Deadlines that a checker sets or, where there is no setting, removes.
-#[derive(Debug)]
-pub struct DeadlineSettings {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetDeadlines {
     /// Whose they are.
     pub checker: Checker,
     /// Whom they are for.
     pub settings: Vec<(UserId, Option<Setting>)>,
+}
+
+/// A device or user that is let in no more from now on; or is again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revoke {
+    /// Whom it is about.
+    pub subject: Subject,
+    /// Whether an earlier revocation is to be lifted.
+    pub is_lifted: bool,
+}
+
+/// What became of [`Revoke`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revoked {
+    /// Since when the subject was revoked before, in milliseconds since 1970-01-01 UTC; none if it was not.
+    pub before_ms: Option<u64>,
+    /// Since when it is revoked now; none if it is not.
+    pub now_ms: Option<u64>,
 }
 
 /// An invitation that an operator makes.
@@ -59,12 +80,12 @@ pub struct Redeem {
     pub key: KeyHash,
 }
 
-/// Where an answer goes.
+/// The right to answer one order.
 #[derive(Debug)]
 pub struct Reply<Done, Refused>(oneshot::Sender<Result<Done, Refused>>);
 
 impl<Done, Refused> Reply<Done, Refused> {
-    /// Answers with what is on disk, or why nothing is.
+    /// Answers: it is on disk, or nothing has changed.
     pub fn answer(self, answer: Result<Done, Refused>) {
         // A caller that has given up meanwhile needs none.
         self.0.send(answer).ok();
@@ -74,8 +95,8 @@ impl<Done, Refused> Reply<Done, Refused> {
 /// Why an order was not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OrderError<Refused> {
-    /// The committer has refused it. Nothing has changed.
-    #[error("{0}")]
+    /// It cannot be. Nothing has changed.
+    #[error(transparent)]
     Refused(Refused),
     /// It is not known whether it is on disk: the committer has stopped.
     #[error("the gateway is stopping")]
@@ -117,8 +138,17 @@ impl OrderHandle {
         checker: Checker,
         settings: Vec<(UserId, Option<Setting>)>,
     ) -> Result<u64, OrderError<TooMany>> {
-        let wanted = DeadlineSettings { checker, settings };
-        self.give(|reply| Order::SetDeadlines(wanted, reply)).await
+        let order = SetDeadlines { checker, settings };
+        self.give(|reply| Order::SetDeadlines(order, reply)).await
+    }
+
+    /// Revokes, or lifts a revocation, and returns when that is on disk. From then on the committer judges nothing of
+    /// whom it is about.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn revoke(&self, order: Revoke) -> Result<Revoked, OrderError<NoRoom>> {
+        self.give(|reply| Order::Revoke(order, reply)).await
     }
 
     /// Makes an invitation, and returns when it is on disk.
@@ -144,6 +174,11 @@ impl OrderHandle {
         let (reply, answer) = oneshot::channel();
         let sent = self.orders.send(order(Reply(reply))).await;
         sent.map_err(|_| OrderError::Stopped)?;
+        // What is sent into a queue whose other end goes just now may lie there until the last handle goes, and
+        // nobody would answer it.
+        if self.orders.is_closed() {
+            return Err(OrderError::Stopped);
+        }
         let answer = answer.await.map_err(|_| OrderError::Stopped)?;
         answer.map_err(OrderError::Refused)
     }
@@ -180,10 +215,10 @@ mod tests {
             give(handle.clone()),
         );
         for answer in [Ok(7), Err(TooMany { most: 3 })] {
-            let Order::SetDeadlines(_, reply) = orders.next().await else {
-                panic!("another order")
-            };
-            reply.answer(answer);
+            match orders.next().await {
+                Order::SetDeadlines(_, reply) => reply.answer(answer),
+                other => panic!("nobody has ordered {other:?}"),
+            }
         }
         // Taken, and never answered.
         drop(orders.next().await);

@@ -27,6 +27,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::RwLock;
 use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
@@ -39,7 +40,8 @@ use waypost_proto::{
     id::DeviceId,
     ping::RejectCode,
     session::{
-        CloseCode, Lane, Limits, Request, Session, Settled, Step, Violation, Welcomed, batch_len,
+        CloseCode, Grant, Granted, Lane, Limits, Request, Session, Settled, Step, Violation,
+        Welcomed, Wish, batch_len,
     },
     v1::{self, enrolment_refusal::Code::TryLater},
 };
@@ -49,10 +51,13 @@ use crate::{
     allowance::{Allowance, Allowances},
     clock::system_now_ms,
     commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
+    connected::Connected,
     enrol::{Renewals, outcome_label, refused},
+    export::stream::Exports,
     metrics::Metrics,
+    revocation::{CertificateId, Revocations},
     takeover::Takeovers,
-    tls::RestoredCheck,
+    tls::{Refusal, RestoredCheck},
 };
 
 pub(crate) use self::early::Early;
@@ -107,12 +112,18 @@ pub struct SessionParts {
     pub admission: Admission,
     /// Signs the next certificates of devices.
     pub renewals: Renewals,
-    /// Checks who resumes a TLS session.
-    pub restored_check: RestoredCheck,
+    /// Checks who resumes a TLS session; another when the files behind it have changed.
+    pub restored_check: RwLock<RestoredCheck>,
+    /// Who is let in no more.
+    pub revocations: Arc<Revocations>,
+    /// Whose connections are open, so that a revocation ends them.
+    pub connected: Arc<Connected>,
     /// Who is connected, so that a newer connection ends an older one.
     pub takeovers: Takeovers,
     /// What each device may do over time.
     pub allowances: Allowances,
+    /// Who gives holders what is held on them.
+    pub exports: Exports,
     /// What sessions count with.
     pub metrics: Metrics,
     /// The gateway's clock.
@@ -123,22 +134,40 @@ pub struct SessionParts {
     pub draining: CancellationToken,
 }
 
+/// A connection whose device has proven itself.
+pub(crate) struct Proven {
+    pub(crate) connection: Connection,
+    pub(crate) device: DeviceId,
+    /// What it has shown.
+    pub(crate) certificates: Arc<[CertificateId]>,
+}
+
 /// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's, and `early` what
 /// it has said before its handshake was over.
 pub(crate) async fn serve(
-    connection: Connection,
-    device: DeviceId,
+    proven: Proven,
     allowance: Allowance,
     bell: Arc<Bell>,
     parts: Arc<SessionParts>,
     early: Option<Box<Early>>,
 ) {
+    let Proven {
+        connection,
+        device,
+        certificates,
+    } = proven;
+    let present = parts
+        .connected
+        .enter(device, connection.clone(), Arc::clone(&certificates));
+    // Whoever is revoked from now on is found there.
+    let is_revoked = parts.revocations.holds(&device) || parts.revocations.lists(&certificates);
     let mailbox = match &early {
         Some(early) => Arc::clone(&early.mailbox),
         None => Mailbox::new(&bell),
     };
     let mut shell = Shell::new(&connection, device, &allowance, &mailbox, &parts);
     let begun = match early {
+        _ if is_revoked => Err(End::revoked()),
         // What happens once, or hardly ever, is kept out of the memory that the task takes all its life.
         Some(early) => Box::pin(shell.take_over_early(early)).await,
         None => Ok(()),
@@ -148,6 +177,11 @@ pub(crate) async fn serve(
         Err(end) => end,
     };
     drop(shell);
+    let end = match end {
+        End::Peer(quinn::ConnectionError::LocallyClosed) if present.is_ended() => End::revoked(),
+        end => end,
+    };
+    drop(present);
     parts.takeovers.release(device, &mailbox);
     let now = std::time::Instant::now();
     parts.allowances.leave(device, allowance, now);
@@ -192,8 +226,16 @@ impl End {
 }
 
 impl End {
+    fn erased() -> Self {
+        Self::ours(CloseCode::Erased, "the holder has erased this user")
+    }
+
     fn taken_over() -> Self {
         Self::ours(CloseCode::TakenOver, "a newer connection took over")
+    }
+
+    fn revoked() -> Self {
+        Self::ours(CloseCode::Revoked, Refusal::Revoked)
     }
 }
 
@@ -567,6 +609,14 @@ impl<'a> Shell<'a> {
                 self.ask(lane, request, deferral)
             }
             Step::Answer(lane, frame) => Ok(Some(Box::pin(self.write(lane, encoded(&frame))))),
+            Step::Export(lane, id) => {
+                if self.parts.exports.begin(self.connection, self.device, id) {
+                    return Ok(None);
+                }
+                let grant = Grant::TryLater;
+                let later = self.session.handle_granted(Granted { id, grant });
+                Ok(Some(Box::pin(self.write(lane, encoded(&later)))))
+            }
             Step::Wait(lane) => {
                 self.bind(at, lane);
                 Ok(None)
@@ -585,8 +635,12 @@ impl<'a> Shell<'a> {
         let response = if wait.is_zero() {
             self.renewed_at = Some(now);
             let chain = chain_of(self.connection);
+            let holds = match self.parts.revocations.holds(&self.device) {
+                true => Err(Refusal::Revoked),
+                false => self.parts.restored_check.read().check(&chain),
+            };
             let renewals = &self.parts.renewals;
-            renewals.renew(self.device, &chain, &request, system_now_ms())
+            renewals.renew(self.device, holds, &request, system_now_ms())
         } else {
             let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
             refused(TryLater, wait_ms.saturating_add(1))
@@ -625,7 +679,15 @@ impl<'a> Shell<'a> {
         request: Request,
         deferral: Option<Deferral>,
     ) -> Result<Option<Rest<'_>>, End> {
-        self.requests_in_flight[lane as usize] += 1;
+        // A stop does not wait for an erasure: it goes on at the next start.
+        let is_erasure = matches!(
+            request,
+            Request::Control {
+                wish: Wish::Erase,
+                ..
+            }
+        );
+        self.requests_in_flight[lane as usize] += usize::from(!is_erasure);
         if lane == Lane::Backfill && !matches!(request, Request::Hello(_)) {
             let (commit, mailbox) = (self.parts.commit.clone(), Arc::clone(self.mailbox));
             let device = self.device;
@@ -669,7 +731,7 @@ impl<'a> Shell<'a> {
     async fn deliver(&mut self, answers: Vec<(Lane, Answer)>) -> Result<(), End> {
         let mut settled: [Vec<Settled>; 2] = Default::default();
         for (lane, answer) in answers {
-            self.requests_in_flight[lane as usize] -= 1;
+            self.requests_in_flight[lane as usize] -= usize::from(!is_of_an_erasure(&answer));
             match answer {
                 Answer::Welcomed(welcomed) => {
                     let early = Box::pin(self.welcome(lane, welcomed)).await?;
@@ -679,10 +741,8 @@ impl<'a> Shell<'a> {
                     self.early = Some(Box::new(EarlyBatch::Settled(one)));
                 }
                 Answer::Settled(one) => settled[lane as usize].push(one),
-                Answer::Granted(granted) => {
-                    let frame = self.session.handle_granted(granted);
-                    self.write(lane, encoded(&frame)).await?;
-                }
+                Answer::Granted(granted) => Box::pin(self.grant(lane, granted)).await?,
+                Answer::Erased => return Err(End::erased()),
                 Answer::Fenced if self.early.is_some() => {
                     if let Some(EarlyBatch::Asked(request)) = self.early.take().map(|early| *early)
                         && let Some(rest) = self.ask(lane, request, None)?
@@ -696,6 +756,7 @@ impl<'a> Shell<'a> {
                         "the epoch ended while the batch waited",
                     ));
                 }
+                Answer::Revoked => return Err(End::revoked()),
                 Answer::Lost => {
                     return Err(End::ours(
                         CloseCode::StorageFailed,
@@ -720,6 +781,17 @@ impl<'a> Shell<'a> {
             }
         }
         self.close_finished();
+        Ok(())
+    }
+
+    /// Tells what became of the holder's wish. With an erasure the connection ends.
+    async fn grant(&mut self, lane: Lane, granted: Granted) -> Result<(), End> {
+        let frame = self.session.handle_granted(granted);
+        self.write(lane, encoded(&frame)).await?;
+        if let Grant::Erased(_) = granted.grant {
+            self.flush().await;
+            return Err(End::erased());
+        }
         Ok(())
     }
 
@@ -860,6 +932,16 @@ impl<'a> Shell<'a> {
     }
 }
 
+/// Whether something came of an erasure, which is not counted among what is in flight. That it is lost is told of
+/// everything, and ends the session.
+fn is_of_an_erasure(answer: &Answer) -> bool {
+    let grant = match answer {
+        Answer::Granted(Granted { grant, .. }) => Some(grant),
+        _ => None,
+    };
+    matches!(grant, Some(Grant::Erased(_) | Grant::TryLater))
+}
+
 fn encoded(frame: &v1::GatewayFrame) -> Bytes {
     let mut bytes = BytesMut::with_capacity(ANSWER_BYTES);
     encode_frame(frame, &mut bytes);
@@ -971,8 +1053,8 @@ const READ_BYTES: usize = 16_384;
 mod tests {
     use super::*;
 
-    /// The size of what an async function of six arguments makes.
-    fn future_bytes<A, B, C, D, E, F, Made>(_: impl Fn(A, B, C, D, E, F) -> Made) -> usize {
+    /// The size of what an async function of five arguments makes.
+    fn future_bytes<A, B, C, D, E, Made>(_: impl Fn(A, B, C, D, E) -> Made) -> usize {
         size_of::<Made>()
     }
 

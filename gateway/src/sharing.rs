@@ -1,15 +1,13 @@
-//! Whether holders share: who has paused, and each change of that.
+//! Whether holders share: who has paused, who has erased everything, and each change of that.
 //!
 //! Plain data. Knows users and their wishes; must not know devices, where this is kept, or who is told.
 //!
 //! # Bounds
 //!
-//! Some 40 bytes for each user who has paused. Only a device of a known user can pause.
+//! Some 40 bytes for each user who has paused or erased. Only a device with a certificate can do either.
 
 use rustc_hash::FxHashMap;
 use waypost_proto::{id::UserId, session::Wish};
-
-use crate::deadlines::Said;
 
 /// Whether a user's silence means anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -19,6 +17,8 @@ pub enum Sharing {
     Active,
     /// The holder has paused: nothing is kept, and nothing that a checker sees moves.
     Paused,
+    /// The holder has erased everything, for ever.
+    Erased,
 }
 
 impl Sharing {
@@ -28,20 +28,23 @@ impl Sharing {
         match self {
             Self::Active => "active",
             Self::Paused => "paused",
+            Self::Erased => "erased",
         }
     }
 }
 
-/// A pause that lasts.
+/// A holder does not share, since a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pause {
+pub struct Withheld {
+    /// How: paused or erased.
+    pub sharing: Sharing,
     /// The commit that began it, at which the user stands for checkers as long as it lasts.
     pub position: u64,
     /// When that was, in milliseconds since 1970-01-01 UTC.
     pub since_ms: u64,
 }
 
-/// A user's holder has paused or resumed. Checkers are told of each, once.
+/// A user's holder has paused, resumed, or erased everything. Checkers are told of each, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     /// Whose holder.
@@ -56,59 +59,62 @@ pub struct Transition {
     pub number: u32,
 }
 
-/// Who has paused.
+/// Who does not share.
 #[derive(Debug, Default)]
 pub struct Holders {
-    paused: FxHashMap<UserId, Pause>,
+    withheld: FxHashMap<UserId, Sharing>,
+    paused: usize,
 }
 
 impl Holders {
     /// As a store has them.
     #[must_use]
-    pub fn restore(paused: impl IntoIterator<Item = (UserId, Pause)>) -> Self {
+    pub fn restore(withheld: impl IntoIterator<Item = (UserId, Withheld)>) -> Self {
+        let withheld: FxHashMap<_, _> = withheld
+            .into_iter()
+            .map(|(user, withheld)| (user, withheld.sharing))
+            .collect();
+        let paused = withheld.values().filter(|&&how| how == Sharing::Paused);
         Self {
-            paused: paused.into_iter().collect(),
+            paused: paused.count(),
+            withheld,
         }
     }
 
     /// Whether this user shares.
     #[must_use]
     pub fn sharing(&self, user: &UserId) -> Sharing {
-        // The usual case, for each request of each device: nobody has paused.
-        if !self.paused.is_empty() && self.paused.contains_key(user) {
-            Sharing::Paused
-        } else {
-            Sharing::Active
+        if self.withheld.is_empty() {
+            // Asked for each request of each device.
+            return Sharing::Active;
         }
+        self.withheld.get(user).copied().unwrap_or_default()
     }
 
     /// How many have paused.
     #[must_use]
     pub fn paused(&self) -> usize {
-        self.paused.len()
+        self.paused
     }
 
-    /// Does what a holder wants, and says what holds from now on. None if it was so already.
-    pub fn grant(&mut self, user: UserId, wish: Wish, said: Said) -> Option<Sharing> {
+    /// Does what a holder wants, and says what holds from now on. None if it was so already, or the holder has
+    /// erased everything before.
+    pub fn grant(&mut self, user: UserId, wish: Wish) -> Option<Sharing> {
+        let from = self.sharing(&user);
         let to = match wish {
             Wish::Pause => Sharing::Paused,
             Wish::Resume => Sharing::Active,
+            Wish::Erase => Sharing::Erased,
         };
-        if to == self.sharing(&user) {
+        if to == from || from == Sharing::Erased {
             return None;
         }
         match to {
-            Sharing::Paused => {
-                let pause = Pause {
-                    position: said.position,
-                    since_ms: said.at_ms,
-                };
-                self.paused.insert(user, pause);
-            }
-            Sharing::Active => {
-                self.paused.remove(&user);
-            }
-        }
+            Sharing::Active => self.withheld.remove(&user),
+            Sharing::Paused | Sharing::Erased => self.withheld.insert(user, to),
+        };
+        self.paused += usize::from(to == Sharing::Paused);
+        self.paused -= usize::from(from == Sharing::Paused);
         Some(to)
     }
 }
@@ -120,29 +126,45 @@ mod tests {
     const ALICE: UserId = UserId([1; 16]);
     const BOB: UserId = UserId([2; 16]);
 
-    fn at(position: u64) -> Said {
-        Said {
-            position,
-            at_ms: 10 * position,
-        }
-    }
-
     #[test]
     fn a_wish_that_is_so_already_changes_nothing() {
         let mut holders = Holders::default();
-        assert_eq!(holders.grant(ALICE, Wish::Resume, at(1)), None);
-        let paused = holders.grant(ALICE, Wish::Pause, at(2));
-        assert_eq!(paused, Some(Sharing::Paused));
-        assert_eq!(holders.grant(ALICE, Wish::Pause, at(3)), None);
+        for (wish, changed, paused) in [
+            (Wish::Resume, None, 0),
+            (Wish::Pause, Some(Sharing::Paused), 1),
+            (Wish::Pause, None, 1),
+            (Wish::Resume, Some(Sharing::Active), 0),
+            (Wish::Pause, Some(Sharing::Paused), 1),
+        ] {
+            assert_eq!(holders.grant(ALICE, wish), changed);
+            assert_eq!(holders.paused(), paused);
+        }
         assert_eq!(
             (holders.sharing(&ALICE), holders.sharing(&BOB)),
             (Sharing::Paused, Sharing::Active)
         );
-        let resumed = holders.grant(ALICE, Wish::Resume, at(4));
-        assert_eq!(resumed, Some(Sharing::Active));
-        assert_eq!(
-            (holders.sharing(&ALICE), holders.paused()),
-            (Sharing::Active, 0)
-        );
+    }
+
+    #[test]
+    fn nothing_brings_a_user_back_who_was_erased() {
+        let withheld = |sharing| Withheld {
+            sharing,
+            position: 1,
+            since_ms: 1,
+        };
+        let restored = [
+            (ALICE, withheld(Sharing::Erased)),
+            (BOB, withheld(Sharing::Paused)),
+        ];
+        let mut holders = Holders::restore(restored);
+        assert_eq!(holders.paused(), 1);
+        assert_eq!(holders.grant(BOB, Wish::Erase), Some(Sharing::Erased));
+        assert_eq!(holders.paused(), 0);
+        for user in [ALICE, BOB] {
+            for wish in [Wish::Pause, Wish::Resume, Wish::Erase] {
+                assert_eq!(holders.grant(user, wish), None);
+                assert_eq!(holders.sharing(&user), Sharing::Erased);
+            }
+        }
     }
 }

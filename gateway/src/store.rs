@@ -10,10 +10,12 @@
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
 //! - `invitations` and `enrolled`: who may enrol, and the numbers of their devices (`enrolment`).
-//! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as
-//!   a whole when retention is over.
+//! - `revocations`: who is let in no more (`revocations`).
+//! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), sealed with their
+//!   user's key (`sealed`), dropped as a whole when retention is over.
 //!
-//! A commit writes all of its rows at once and synced: after a crash they are all there or none is.
+//! A commit writes all of its rows at once and synced: after a crash they are all there or none is. The keys of users
+//! who are stored for the first time are on disk before that, in a folder of their own ([`crate::seal`]).
 
 use std::{
     collections::BTreeSet,
@@ -47,8 +49,11 @@ mod holders;
 mod keys;
 mod notices;
 pub mod record;
+mod revocations;
+mod sealed;
 mod settings;
 mod space;
+mod view;
 mod watermark;
 
 use enrolment::{ENROLLED, INVITATIONS};
@@ -56,15 +61,23 @@ use folder::{Folder, Lock};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
 use record::{PingRecord, RecordError};
+use revocations::REVOCATIONS;
 use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
 
-pub use holders::KeptHolders;
+use crate::seal::{
+    MasterKey,
+    key_store::{self, KeyError, KeyStore},
+    master::{self, MasterKeyError, SealingConfig},
+};
+
+pub use holders::{KeptHolders, UserEvents};
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
 pub use settings::StoreConfig;
 pub use space::Space;
+pub use view::UserView;
 
 /// The open store. The gateway has it open for writing, alone; any number of readers may be beside it.
 pub struct Store {
@@ -75,6 +88,8 @@ pub struct Store {
     facts: Facts,
     /// The first failure. It is final, whatever RocksDB would say to another attempt.
     failure: OnceLock<CommitError>,
+    /// None for a reader that has no master key.
+    keys: Option<Mutex<KeyStore>>,
     folder: Folder,
     room: Room,
     writer: Option<Writer>,
@@ -91,6 +106,8 @@ struct Facts {
     incarnation: [u8; 16],
     secret: [u8; 32],
     position: u64,
+    /// How many users' keys have ever been used.
+    keys_used: u64,
     /// From the watermark's file: up to when the gateway could hear, as far as is known.
     heard_until_ms: Option<u64>,
 }
@@ -126,7 +143,7 @@ enum Operation {
 enum Family {
     Devices,
     Day(Day),
-    /// One of [`notices`], [`holders`] or [`enrolment`], by its name.
+    /// One of [`notices`], [`holders`], [`enrolment`] or [`revocations`], by its name.
     Notices(&'static str),
 }
 
@@ -268,6 +285,21 @@ pub enum OpenError {
     /// The system gave no random numbers for a new store's keys.
     #[error("the system gives no random numbers")]
     NoRandomness,
+    /// The master key cannot be had.
+    #[error(transparent)]
+    MasterKey(#[from] MasterKeyError),
+    /// The master key that was made with the store is gone.
+    #[error(
+        "{path} is missing, and without the master key in it nothing that is stored can be read: put it back, or name \
+         the place of the master key under [store.sealing]"
+    )]
+    MasterKeyMissing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The users' keys cannot be had.
+    #[error(transparent)]
+    Keys(#[from] KeyError),
 }
 
 /// A failed commit. It is final: nothing after it is durable for sure, and every later commit of this
@@ -283,6 +315,9 @@ pub enum CommitError {
     /// The store was opened for reading.
     #[error("the store is open for reading only")]
     ReadOnly,
+    /// Users' keys could not be made or destroyed for good.
+    #[error("the users' keys could not be written: {0}")]
+    Keys(String),
 }
 
 /// A failed read.
@@ -309,6 +344,14 @@ pub enum ReadError {
         /// What is wrong with the value.
         source: RecordError,
     },
+    /// A row is sealed, and its user's key is not there: it was destroyed, or the reader has no master key.
+    #[error("the pings of {} of {day} are sealed, and there is no key for them", .key.device)]
+    Sealed {
+        /// The day on which they were received.
+        day: Day,
+        /// Whose pings, and where they begin.
+        key: PingKey,
+    },
 }
 
 /// The format of the store as a whole: its families and keys. Values have their own.
@@ -316,7 +359,7 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 9] = [
+const PERMANENT: [&str; 10] = [
     META,
     DEVICES,
     COVERAGE,
@@ -326,6 +369,7 @@ const PERMANENT: [&str; 9] = [
     TRANSITIONS,
     INVITATIONS,
     ENROLLED,
+    REVOCATIONS,
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
@@ -333,6 +377,8 @@ const META_FORMAT: &[u8] = b"format";
 const META_INCARNATION: &[u8] = b"incarnation";
 const META_SECRET: &[u8] = b"token_key";
 const META_POSITION: &[u8] = b"position";
+/// Missing in a store that has sealed nothing yet.
+const META_KEYS_USED: &[u8] = b"keys_used";
 /// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
 const PUT_OVERHEAD_BYTES: usize = 8;
 /// How often a reader tries to open beside a writer that deletes old files at the same moment.
@@ -356,6 +402,7 @@ impl Store {
             .ok_or_else(|| OpenError::Locked {
                 path: data_dir.to_owned(),
             })?;
+        let master = config.sealing.master_key(data_dir)?;
         let watermark = watermark::read(&folder.watermark())
             .map_err(|source| OpenError::Watermark {
                 file: folder.watermark(),
@@ -385,6 +432,7 @@ impl Store {
             return Err(behind(&folder, facts.position, watermark.position));
         }
         facts.heard_until_ms = watermark.heard_until_ms;
+        let keys = open_keys(data_dir, master, &facts)?;
         folder.mark_running().map_err(unusable)?;
         let room = Room::new(config.free_space_floor_bytes());
         room.look(folder.path()).map_err(unusable)?;
@@ -399,6 +447,7 @@ impl Store {
             days: Mutex::new(days),
             facts,
             failure: OnceLock::new(),
+            keys: Some(Mutex::new(keys)),
             folder,
             room,
             writer: Some(Writer {
@@ -418,11 +467,23 @@ impl Store {
     }
 
     /// Opens the store of a data folder for reading: everything that was committed before now. Works
-    /// beside a gateway that has it open; what is committed later is not seen.
+    /// beside a gateway that has it open; what is committed later is not seen. The master key is the one in the data
+    /// folder, if there is one; otherwise sealed rows are counted and not opened.
     ///
     /// # Errors
     /// When there is none, or it is damaged or of a later version.
     pub fn open_read_only(data_dir: &Path) -> Result<Self, OpenError> {
+        Self::open_sealed_read_only(data_dir, &SealingConfig::default())
+    }
+
+    /// The same with the master key of wherever it is.
+    ///
+    /// # Errors
+    /// As [`Self::open_read_only`], and when there is no master key in the place that is named.
+    pub fn open_sealed_read_only(
+        data_dir: &Path,
+        sealing: &SealingConfig,
+    ) -> Result<Self, OpenError> {
         let folder = Folder::of_data_dir(data_dir);
         if !folder.holds_database() {
             return Err(OpenError::NoStore {
@@ -438,7 +499,17 @@ impl Store {
                 {
                     attempt += 1;
                 }
-                result => return result,
+                Err(error) => return Err(error),
+                Ok(mut store) => {
+                    // After the rows: whatever key they were sealed with was there before them.
+                    if let Some(master) = sealing.master_key(data_dir)? {
+                        let folder = key_store::folder_in(data_dir);
+                        let incarnation = store.incarnation();
+                        let keys = KeyStore::open_read_only(&folder, master, incarnation)?;
+                        store.keys = Some(Mutex::new(keys));
+                    }
+                    return Ok(store);
+                }
             }
         }
     }
@@ -464,6 +535,7 @@ impl Store {
             days,
             facts,
             failure,
+            keys: None,
             folder,
             room: Room::new(0), // nothing is written
             writer: None,
@@ -602,6 +674,18 @@ impl Store {
         Ok(dropped.len())
     }
 
+    /// Destroys a user's key: no row that was sealed with it can be read again, wherever a copy of it is. Says whether
+    /// there was one. A row that is committed later gets another key.
+    ///
+    /// # Errors
+    /// When that is not sure. It is as final as a failed commit.
+    pub fn destroy_key(&self, user: &UserId) -> Result<bool, CommitError> {
+        self.writer()?;
+        let keys = self.keys.as_ref().ok_or(CommitError::ReadOnly)?;
+        let destroyed = keys.lock().destroy(user);
+        destroyed.map_err(|error| self.fail(CommitError::Keys(error.to_string())))
+    }
+
     /// Looks how much room there is. Waits for the disk if that hangs.
     ///
     /// # Errors
@@ -657,21 +741,33 @@ impl Store {
     }
 
     fn write(&self, batch: &Batch) -> Result<(), CommitError> {
-        if batch.puts.is_empty() {
+        if batch.puts.is_empty() && batch.position == 0 {
             return Ok(());
         }
         let devices = self.family(DEVICES);
-        // The family of the day that was seen last: nearly always the only one.
-        let mut open_day: Option<(Day, Arc<BoundColumnFamily<'_>>)> = None;
-        let mut writes = WriteBatch::with_capacity_bytes(
-            batch.bytes.len() + PUT_OVERHEAD_BYTES * batch.puts.len(),
-        );
+        // The family of the day that was seen last, with its name: nearly always the only one.
+        let mut open_day: Option<(Day, String, Arc<BoundColumnFamily<'_>>)> = None;
+        let overhead_bytes = PUT_OVERHEAD_BYTES + sealed::OVERHEAD_BYTES;
+        let mut writes =
+            WriteBatch::with_capacity_bytes(batch.bytes.len() + overhead_bytes * batch.puts.len());
+        let mut keys = self.keys.as_ref().ok_or(CommitError::ReadOnly)?.lock();
+        let newcomers = batch.users_without_key(&keys);
+        if !newcomers.is_empty() {
+            keys.make(&newcomers)
+                .map_err(|error| CommitError::Keys(error.to_string()))?;
+            let used = keys.made().to_be_bytes();
+            writes.put_cf(&self.family(META), META_KEYS_USED, used);
+        }
+        let mut sealed = Vec::new();
         let mut key_start = 0;
         for put in &batch.puts {
             let key = &batch.bytes[key_start..put.key_end];
             let value = &batch.bytes[put.key_end..put.value_end];
             key_start = put.value_end;
             match put.family {
+                Family::Devices if put.operation == Operation::DeleteRange => {
+                    writes.delete_range_cf(&devices, key, value);
+                }
                 Family::Devices => writes.put_cf(&devices, key, value),
                 Family::Notices(name) => {
                     let family = self.family(name);
@@ -681,19 +777,31 @@ impl Store {
                         Operation::DeleteRange => writes.delete_range_cf(&family, key, value),
                     }
                 }
+                Family::Day(day) if put.operation == Operation::DeleteRange => {
+                    // A day that was dropped meanwhile has nothing left.
+                    if let Some(family) = self.db.cf_handle(&day.family_name()) {
+                        writes.delete_range_cf(&family, key, value);
+                    }
+                }
                 Family::Day(day) => {
-                    let family = match open_day.take() {
-                        Some((open, family)) if open == day => family,
-                        _ => self
-                            .db
-                            .cf_handle(&day.family_name())
-                            .ok_or(CommitError::DayNotOpen(day))?,
+                    let (name, family) = match open_day.take() {
+                        Some((open, name, family)) if open == day => (name, family),
+                        _ => {
+                            let name = day.family_name();
+                            let family = self.db.cf_handle(&name);
+                            (name, family.ok_or(CommitError::DayNotOpen(day))?)
+                        }
                     };
-                    writes.put_cf(&family, key, value);
-                    open_day = Some((day, family));
+                    let user_key = sealed::user_of(key)
+                        .and_then(|user| keys.key(&user))
+                        .expect("made above, if there was none");
+                    sealed::seal_pings(user_key, &name, key, value, &mut sealed);
+                    writes.put_cf(&family, key, &sealed);
+                    open_day = Some((day, name, family));
                 }
             }
         }
+        drop(keys);
         if 0 < batch.position {
             writes.put_cf(
                 &self.family(META),
@@ -723,10 +831,7 @@ impl Store {
     ) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
         self.scan(&self.family(DEVICES), user).map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            let device = keys::device_of_key(&key).ok_or_else(|| bad_key(DEVICES, &key))?;
-            let record =
-                record::decode_device(&value).map_err(|source| bad_value(DEVICES, &key, source))?;
-            Ok((device, record))
+            device_row(&key, &value)
         })
     }
 
@@ -743,11 +848,37 @@ impl Store {
                 .map(|family| self.scan(&family, user));
             rows.into_iter().flatten().map(move |row| {
                 let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-                let record = record::decode_pings(&value)
-                    .map_err(|source| bad_value(&name, &key, source))?;
-                let key = PingKey::from_bytes(&key).ok_or_else(|| bad_key(&name, &key))?;
-                Ok(PingRow { day, key, record })
+                self.ping_row(day, &name, &key, &value)
             })
+        })
+    }
+
+    /// Reads a row of pings, and opens it if it is sealed.
+    fn ping_row(
+        &self,
+        day: Day,
+        family: &str,
+        row: &[u8],
+        value: &[u8],
+    ) -> Result<PingRow, ReadError> {
+        let key = PingKey::from_bytes(row).ok_or_else(|| bad_key(family, row))?;
+        let record = match sealed::sealed_part(value) {
+            // Written before rows were sealed.
+            None => record::decode_pings(value),
+            Some(part) => {
+                let keys = self.keys.as_ref().map(Mutex::lock);
+                let user_key = keys
+                    .as_ref()
+                    .and_then(|keys| keys.key(&key.device.user))
+                    .ok_or(ReadError::Sealed { day, key })?;
+                sealed::open_pings(user_key, family, row, part)
+                    .and_then(|value| record::decode_pings(&value))
+            }
+        };
+        Ok(PingRow {
+            day,
+            key,
+            record: record.map_err(|source| bad_value(family, row, source))?,
         })
     }
 
@@ -791,7 +922,7 @@ impl fmt::Debug for Store {
 }
 
 impl Batch {
-    /// Adds a row of pings, as [`record::encode_pings`] made it.
+    /// Adds a row of pings, as [`record::encode_pings`] made it. It is sealed when it is committed.
     pub fn put_pings(&mut self, day: Day, key: &PingKey, value: &[u8]) {
         self.bytes.extend_from_slice(&key.to_bytes());
         let key_end = self.bytes.len();
@@ -804,7 +935,7 @@ impl Batch {
         });
     }
 
-    /// Makes a position durable that is in no device's record: that of early data, which may not move it.
+    /// Makes a position durable, also one that is in no row.
     pub fn put_position(&mut self, position: u64) {
         self.position = self.position.max(position);
     }
@@ -836,9 +967,18 @@ impl Batch {
     }
 
     fn delete_range(&mut self, family: &'static str, keys: Range<&[u8]>) {
+        self.delete_range_of(Family::Notices(family), keys);
+    }
+
+    fn delete_range_of(&mut self, family: Family, keys: Range<&[u8]>) {
         let key_end = self.add_key(keys.start);
         self.bytes.extend_from_slice(keys.end);
-        self.add(family, Operation::DeleteRange, key_end);
+        self.puts.push(Put {
+            family,
+            operation: Operation::DeleteRange,
+            key_end,
+            value_end: self.bytes.len(),
+        });
     }
 
     fn add_key(&mut self, key: &[u8]) -> usize {
@@ -855,11 +995,34 @@ impl Batch {
         });
     }
 
+    /// The users of its pings who have no key, each once.
+    fn users_without_key(&self, keys: &KeyStore) -> Vec<UserId> {
+        let mut users = Vec::new();
+        let mut key_start = 0;
+        for put in &self.puts {
+            let key = &self.bytes[key_start..put.key_end];
+            key_start = put.value_end;
+            if let (Family::Day(_), Operation::Put) = (put.family, put.operation) {
+                let user = sealed::user_of(key);
+                users.extend(user.filter(|user| keys.key(user).is_none()));
+            }
+        }
+        users.sort_unstable();
+        users.dedup();
+        users
+    }
+
     /// How large its keys and values are.
     #[must_use]
     pub fn size_bytes(&self) -> usize {
         self.bytes.len()
     }
+}
+
+fn device_row(key: &[u8], value: &[u8]) -> Result<(DeviceId, DeviceRecord), ReadError> {
+    let device = keys::device_of_key(key).ok_or_else(|| bad_key(DEVICES, key))?;
+    let record = record::decode_device(value).map_err(|source| bad_value(DEVICES, key, source))?;
+    Ok((device, record))
 }
 
 fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescriptor> {
@@ -877,6 +1040,7 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
             TRANSITIONS,
             INVITATIONS,
             ENROLLED,
+            REVOCATIONS,
         ]
         .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
@@ -945,6 +1109,12 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
     }
     Ok(Some(Facts {
         heard_until_ms: None,
+        keys_used: match read(META_KEYS_USED)? {
+            None => 0,
+            Some(used) => fixed(used)
+                .map(u64::from_be_bytes)
+                .ok_or_else(|| damaged("its number of keys"))?,
+        },
         incarnation: read(META_INCARNATION)?
             .and_then(fixed)
             .ok_or_else(|| damaged("its incarnation"))?,
@@ -961,6 +1131,7 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
 fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     let mut facts = Facts {
         heard_until_ms: None,
+        keys_used: 0,
         incarnation: [0; 16],
         secret: [0; 32],
         position: 0,
@@ -981,6 +1152,30 @@ fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     db.write_opt(writes, &settings::synced())
         .map_err(|error| open_error(data_dir, error))?;
     Ok(facts)
+}
+
+/// Opens the users' keys. If no master key was found, makes one, unless that would pass over one that is gone.
+fn open_keys(
+    data_dir: &Path,
+    master: Option<MasterKey>,
+    facts: &Facts,
+) -> Result<KeyStore, OpenError> {
+    let folder = key_store::folder_in(data_dir);
+    let master = match master {
+        Some(master) => master,
+        None if 0 < facts.keys_used || key_store::has_keys(&folder)? => {
+            return Err(OpenError::MasterKeyMissing {
+                path: data_dir.join(master::DEFAULT_FILE),
+            });
+        }
+        None => master::make_default(data_dir)?,
+    };
+    Ok(KeyStore::open(
+        &folder,
+        master,
+        facts.incarnation,
+        facts.keys_used,
+    )?)
 }
 
 fn permanent_family<'a>(db: &'a DB, name: &str) -> Arc<BoundColumnFamily<'a>> {

@@ -3,7 +3,7 @@
 //! Here are the settings of both ports and the files behind them; that of newcomers, who have no certificate yet, is in
 //! [`enrolment`]. `verifier` says whether a peer's certificate
 //! holds, with the lists of `revocation`; `identity` whom it speaks for; `refusal` why a peer is turned away;
-//! and [`sessions`] keeps what devices resume.
+//! [`sessions`] keeps what devices resume; and `reload` reads the files again when they have changed.
 //!
 //! Knows certificate files and rustls. Must not know connections or what an identity may do.
 
@@ -12,6 +12,7 @@ pub mod enrolment;
 mod fixture;
 mod identity;
 mod refusal;
+mod reload;
 mod revocation;
 pub mod sessions;
 mod verifier;
@@ -32,11 +33,11 @@ use serde::{Deserialize, Serialize};
 use waypost_proto::ALPN;
 
 use self::{sessions::Sessions, verifier::ClientVerifier};
-use crate::metrics::Metrics;
 
 pub use self::{
-    identity::{checker_of, device_of, identity_of, operator_of},
+    identity::{certificate_ids, checker_of, device_of, identity_of, operator_of},
     refusal::Refusal,
+    reload::{Loaded, TlsFiles},
     verifier::RestoredCheck,
 };
 
@@ -45,14 +46,14 @@ pub use self::{
 #[serde(default, deny_unknown_fields)]
 pub struct TlsConfig {
     /// The gateway's certificate chain, PEM, its own certificate first. A relative path, here and in
-    /// the three below, starts at the data folder.
+    /// the three below, starts at the data folder. All four are read again within seconds when one has changed.
     pub certificate: PathBuf,
     /// The private key of that certificate, PEM.
     pub private_key: PathBuf,
     /// The authorities whose devices and checkers are let in, PEM, one or more.
     pub client_ca: PathBuf,
-    /// Revoked certificates: the authorities' revocation lists, PEM, one or more. Read at the start. An
-    /// authority without a list has revoked nothing, and a list that is past its time still holds.
+    /// Revoked certificates: the authorities' revocation lists, PEM, one or more. An authority without a list
+    /// has revoked nothing, and a list that is past its time still holds.
     pub client_crl: Option<PathBuf>,
     /// How many devices can take up an earlier TLS session, which is what lets them send a ping with their
     /// first packet; 0 switches that off. Each takes about 1 KB of memory once its device has connected. When
@@ -131,6 +132,14 @@ pub enum TlsError {
         /// What the system said.
         source: io::Error,
     },
+    /// With such a list, rustls lets nobody in whom the authority has signed.
+    #[error(
+        "{path}, which [tls] client_crl names, holds a list in the name of an authority of client_ca that the authority has not signed"
+    )]
+    ForgedRevocationList {
+        /// The file.
+        path: PathBuf,
+    },
     /// The private key belongs to another certificate, or one of them cannot be used.
     #[error(
         "[tls] certificate {certificate} and private_key {private_key} cannot be used together: take both from one `waypost pki server`"
@@ -195,24 +204,14 @@ pub struct DeviceTls {
 
 /// The server side of TLS for the QUIC port, and the check that a resumed connection needs. Sessions are
 /// kept on this side: rustls takes early data from no other. A device gets one ticket with each connection.
-///
-/// # Errors
-/// When a file cannot be used; the error says which and what to do.
-pub fn device_tls(config: &TlsConfig, metrics: &Metrics) -> Result<DeviceTls, TlsError> {
-    let time: Arc<dyn TimeProvider> = Arc::new(DefaultTimeProvider);
-    let sessions = (0 < config.sessions)
-        .then(|| Sessions::new(config.sessions, Arc::clone(&time), metrics.clone()));
-    device_tls_with(config, sessions.map(Arc::new), time)
-}
-
-fn device_tls_with(
+fn device_tls(
+    files: &Files,
     config: &TlsConfig,
     sessions: Option<Arc<Sessions>>,
     time: Arc<dyn TimeProvider>,
 ) -> Result<DeviceTls, TlsError> {
-    let files = Files::load(config)?;
-    let verifier = Arc::new(ClientVerifier::new(&files, config)?);
-    let mut server = server_config(&files, config, Arc::clone(&verifier), ALPN)?;
+    let verifier = Arc::new(ClientVerifier::new(files, config)?);
+    let mut server = server_config(files, config, Arc::clone(&verifier), ALPN)?;
     server.time_provider = Arc::clone(&time);
     if let Some(sessions) = sessions {
         server.session_storage = sessions;
@@ -232,19 +231,24 @@ fn device_tls_with(
 /// # Errors
 /// When a file cannot be used; the error says which and what to do.
 pub fn device_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let tls = device_tls_with(config, None, Arc::new(DefaultTimeProvider))?;
+    let files = Files::load(config)?;
+    let tls = device_tls(&files, config, None, Arc::new(DefaultTimeProvider))?;
     Ok(tls.server)
 }
 
-/// The server side of TLS for the gRPC port, for HTTP/2. Nothing is kept to resume from, so every
-/// certificate is checked every time.
+/// The server side of TLS for the gRPC port, as its files are now.
 ///
 /// # Errors
 /// When a file cannot be used; the error says which and what to do.
 pub fn freshness_server_config(config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
-    let files = Files::load(config)?;
-    let verifier = Arc::new(ClientVerifier::new(&files, config)?);
-    Ok(Arc::new(server_config(&files, config, verifier, b"h2")?))
+    freshness_tls(&Files::load(config)?, config)
+}
+
+/// The server side of TLS for the gRPC port, for HTTP/2. Nothing is kept to resume from, so every
+/// certificate is checked every time.
+fn freshness_tls(files: &Files, config: &TlsConfig) -> Result<Arc<rustls::ServerConfig>, TlsError> {
+    let verifier = Arc::new(ClientVerifier::new(files, config)?);
+    Ok(Arc::new(server_config(files, config, verifier, b"h2")?))
 }
 
 fn server_config(

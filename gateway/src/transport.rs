@@ -53,7 +53,7 @@ pub fn server_config(
     server
         .transport_config(Arc::new(connection_settings(config)?))
         .token_key(Arc::new(token_key.extract(secret)))
-        .max_incoming(MOST_INCOMING)
+        .max_incoming(config.admission.newcomers.get())
         .incoming_buffer_size(INCOMING_BYTES)
         .incoming_buffer_size_total(MOST_INCOMING_BYTES);
     Ok(server)
@@ -79,9 +79,6 @@ pub(crate) fn endpoint_config(secret: &[u8; 32], worker: u8, workers: u8) -> End
     config
 }
 
-/// Newcomers of one worker that wait to be looked at. More are dropped unseen, which costs 13 µs each, and
-/// come back by themselves after a second.
-const MOST_INCOMING: usize = 4_096;
 /// What one newcomer may send before it is looked at: its early data.
 const INCOMING_BYTES: u64 = 32 << 10;
 /// And all of one worker together.

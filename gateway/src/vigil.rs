@@ -134,6 +134,13 @@ impl Vigil {
         }
     }
 
+    /// A user is erased: nobody expects anything of it any more.
+    pub fn forget_user(&mut self, user: UserId) -> Vec<Change> {
+        let mut changes = Vec::new();
+        self.deadlines.forget_user(user, &mut changes);
+        changes
+    }
+
     /// Calls late who was not heard in time by `resolved_ms`, up to which every contact is known.
     pub fn call_late(
         &mut self,

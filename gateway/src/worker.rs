@@ -24,8 +24,13 @@ use tokio::{runtime::Runtime, sync::oneshot, task::JoinSet};
 use tracing::{debug, error};
 
 use crate::{
-    admission::AdmissionConfig, allowance::AllowanceConfig, gather::Gather, port,
-    session::SessionConfig, transport,
+    admission::AdmissionConfig,
+    allowance::AllowanceConfig,
+    gather::Gather,
+    newcomers::{Counting, Newcomers},
+    port,
+    session::SessionConfig,
+    transport,
 };
 
 /// Where devices connect, and what one of them may do.
@@ -97,6 +102,7 @@ pub enum WorkerError {
 pub struct Workers {
     sockets: Vec<UdpSocket>,
     server: quinn::ServerConfig,
+    most_newcomers: usize,
     secret: [u8; 32],
 }
 
@@ -121,6 +127,7 @@ impl Workers {
         Ok(Self {
             sockets,
             server,
+            most_newcomers: config.admission.newcomers.get(),
             secret: *secret,
         })
     }
@@ -133,7 +140,7 @@ impl Workers {
         self.sockets[0].local_addr()
     }
 
-    /// Starts the threads. Each runs what `serve` makes of its endpoint, and ends with it. A task for each worker
+    /// Starts the threads. Each runs what `serve` makes of its endpoint and of who waits there, and ends with it. A task for each worker
     /// ends when its worker does, whatever the reason.
     ///
     /// # Errors
@@ -141,7 +148,7 @@ impl Workers {
     /// endpoint fails; the caller gives up.
     pub fn spawn<F, Served>(self, serve: F) -> std::io::Result<JoinSet<()>>
     where
-        F: Fn(Endpoint) -> Served + Clone + Send + 'static,
+        F: Fn(Endpoint, Arc<Newcomers>) -> Served + Clone + Send + 'static,
         Served: Future<Output = ()>,
     {
         let cores = cores();
@@ -152,7 +159,12 @@ impl Workers {
             let core = cores.get(usize::from(worker) % cores.len().max(1)).copied();
             let runtime = runtime()?;
             let endpoint = transport::endpoint_config(&self.secret, worker, workers);
-            let (server, serve) = (self.server.clone(), serve.clone());
+            let (mut server, serve) = (self.server.clone(), serve.clone());
+            let newcomers = Arc::new(Newcomers::new(self.most_newcomers));
+            server.crypto = Arc::new(Counting {
+                tls: server.crypto,
+                newcomers: Arc::clone(&newcomers),
+            });
             thread::Builder::new()
                 .name(format!("worker-{worker}"))
                 .spawn(move || {
@@ -162,7 +174,7 @@ impl Workers {
                     runtime.block_on(async {
                         match Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime))
                         {
-                            Ok(endpoint) => serve(endpoint).await,
+                            Ok(endpoint) => serve(endpoint, newcomers).await,
                             Err(error) => error!(%error, "a socket for devices cannot be used"),
                         }
                     });

@@ -448,6 +448,10 @@ fn figures(
                 rocksdb_pings_per_s: batch_commits.rocksdb_pings_per_s,
                 committer_pings_per_s: batch_commits.committer_pings_per_s,
                 waypost_of_rocksdb: batch_commits.waypost_of_rocksdb,
+                sealing_us: batch_commits.sealing_us,
+                sealing_of_waypost: batch_commits.sealing_us * batches.waypost_per_s
+                    / BATCHES.request_pings as f64
+                    / 1e6,
             },
             lone: Lone {
                 echo_cpu_us: sparse.echo_cpu_us,
@@ -466,6 +470,7 @@ fn figures(
             committer_pings_per_s: lone_commits.committer_pings_per_s,
             waypost_of_rocksdb: lone_commits.waypost_of_rocksdb,
             group_requests: lone_commits.group_requests,
+            sealing_us: lone_commits.sealing_us,
             memory: Memory {
                 waypost_idle_bytes: served.idle_bytes[0],
                 echo_idle_bytes: served.idle_bytes[1],

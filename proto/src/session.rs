@@ -99,6 +99,7 @@ pub enum CloseCode {
     ShuttingDown = 0x0d,
     StorageFailed = 0x0e,
     NotReading = 0x0f,
+    Erased = 0x10,
 }
 
 impl CloseCode {
@@ -122,6 +123,7 @@ impl CloseCode {
             0x0d => Self::ShuttingDown,
             0x0e => Self::StorageFailed,
             0x0f => Self::NotReading,
+            0x10 => Self::Erased,
             _ => return None,
         })
     }
@@ -146,6 +148,7 @@ impl CloseCode {
             Self::ShuttingDown => "shutting_down",
             Self::StorageFailed => "storage_failed",
             Self::NotReading => "not_reading",
+            Self::Erased => "erased",
         }
     }
 }
@@ -202,6 +205,8 @@ pub enum Wish {
     Pause,
     /// Share again.
     Resume,
+    /// Remove everything that is held on the user, for ever.
+    Erase,
 }
 
 /// What follows from a frame.
@@ -211,6 +216,8 @@ pub enum Step {
     Ask(Lane, Request),
     /// Answer the device on this lane.
     Answer(Lane, v1::GatewayFrame),
+    /// Send everything that is held on the user, on a stream of its own; the device's name for it.
+    Export(Lane, u64),
     /// Hello is kept until the other lane's has been answered; nothing to do.
     Wait(Lane),
     /// Answer the device on this lane with its next certificate, for the key of this request (PKCS #10, DER), then
@@ -235,11 +242,24 @@ pub struct Welcomed {
     pub is_paused: bool,
 }
 
-/// The committer's answer to [`Request::Control`]: it holds, durably.
+/// The answer to [`Request::Control`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Granted {
     /// The device's name for it.
     pub id: u64,
+    /// What became of it.
+    pub grant: Grant,
+}
+
+/// What became of a holder's wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grant {
+    /// It holds, durably.
+    Holds,
+    /// Nothing is left of the user, and nothing more is taken: the connection ends.
+    Erased(v1::Receipt),
+    /// As many erasures are under way as the gateway takes at a time. Nothing has changed.
+    TryLater,
 }
 
 /// The committer's answer to [`Request::Batch`] and [`Request::Heartbeat`].
@@ -368,8 +388,11 @@ impl Session {
                 let wish = match action {
                     Some(Action::Pause(_)) => Wish::Pause,
                     Some(Action::Resume(_)) => Wish::Resume,
-                    Some(Action::Erase(_) | Action::Export(_)) | None => {
-                        return Ok(Step::Answer(lane, result(id, Outcome::NotSupported)));
+                    Some(Action::Erase(_)) => Wish::Erase,
+                    Some(Action::Export(_)) => return Ok(Step::Export(lane, id)),
+                    None => {
+                        let frame = result(id, Outcome::NotSupported, None);
+                        return Ok(Step::Answer(lane, frame));
                     }
                 };
                 Ok(Step::Ask(lane, Request::Control { id, wish }))
@@ -481,7 +504,11 @@ impl Session {
     /// Takes the answer to what the holder wanted.
     #[must_use]
     pub fn handle_granted(&self, granted: Granted) -> v1::GatewayFrame {
-        result(granted.id, Outcome::Done)
+        match granted.grant {
+            Grant::Holds => result(granted.id, Outcome::Done, None),
+            Grant::Erased(receipt) => result(granted.id, Outcome::Done, Some(receipt)),
+            Grant::TryLater => result(granted.id, Outcome::TryLater, None),
+        }
     }
 
     /// A stream is done: its lane may be opened again.
@@ -589,12 +616,13 @@ pub fn batch_len(batch: &DecodedBatch) -> u32 {
     u32::try_from(batch.pings.len() + batch.malformed.len()).unwrap_or(u32::MAX)
 }
 
-fn result(id: u64, outcome: Outcome) -> v1::GatewayFrame {
+fn result(id: u64, outcome: Outcome, receipt: Option<v1::Receipt>) -> v1::GatewayFrame {
     let outcome = outcome.into();
     v1::GatewayFrame {
         kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult {
             id,
             outcome,
+            receipt,
         })),
     }
 }
@@ -936,14 +964,34 @@ mod tests {
         session
             .handle_frame(None, hello(v1::Lane::Live, 1))
             .unwrap();
-        for (frame, id, wish) in [(pause, 4, Wish::Pause), (resume, 5, Wish::Resume)] {
+        let erase = control(6, v1::control::Action::Erase(v1::control::Erase {}));
+        let export = control(7, v1::control::Action::Export(v1::control::Export {}));
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), export),
+            Ok(Step::Export(Lane::Live, 7))
+        );
+        for (frame, id, wish) in [
+            (pause, 4, Wish::Pause),
+            (resume, 5, Wish::Resume),
+            (erase, 6, Wish::Erase),
+        ] {
             assert_eq!(
                 session.handle_frame(Some(Lane::Live), frame),
                 Ok(Step::Ask(Lane::Live, Request::Control { id, wish }))
             );
+            let granted = |grant| session.handle_granted(Granted { id, grant });
+            assert_eq!(granted(Grant::Holds), result(id, Outcome::Done, None));
+            let receipt = v1::Receipt {
+                pings: 7,
+                ..v1::Receipt::default()
+            };
             assert_eq!(
-                session.handle_granted(Granted { id }),
-                result(id, Outcome::Done)
+                granted(Grant::Erased(receipt)),
+                result(id, Outcome::Done, Some(receipt))
+            );
+            assert_eq!(
+                granted(Grant::TryLater),
+                result(id, Outcome::TryLater, None)
             );
         }
     }
@@ -1026,14 +1074,17 @@ mod tests {
             .unwrap();
         let control = v1::Control {
             id: 4,
-            action: Some(v1::control::Action::Erase(v1::control::Erase {})),
+            action: None,
         };
         let frame = v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Control(control)),
         };
         assert_eq!(
             session.handle_frame(Some(Lane::Live), frame),
-            Ok(Step::Answer(Lane::Live, result(4, Outcome::NotSupported)))
+            Ok(Step::Answer(
+                Lane::Live,
+                result(4, Outcome::NotSupported, None)
+            ))
         );
         let unknown = v1::DeviceFrame { kind: None };
         assert_eq!(

@@ -1,12 +1,15 @@
 //! The promises of Waypost, end to end. One binary for nearly all, so that RocksDB is linked once.
 #![allow(clippy::unwrap_used)]
 
+mod audit;
 mod checker;
 mod crash;
 mod discovery;
 mod disk;
 mod early;
 mod enrol;
+mod erase;
+mod export;
 mod freshness;
 mod hostile;
 mod identity;
@@ -18,7 +21,9 @@ mod pause;
 mod power_loss;
 mod python;
 mod replay;
+mod revocation;
 mod scenarios;
+mod sealing;
 mod shutdown;
 mod terms;
 mod vigil;

@@ -1,7 +1,7 @@
 //! When the gateway could not hear, and who was not heard in time, through real kills: what checkers are told of
 //! either is right, comes once, and comes to everybody whom it concerns.
 
-use std::time::Duration;
+use std::{net::UdpSocket, time::Duration};
 
 use bytes::Bytes;
 use tonic::{Streaming, transport::Channel};
@@ -15,7 +15,9 @@ use waypost_proto::{
         watch_event::Kind,
     },
 };
-use waypost_tests::{Device, Process, World, hello, within_minutes};
+use waypost_tests::{
+    Device, Process, World, hello, link, packets::first_packets, until, within_minutes,
+};
 
 /// Short, so that a test need not wait long; nothing depends on how long it takes.
 const EXPECT_EVERY_MS: u64 = 300;
@@ -358,4 +360,40 @@ async fn newcomers_that_are_turned_away_for_want_of_room_are_a_gap() {
     );
     let calm = Duration::from_millis(ended.until_ms - before_ms);
     assert!(Duration::from_secs(5) <= calm, "{ended:?}");
+}
+
+/// Nobody sees them come, and still it is known that nobody could have been heard.
+#[tokio::test(flavor = "multi_thread")]
+async fn newcomers_that_are_dropped_before_they_are_seen_are_a_gap() {
+    let world = World::start_with(|config| {
+        config.devices.workers = 1;
+        config.devices.admission.newcomers = 4.try_into().unwrap();
+    })
+    .await;
+    let dropped = r#"waypost_limits_reached_total{limit="newcomers"}"#;
+    let device = world.device(1);
+    let mut following = Following::begin(world.checker().await, Bytes::new()).await;
+    let link = world.connect(&device).await;
+    link.open(hello(Lane::Live, 0)).await.welcome().await;
+    assert_eq!(
+        world.metrics().await.value(dropped),
+        0.0,
+        "who comes alone has room"
+    );
+
+    let ca_pem = world.authority.certificate_pem();
+    let config = link::client_config(ca_pem, Some(&device.credentials), link::ordinary());
+    let packets = first_packets(100, &config).await;
+    let crowd = UdpSocket::bind("127.0.0.1:0").unwrap();
+    until(async || {
+        for packet in &packets {
+            crowd.send_to(packet, world.addresses().devices).unwrap();
+        }
+        (world.metrics().await.value(dropped) != 0.0).then_some(())
+    })
+    .await;
+    following
+        .until(|following| !following.spans.is_empty())
+        .await;
+    assert_eq!(following.spans[0].reason(), Reason::Overloaded);
 }

@@ -1,11 +1,11 @@
-//! Takes the gateway's hand-off and committer as they are, without their own tests, and makes the negative
+//! Takes the gateway's hand-off, orders and committer as they are, without their own tests, and makes the negative
 //! controls: the same, each with one line made wrong. Knows only text; a control whose line is no longer
 //! there stops the build.
 
 use std::{env, fs, path::Path};
 
 /// Name of the control, the file that is changed, the text as it is, and as it is made wrong.
-const CONTROLS: [(&str, &str, &str, &str); 11] = [
+const CONTROLS: [(&str, &str, &str, &str); 15] = [
     (
         "wakes_before_it_posts",
         "handoff.rs",
@@ -72,11 +72,36 @@ const CONTROLS: [(&str, &str, &str, &str); 11] = [
         "        self.freshness\n            .publish(position, resolved_ms, &judged.changes, &news.transitions);",
         "        for (reply, answer) in std::mem::take(&mut judged.answers) { reply.answer(answer, &mut Rings::default()); }\n        self.freshness\n            .publish(position, resolved_ms, &judged.changes, &news.transitions);",
     ),
+    (
+        "answers_an_order_before_the_commit",
+        "commit.rs",
+        "                self.say(&news)?;\n                Ok(self.position)",
+        "                reply.answer(Ok(self.position + 1));\n                return self.say(&news);",
+    ),
+    (
+        "publishes_a_position_before_its_news",
+        "commit.rs",
+        "        self.vigil.publish(news);\n        self.freshness.publish(position, self.resolved_ms, &[], &[]);",
+        "        self.freshness.publish(position, self.resolved_ms, &[], &[]);\n        self.vigil.publish(news);",
+    ),
+    (
+        "hears_of_no_order_while_it_waits",
+        "commit.rs",
+        "order = self.orders.next() => {",
+        "order = future::pending::<Order>() => {",
+    ),
+    (
+        "an_order_does_not_look_whether_the_committer_is_gone",
+        "orders.rs",
+        "if self.orders.is_closed() {",
+        "if self.orders.max_capacity() == 0 {",
+    ),
 ];
 
 /// What a variant consists of.
-const FILES: [(&str, &str); 3] = [
+const FILES: [(&str, &str); 4] = [
     ("handoff.rs", "../../gateway/src/handoff.rs"),
+    ("orders.rs", "../../gateway/src/orders.rs"),
     ("commit.rs", "../../gateway/src/commit.rs"),
     ("scenario.rs", "scenario.rs"),
 ];

@@ -16,13 +16,14 @@ fn ready<F: Future>(future: Pin<&mut F>) -> Option<F::Output> {
 }
 
 macro_rules! behaves {
-    ($module:ident, $play:path, $notify:path, $mpsc:path) => {
+    ($module:ident, $play:path, $notify:path, $mpsc:path, $oneshot:path) => {
         mod $module {
             use std::{pin::pin, sync::Arc};
 
             use super::ready;
             use $mpsc as mpsc;
             use $notify as Notify;
+            use $oneshot as oneshot;
 
             #[test]
             fn one_wake_up_is_kept_for_whoever_comes_later() {
@@ -130,6 +131,48 @@ macro_rules! behaves {
                     drop(place);
                 });
             }
+
+            #[test]
+            fn who_sends_for_lack_of_a_place_waits_and_is_told_that_the_receiver_goes() {
+                $play(|| {
+                    let (sender, mut receiver) = mpsc::channel(1);
+                    assert!(ready(pin!(sender.send(1))).unwrap().is_ok());
+                    let mut second = Box::pin(sender.send(2));
+                    let mut third = Box::pin(sender.send(3));
+                    assert!(ready(second.as_mut()).is_none());
+                    assert!(ready(third.as_mut()).is_none());
+                    assert_eq!(receiver.try_recv().ok(), Some(1));
+                    assert!(ready(third.as_mut()).is_none());
+                    assert!(ready(second.as_mut()).unwrap().is_ok());
+                    drop(receiver);
+                    assert!(ready(third.as_mut()).unwrap().is_err());
+                });
+            }
+
+            #[test]
+            fn an_answer_is_kept_until_it_is_asked_for_and_comes_once() {
+                $play(|| {
+                    let (sender, receiver) = oneshot::channel();
+                    let mut receiver = Box::pin(receiver);
+                    assert!(ready(receiver.as_mut()).is_none());
+                    assert_eq!(sender.send(1), Ok(()));
+                    assert_eq!(ready(receiver.as_mut()), Some(Ok(1)));
+                });
+            }
+
+            #[test]
+            fn either_end_of_an_answer_learns_that_the_other_has_gone() {
+                $play(|| {
+                    let (sender, receiver) = oneshot::channel::<u32>();
+                    let mut receiver = Box::pin(receiver);
+                    assert!(ready(receiver.as_mut()).is_none());
+                    drop(sender);
+                    assert!(ready(receiver.as_mut()).unwrap().is_err());
+                    let (sender, receiver) = oneshot::channel();
+                    drop(receiver);
+                    assert_eq!(sender.send(2), Err(2));
+                });
+            }
         }
     };
 }
@@ -146,11 +189,13 @@ behaves!(
     model,
     super::play_in_shuttle,
     crate::sync::Notify,
-    crate::sync::mpsc
+    crate::sync::mpsc,
+    crate::sync::oneshot
 );
 behaves!(
     tokios,
     super::play_alone,
     tokio::sync::Notify,
-    tokio::sync::mpsc
+    tokio::sync::mpsc,
+    tokio::sync::oneshot
 );

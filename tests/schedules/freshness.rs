@@ -1,5 +1,6 @@
 //! A model of the freshness index that refuses whatever would break a promise to checkers. Knows the
-//! model of the store, to see that nothing is visible before it is durable.
+//! model of the store and the bulletin, to see that nothing is visible before it is durable, nor a position before
+//! what else it says.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -7,12 +8,13 @@ use parking_lot::Mutex;
 use waypost_gateway::sharing::Transition;
 use waypost_proto::{device::Clocks, id::UserId};
 
-use crate::store::Store;
+use crate::{bulletin::Bulletin, store::Store};
 
 /// What checkers were told.
 #[derive(Debug)]
 pub(crate) struct Freshness {
     store: Arc<Store>,
+    bulletin: Arc<Bulletin>,
     // No model: looking is no step of the schedule.
     told: Mutex<Told>,
 }
@@ -25,9 +27,10 @@ struct Told {
 }
 
 impl Freshness {
-    pub(crate) fn new(store: Arc<Store>) -> Self {
+    pub(crate) fn new(store: Arc<Store>, bulletin: Arc<Bulletin>) -> Self {
         Self {
             store,
+            bulletin,
             told: Mutex::default(),
         }
     }
@@ -44,6 +47,12 @@ impl Freshness {
             position <= self.store.durable_position(),
             "visible before it was durable: position {position}"
         );
+        for (checker, newest) in self.store.newest_events() {
+            assert!(
+                newest <= self.bulletin.newest_event(checker),
+                "visible before it was on the bulletin: position {newest}"
+            );
+        }
         let mut told = self.told.lock();
         assert_eq!(position, told.position + 1, "a position was left out");
         told.position = position;

@@ -1,11 +1,11 @@
 //! The hand-off between sessions and committer, under every order in which threads can meet.
 //!
-//! The gateway's own `handoff.rs` and `commit.rs` are compiled here a second time (see `build.rs`), with models in the
+//! The gateway's own `handoff.rs`, `orders.rs` and `commit.rs` are compiled here a second time (see `build.rs`), with models in the
 //! place of what they wait with, the clock, the store and the freshness index. Shuttle then chooses, at
 //! every step, who goes on. Random and PCT schedules are many and prove nothing about those that were not
 //! tried; the small kernels are tried out completely. What is assumed is said in `sync.rs`.
 //!
-//! Each negative control is the same two files with one line made wrong (see `build.rs`), under the same
+//! Each negative control is the same three files with one line made wrong (see `build.rs`), under the same
 //! scenario: it must be caught.
 //!
 //! A failure prints shuttle's schedule, which `shuttle::replay` plays again, and the seed, which `SEED`
@@ -25,10 +25,11 @@ mod plan;
 mod store;
 mod sync;
 
-// The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, the vigil and those who share have no
-// threads, and nobody orders anything: all of these are used as they are.
+// The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, nobody erases
+// anything, is revoked or enrols, and the vigil and those who share have no threads: all of these are used as they are.
 use waypost_gateway::{
-    bulletin, deadlines, disk, enrol, gather, lookout, orders, rate, sharing, vigil,
+    audit, bulletin, coverage, deadlines, disk, enrol, erase, gather, lookout, rate, revocation,
+    sharing, vigil,
 };
 
 use std::{panic, sync::Arc, time::Instant};
@@ -44,7 +45,7 @@ use waypost_tests::soak;
 use as_it_is::scenario;
 use plan::{Plan, Tally};
 
-/// The gateway's two files and the scenario, as `build.rs` has written them.
+/// The gateway's three files and the scenario, as `build.rs` has written them.
 macro_rules! variant {
     ($name:ident) => {
         #[allow(
@@ -68,6 +69,14 @@ macro_rules! variant {
                     "/",
                     stringify!($name),
                     "/handoff.rs"
+                ));
+            }
+            pub(crate) mod orders {
+                include!(concat!(
+                    env!("OUT_DIR"),
+                    "/",
+                    stringify!($name),
+                    "/orders.rs"
                 ));
             }
             pub(crate) mod scenario {
@@ -106,24 +115,30 @@ fn in_no_order_is_an_answer_missing_or_twice_or_too_early() {
         "{tally:?}"
     );
     assert_eq!((tally.lost, tally.refused), (0, 0), "{tally:?}");
+    assert!(
+        tally.ordered > 0 && tally.too_many > 0 && tally.orders_lost > 0,
+        "{tally:?}"
+    );
 }
 
 #[test]
-fn in_no_order_does_a_failing_disk_leave_a_session_waiting() {
+fn in_no_order_does_a_failing_disk_leave_a_session_or_a_checker_waiting() {
     let tally = try_out(Plan::failing, scenario::play, SCHEDULES);
     assert!(
         tally.settled > 0 && tally.lost > 0 && tally.refused > 0,
         "{tally:?}"
     );
+    assert!(tally.ordered > 0 && tally.orders_lost > 0, "{tally:?}");
 }
 
 #[test]
-fn in_no_order_does_a_committer_that_is_cut_off_leave_a_session_waiting() {
+fn in_no_order_does_a_committer_that_is_cut_off_leave_a_session_or_a_checker_waiting() {
     let tally = try_out(Plan::abandoned, scenario::play, SCHEDULES);
     assert!(
         tally.settled > 0 && tally.lost > 0 && tally.refused > 0,
         "{tally:?}"
     );
+    assert!(tally.ordered > 0 && tally.orders_lost > 0, "{tally:?}");
 }
 
 #[test]
@@ -207,6 +222,23 @@ control!(
     answers_before_it_publishes,
     Plan::sound,
     "before it was visible"
+);
+
+control!(
+    answers_an_order_before_the_commit,
+    Plan::sound,
+    "what it set is not durable"
+);
+control!(
+    publishes_a_position_before_its_news,
+    Plan::sound,
+    "visible before it was on the bulletin"
+);
+control!(hears_of_no_order_while_it_waits, Plan::sound, "deadlock");
+control!(
+    an_order_does_not_look_whether_the_committer_is_gone,
+    Plan::abandoned,
+    "deadlock"
 );
 
 /// Half of the schedules at random, half by PCT, which finds what needs few but unlikely switches.

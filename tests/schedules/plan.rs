@@ -8,6 +8,13 @@ use shuttle::rand::{Rng, thread_rng};
 pub(crate) struct Plan {
     /// How many sessions there are; two may be of one device.
     pub(crate) sessions: usize,
+    /// How many checkers set deadlines, and how often each.
+    pub(crate) checkers: usize,
+    pub(crate) orders: usize,
+    /// How many deadlines there may be.
+    pub(crate) most_deadlines: usize,
+    /// Checkers are still there when the committer is told to stop.
+    pub(crate) do_checkers_stay: bool,
     /// How many batches each of them sends.
     pub(crate) batches: usize,
     /// How many answers a session lets wait before it sends more.
@@ -27,12 +34,23 @@ pub(crate) struct Plan {
 
 impl Plan {
     pub(crate) const MOST_SESSIONS: usize = 3;
+    pub(crate) const MOST_CHECKERS: usize = 2;
 
     /// Anything that can happen while the disk is sound and nobody leaves.
     pub(crate) fn sound() -> Self {
         let mut random = thread_rng();
+        let do_checkers_stay = random.gen_ratio(1, 4);
         Self {
             sessions: random.gen_range(1..=Self::MOST_SESSIONS),
+            checkers: random.gen_range(0..=Self::MOST_CHECKERS),
+            orders: if do_checkers_stay {
+                // So many that some have yet to come when the committer stops.
+                random.gen_range(6..=12)
+            } else {
+                random.gen_range(1..=3)
+            },
+            most_deadlines: random.gen_range(2..=6),
+            do_checkers_stay,
             batches: random.gen_range(1..=4),
             in_flight: random.gen_range(1..=4),
             queue_requests: random.gen_range(1..=4),
@@ -84,4 +102,10 @@ pub(crate) struct Tally {
     pub(crate) held_back: u64,
     /// Sessions that were cut off before they were done.
     pub(crate) cut_off: u64,
+    /// Orders that were carried out.
+    pub(crate) ordered: u64,
+    /// Orders for which there was no room.
+    pub(crate) too_many: u64,
+    /// Orders of which nobody knows, because the committer stopped.
+    pub(crate) orders_lost: u64,
 }

@@ -1,13 +1,17 @@
-//! One execution: sessions, the committer and a disk, and what must hold in whatever order they meet.
+//! One execution: sessions, checkers that set deadlines, the committer and a disk, and what must hold in whatever
+//! order they meet.
 //!
-//! Knows what a session may rely on. Must not know which order it is in; all that is left to chance comes
+//! Knows what a session and a checker may rely on. Must not know which order it is in; all that is left to chance comes
 //! from shuttle, so that a failure can be played again.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     future::Future,
     pin::pin,
-    sync::{Arc, LazyLock},
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll, Waker},
     time::Duration,
 };
@@ -30,12 +34,17 @@ use waypost_proto::{
 };
 
 use crate::{
+    audit::Audit,
+    bulletin::Bulletin,
     clock::Clock,
     commit::{CommitConfig, CommitParts, Committer},
+    coverage::Coverage,
+    deadlines::{Checker, Late, Registration, Setting},
+    erase,
     enrol::invitations::Invitations,
     freshness::Freshness,
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
-    orders,
+    orders::{self, OrderError, OrderHandle},
     plan::{Plan, Tally},
     sharing::Holders,
     store::Store,
@@ -49,7 +58,11 @@ struct World {
     clock: Clock,
     store: Arc<Store>,
     freshness: Arc<Freshness>,
+    bulletin: Arc<Bulletin>,
     tally: Arc<Mutex<Tally>>,
+    /// The committer is told to end when nothing is queued.
+    // No model: looking is no step of the schedule.
+    is_stopping: AtomicBool,
 }
 
 impl World {
@@ -67,8 +80,12 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
     let alarm = Alarm::default();
     alarm.set();
     let clock = Clock::starting_at(NOON_MS);
-    let store = Arc::new(Store::new(plan.failing_commit));
-    let freshness = Arc::new(Freshness::new(Arc::clone(&store)));
+    let deadlines: Vec<_> = (0..plan.checkers).flat_map(deadlines_before).collect();
+    let bulletin = Bulletin::restore(Coverage::default(), &deadlines, [], 0, 0);
+    let bulletin = Arc::new(bulletin);
+    let store = Arc::new(Store::new(plan.failing_commit, &deadlines));
+    let freshness = Freshness::new(Arc::clone(&store), Arc::clone(&bulletin));
+    let freshness = Arc::new(freshness);
     let config = CommitConfig {
         queue_requests: plan.queue_requests.try_into().unwrap(),
         group_pings: plan.group_pings.try_into().unwrap(),
@@ -78,6 +95,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
         epoch: EPOCH,
         ..DeviceRecord::default()
     };
+    let (order, ordered) = orders::queue();
     let (handle, committer) = Committer::new(
         &config,
         CommitParts {
@@ -89,17 +107,20 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 .map(|at| (device(at), record.clone()))
                 .collect(),
             holders: Holders::default(),
+            revocations: Arc::default(),
             position: 0,
             retention: Duration::from_secs(86_400),
             vigil: Vigil::new(VigilParts {
-                bulletin: Arc::default(),
-                deadlines: Vec::new(),
-                max_deadlines: 0,
+                bulletin: Arc::clone(&bulletin),
+                deadlines,
+                max_deadlines: plan.most_deadlines,
                 start: None,
                 metrics: METRICS.clone(),
             }),
             invitations: Invitations::default(),
-            orders: orders::queue().1,
+            orders: ordered,
+            erase: erase::queue().0,
+            audit: Audit::nowhere(&METRICS),
             turned_away: Arc::default(),
         },
     );
@@ -107,7 +128,9 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
         clock: clock.clone(),
         store: Arc::clone(&store),
         freshness: Arc::clone(&freshness),
+        bulletin,
         tally: Arc::clone(tally),
+        is_stopping: AtomicBool::new(false),
         plan,
     });
 
@@ -120,6 +143,9 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
             let mailbox = Mailbox::new(&bells[at % bells.len()]);
             future::spawn(session(Arc::clone(&world), handle.clone(), mailbox, at))
         })
+        .collect();
+    let checkers: Vec<_> = (0..world.plan.checkers)
+        .map(|at| future::spawn(checker(Arc::clone(&world), order.clone(), at)))
         .collect();
     let time = thread::spawn({
         let (ticks, clock) = (world.plan.ticks, clock.clone());
@@ -146,6 +172,12 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 Err(future::JoinError::Cancelled) => tally.lock().cut_off += 1,
             }
         }
+        let mut checkers = VecDeque::from(checkers);
+        while !world.plan.do_checkers_stay
+            && let Some(checker) = checkers.pop_front()
+        {
+            checker.await.unwrap();
+        }
         if !world.is_committer_gone() {
             // All that was received is told in the end, also when nothing more comes.
             clock.tick();
@@ -154,6 +186,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 thread::yield_now();
             }
         }
+        world.is_stopping.store(true, Ordering::Relaxed);
         drop(handle);
         alarm.ring_for_ever();
         match committer.await {
@@ -161,6 +194,9 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
             Err(future::JoinError::Cancelled) => {
                 assert!(world.plan.is_committer_cut_off, "nobody cut it off");
             }
+        }
+        for checker in checkers {
+            checker.await.unwrap();
         }
         for worker in workers {
             worker.abort();
@@ -337,7 +373,9 @@ impl Session {
                 tally.settled += 1;
                 (settled.receive_ms, settled.position)
             }
-            Answer::Granted(granted) => panic!("{granted:?} was not asked for"),
+            Answer::Granted(_) | Answer::Erased | Answer::Revoked => {
+                panic!("nobody wants anything: {answer:?}")
+            }
             Answer::Fenced => {
                 assert!(self.is_welcomed, "a batch was judged before its Hello");
                 assert!(self.is_foreign, "fenced in its own epoch");
@@ -374,6 +412,91 @@ impl Session {
         );
         self.last_receive_ms[lane as usize] = receive_ms;
     }
+}
+
+/// Plays one checker: each of its orders is answered, and what an answer says is so.
+async fn checker(world: Arc<World>, order: OrderHandle, at: usize) {
+    let checker = checker_at(at);
+    let before = deadlines_before(at).into_iter();
+    let mut set: HashMap<_, _> = before.map(|one| (one.user, one.setting)).collect();
+    for _ in 0..world.plan.orders {
+        let wanted = {
+            let mut random = thread_rng();
+            let user = [OVERDUE, EXPECTED, UserId([0xee; 16])][random.gen_range(0..3)];
+            let setting = Setting {
+                expect_every_ms: DAY_MS,
+                grace_ms: random.gen_range(0..3),
+            };
+            (user, random.gen_ratio(3, 4).then_some(setting))
+        };
+        let answer = order.set_deadlines(checker, vec![wanted]).await;
+        let mut tally = world.tally.lock();
+        match answer {
+            Ok(position) => {
+                match wanted {
+                    (user, Some(setting)) => set.insert(user, setting),
+                    (user, None) => set.remove(&user),
+                };
+                tally.ordered += 1;
+                assert!(
+                    position <= world.store.durable_position(),
+                    "what it set is not durable"
+                );
+                assert!(
+                    position <= world.freshness.position(),
+                    "answered before it was visible"
+                );
+                let (user, _) = wanted;
+                let now = world.bulletin.now(checker, |&late| late == user);
+                assert_eq!(now.late, [], "late after its deadline was changed");
+            }
+            Err(OrderError::Refused(_)) => tally.too_many += 1,
+            Err(OrderError::Stopped) => {
+                assert!(
+                    world.is_committer_gone() || world.is_stopping.load(Ordering::Relaxed),
+                    "refused by a sound committer"
+                );
+                tally.orders_lost += 1;
+                // It may have been carried out all the same.
+                return;
+            }
+        }
+        assert_eq!(
+            world.store.deadlines_of(checker),
+            set,
+            "what it set is not durable"
+        );
+    }
+}
+
+/// What a checker has set before: for a user who is overdue, and for one who was called late and whose device is
+/// about to be heard.
+fn deadlines_before(at: usize) -> Vec<Registration> {
+    let overdue = Registration {
+        checker: checker_at(at),
+        user: OVERDUE,
+        setting: Setting {
+            expect_every_ms: 1,
+            grace_ms: 0,
+        },
+        since_ms: NOON_MS - 1_000,
+        late: None,
+    };
+    let late = Registration {
+        user: device(0).user,
+        late: Some(Late {
+            position: 0,
+            at_ms: NOON_MS - 500,
+            last_contact_ms: 0,
+            due_ms: NOON_MS - 999,
+        }),
+        ..overdue
+    };
+    vec![overdue, late]
+}
+
+fn checker_at(at: usize) -> Checker {
+    Checker([u8::try_from(at).unwrap() + 1; 16])
 }
 
 /// What is in the mailbox, without waiting.
@@ -423,5 +546,9 @@ fn device(at: usize) -> DeviceId {
 static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
 
 const EPOCH: u32 = 7;
+/// Users that no device is of.
+const OVERDUE: UserId = UserId([0xfe; 16]);
+const EXPECTED: UserId = UserId([0xfd; 16]);
+const DAY_MS: u64 = 86_400_000;
 /// Some noon, so that the day does not change.
 const NOON_MS: u64 = 1_767_268_800_000;

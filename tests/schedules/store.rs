@@ -1,5 +1,5 @@
 //! A model of the store: a commit is durable from one moment on, in the midst of the call. Knows which
-//! pings are durable; must not know who asked.
+//! pings and deadlines are durable; must not know who asked.
 
 use std::collections::HashMap;
 
@@ -9,7 +9,12 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
-use waypost_gateway::{bulletin::News, deadlines::Checker, enrol::invitations::Change};
+use waypost_gateway::{
+    bulletin::News,
+    deadlines::{Change, Checker, Registration, Setting},
+    enrol::invitations,
+    revocation::Subject,
+};
 
 pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
 
@@ -28,6 +33,9 @@ struct Durable {
     position: u64,
     /// How often each ping was stored.
     pings: HashMap<(DeviceId, u32, u64), u32>,
+    deadlines: HashMap<(Checker, UserId), Setting>,
+    /// The newest event of each checker.
+    events: HashMap<Checker, u64>,
 }
 
 /// What becomes durable at once.
@@ -35,6 +43,7 @@ struct Durable {
 pub(crate) struct Batch {
     position: u64,
     pings: Vec<(DeviceId, u32, u64)>,
+    deadlines: Vec<Change>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -42,10 +51,15 @@ pub(crate) struct Batch {
 pub(crate) struct CommitError;
 
 impl Store {
-    pub(crate) fn new(failing_commit: Option<u64>) -> Self {
+    pub(crate) fn new(failing_commit: Option<u64>, deadlines: &[Registration]) -> Self {
+        let of = |set: &Registration| ((set.checker, set.user), set.setting);
+        let durable = Durable {
+            deadlines: deadlines.iter().map(of).collect(),
+            ..Durable::default()
+        };
         Self {
             failing_commit,
-            durable: Mutex::default(),
+            durable: Mutex::new(durable),
         }
     }
 
@@ -70,6 +84,9 @@ impl Store {
             durable.position = batch.position;
             for ping in batch.pings {
                 *durable.pings.entry(ping).or_default() += 1;
+            }
+            for change in batch.deadlines {
+                durable.change(change);
             }
         }
         shuttle::thread::yield_now();
@@ -117,10 +134,42 @@ impl Store {
             .unwrap_or_default()
     }
 
+    /// A checker's deadlines.
+    pub(crate) fn deadlines_of(&self, checker: Checker) -> HashMap<UserId, Setting> {
+        let durable = self.durable.lock();
+        let deadlines = durable.deadlines.iter();
+        deadlines
+            .filter(|((of, _), _)| *of == checker)
+            .map(|(&(_, user), &setting)| (user, setting))
+            .collect()
+    }
+
+    /// The newest event of each checker that has one.
+    pub(crate) fn newest_events(&self) -> Vec<(Checker, u64)> {
+        let durable = self.durable.lock();
+        durable.events.iter().map(|(&of, &at)| (of, at)).collect()
+    }
+
     pub(crate) fn has_failed(&self) -> bool {
         let commits = self.durable.lock().commits;
         self.failing_commit
             .is_some_and(|failing| failing <= commits)
+    }
+}
+
+impl Durable {
+    fn change(&mut self, change: Change) {
+        match change {
+            Change::Set(set) => {
+                self.deadlines.insert((set.checker, set.user), set.setting);
+            }
+            Change::Removed(checker, user) => {
+                self.deadlines.remove(&(checker, user));
+            }
+            Change::Event(event) => {
+                self.events.insert(event.checker, event.position);
+            }
+        }
     }
 }
 
@@ -141,10 +190,17 @@ impl Batch {
     }
 
     pub(crate) fn put_news(&mut self, news: &News) {
-        assert!(news.is_empty(), "there is none in a schedule");
+        assert_eq!(news.coverage, None, "nothing is missed in a schedule");
+        self.deadlines.extend(&news.deadlines);
     }
 
-    pub(crate) fn put_invitations(&mut self, _change: &Change) {}
+    pub(crate) fn put_revocation(&mut self, subject: Subject, _since_ms: Option<u64>) {
+        panic!("{subject} is not revoked in a schedule");
+    }
+
+    pub(crate) fn put_invitations(&mut self, _change: &invitations::Change) {
+        panic!("nobody enrols in a schedule");
+    }
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}
 

@@ -223,6 +223,11 @@ pub(crate) mod mpsc {
             })
         }
 
+        pub(crate) async fn send(&self, value: T) -> Result<(), Closed> {
+            self.reserve().await?.send(value);
+            Ok(())
+        }
+
         pub(crate) fn try_reserve(&self) -> Result<Permit<'_, T>, NoPlace> {
             let mut state = self.0.state.step();
             if state.is_closed || state.free_places == 0 {
@@ -401,6 +406,84 @@ pub(crate) mod mpsc {
 
     #[derive(Debug)]
     pub(crate) struct Empty;
+}
+
+pub(crate) mod oneshot {
+    //! One value from one sender to one receiver.
+
+    use super::{Arc, Context, Future, Pin, Poll, Steps, Waker, wake};
+
+    #[derive(Debug)]
+    struct State<T> {
+        value: Option<T>,
+        is_sender_gone: bool,
+        is_receiver_gone: bool,
+        receiver: Option<Waker>,
+    }
+
+    pub(crate) fn channel<T>() -> (Sender<T>, Receiver<T>) {
+        let state = Arc::new(Steps::new(State {
+            value: None,
+            is_sender_gone: false,
+            is_receiver_gone: false,
+            receiver: None,
+        }));
+        (Sender(Arc::clone(&state)), Receiver(state))
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Sender<T>(Arc<Steps<State<T>>>);
+
+    impl<T> Sender<T> {
+        pub(crate) fn send(self, value: T) -> Result<(), T> {
+            let mut state = self.0.step();
+            if state.is_receiver_gone {
+                return Err(value);
+            }
+            // Told when it is dropped, which is now.
+            state.value = Some(value);
+            Ok(())
+        }
+    }
+
+    impl<T> Drop for Sender<T> {
+        fn drop(&mut self) {
+            let waker = {
+                let mut state = self.0.step();
+                state.is_sender_gone = true;
+                state.receiver.take()
+            };
+            wake(waker);
+        }
+    }
+
+    #[derive(Debug)]
+    pub(crate) struct Receiver<T>(Arc<Steps<State<T>>>);
+
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) struct Dropped;
+
+    impl<T> Future for Receiver<T> {
+        type Output = Result<T, Dropped>;
+
+        fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+            let mut state = self.0.step();
+            if let Some(value) = state.value.take() {
+                return Poll::Ready(Ok(value));
+            }
+            if state.is_sender_gone {
+                return Poll::Ready(Err(Dropped));
+            }
+            state.receiver = Some(context.waker().clone());
+            Poll::Pending
+        }
+    }
+
+    impl<T> Drop for Receiver<T> {
+        fn drop(&mut self) {
+            self.0.step().is_receiver_gone = true;
+        }
+    }
 }
 
 /// The alarm of one execution: the only thing that ends a sleep, so that no test of waking is saved by a

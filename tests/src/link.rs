@@ -179,7 +179,7 @@ impl Attempt {
         self.0.is_ok()
     }
 
-    pub(crate) fn unwrap(self) -> Link {
+    pub fn unwrap(self) -> Link {
         self.0.unwrap()
     }
 
@@ -192,6 +192,13 @@ impl Attempt {
 impl Link {
     pub(crate) fn connection(&self) -> &quinn::Connection {
         &self.connection
+    }
+
+    /// The certificate by which the gateway has proven itself, DER.
+    pub fn gateway_certificate(&self) -> Vec<u8> {
+        let chain = self.connection.peer_identity().unwrap();
+        let chain = chain.downcast::<Vec<CertificateDer<'static>>>().unwrap();
+        chain[0].to_vec()
     }
 
     /// Opens a stream and says Hello on it.
@@ -215,6 +222,18 @@ impl Link {
             recv,
             unread: BytesMut::new(),
         })
+    }
+
+    /// Reads a stream that the gateway opens to its end: its first frame, and what is behind it.
+    pub async fn read_uni(&self) -> (v1::GatewayFrame, Vec<u8>) {
+        let mut stream = tokio::time::timeout(PATIENCE, self.connection.accept_uni())
+            .await
+            .expect("the gateway opens a stream")
+            .unwrap();
+        let bytes = tokio::time::timeout(PATIENCE, stream.read_to_end(1 << 24)).await;
+        let mut unread = BytesMut::from(&*bytes.expect("it ends").unwrap());
+        let frame = take_frame(&mut unread).expect("a frame first");
+        (frame, unread.to_vec())
     }
 
     /// Ends the connection from this side.

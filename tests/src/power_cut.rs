@@ -295,6 +295,9 @@ impl Tree {
             let entry = if metadata.is_dir() {
                 self.add(&item.path());
                 Entry::Folder
+            } else if !metadata.is_file() {
+                // A socket holds nothing, and is made anew at each start.
+                continue;
             } else {
                 self.synced_bytes.insert(metadata.ino(), metadata.len());
                 Entry::File(metadata.ino())

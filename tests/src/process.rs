@@ -158,6 +158,14 @@ impl Process {
         child.wait().unwrap();
     }
 
+    /// SIGSTOP: it keeps its connections and says nothing. Killed all the same when it is dropped.
+    pub fn suspend(&self) {
+        kill_process(self.pid(), Signal::STOP).unwrap();
+        // All its threads, and not only the one that is told.
+        let stopped = WaitIdOptions::STOPPED | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(self.pid()), stopped).unwrap();
+    }
+
     /// SIGTERM: drain.
     pub fn terminate(&self) {
         kill_process(self.pid(), Signal::TERM).unwrap();

@@ -14,6 +14,7 @@ use waypost_checker::{Config as CheckerConfig, connect, rpc::freshness_client::F
 use waypost_gateway::{
     clock::system_now_ms,
     config::Config,
+    control::{self, Answer, Command, Outcome},
     gateway::{Addresses, Gateway, GatewayError},
     pki::{Authority, Credentials},
     store::Store,
@@ -175,6 +176,16 @@ impl World {
             &credentials.private_key_pem,
             "localhost",
         )
+    }
+
+    /// Has the gateway do what an operator wants.
+    pub async fn command(&self, command: Command) -> Outcome {
+        let data_dir = self.config.data_dir.clone();
+        let asked = tokio::task::spawn_blocking(move || control::ask(&data_dir, &command));
+        match asked.await.unwrap().unwrap() {
+            Some(Answer::Done(outcome)) => outcome,
+            other => panic!("not done but {other:?}"),
+        }
     }
 
     /// What a checker is told of a device's user.

@@ -84,7 +84,11 @@ fn said(silences: &mut Silences, events: impl IntoIterator<Item = Event>) -> Vec
             user,
             last_contact_ms,
         } => format!("{} heard at {last_contact_ms}", user.0[0]),
-        Change::Closed { user, state } => format!("{} closed {state:?}", user.0[0]),
+        Change::Closed {
+            user,
+            last_contact_ms,
+            state,
+        } => format!("{} since {last_contact_ms} closed {state:?}", user.0[0]),
     };
     changes.iter().map(words).collect()
 }
@@ -123,7 +127,7 @@ fn a_pause_is_not_silence_and_ends_one() {
     );
     assert_eq!(
         said(&mut silences, [heard(1, 1_000), progress(9_200), paused()]),
-        ["1 silent since 1000", "1 closed Some(Paused)"]
+        ["1 silent since 1000", "1 since 1000 closed Some(Paused)"]
     );
 }
 
@@ -186,7 +190,7 @@ fn after_a_reset_what_was_known_counts_no_more_and_what_was_said_is_not_said_aga
                 progress(1_550)
             ]
         ),
-        ["2 heard at 1500", "3 closed None"]
+        ["2 heard at 1500", "3 since 1000 closed None"]
     );
     assert_eq!(silences.silent(), 1);
 }
@@ -231,6 +235,30 @@ fn gaps_have_a_bound_and_joining_them_calls_nobody_early() {
         [heard(1, u64::from(u32::MAX)), progress(u64::from(u32::MAX))],
     );
     assert_eq!(silences.gaps().count(), 0);
+}
+
+#[test]
+fn a_gap_that_lasts_while_very_many_come_still_ends() {
+    let mut silences = Silences::new(100);
+    let lasting = |until_ms| {
+        Event::Coverage(Gap {
+            from_ms: 1_005,
+            until_ms,
+            reason: coverage::Reason::Overloaded,
+            position: 1,
+        })
+    };
+    said(&mut silences, [heard(1, 1_000), lasting(None)]);
+    let many = 2 * MAX_GAPS as u64;
+    let gaps = (0..many).map(|number| gap(1_000 + 2 * number, Some(1_001 + 2 * number)));
+    assert!(said(&mut silences, gaps).is_empty());
+    let end_ms = 1_000 + 2 * many;
+    let until = [lasting(Some(end_ms)), progress(end_ms + 90)];
+    assert!(said(&mut silences, until).is_empty());
+    assert_eq!(
+        said(&mut silences, [progress(end_ms + 100)]),
+        ["1 silent since 1000"]
+    );
 }
 
 proptest! {

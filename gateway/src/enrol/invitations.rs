@@ -135,6 +135,12 @@ impl Invitations {
         self.kept.is_empty()
     }
 
+    /// Who redeems a code, valid or not.
+    #[must_use]
+    pub fn device_of(&self, code: CodeHash) -> Option<DeviceId> {
+        Some(self.kept.get(&code)?.device)
+    }
+
     /// Invites a device until `expires_ms`. `last_device` is the highest number that a device of the user has had, none
     /// if the user is not known.
     ///

@@ -21,7 +21,7 @@ use super::{EnrolmentConfig, EnrolmentError, address};
 use crate::{
     clock::system_now_ms,
     pki::{Authority, KeyPair, PkiError, Purpose, Validity, request::RequestedKey},
-    tls::{RestoredCheck, TlsConfig},
+    tls::{Refusal, RestoredCheck, TlsConfig},
 };
 
 /// The authority at work.
@@ -138,31 +138,30 @@ impl Registrar {
     }
 }
 
-/// Signs for a device that renews over its own connection, which has shown `chain`, if that still holds: whoever was
-/// revoked or has expired meanwhile needs an invitation.
+/// Signs for devices that renew over their own connections.
 #[derive(Clone, Debug)]
 pub struct Renewals {
     registrar: Option<Arc<Registrar>>,
-    check: RestoredCheck,
 }
 
 impl Renewals {
     /// By this registrar, if the gateway has one.
     #[must_use]
-    pub fn new(registrar: Option<Arc<Registrar>>, check: RestoredCheck) -> Self {
-        Self { registrar, check }
+    pub fn new(registrar: Option<Arc<Registrar>>) -> Self {
+        Self { registrar }
     }
 
-    /// The answer to a request.
+    /// The answer to a request. `holds` is what a check says now of the certificate that the connection was made with:
+    /// whoever was revoked or has expired meanwhile needs an invitation.
     #[must_use]
     pub fn renew(
         &self,
         device: DeviceId,
-        chain: &[CertificateDer<'_>],
+        holds: Result<(), Refusal>,
         request: &[u8],
         now_ms: u64,
     ) -> EnrollResponse {
-        let (Some(registrar), Ok(())) = (&self.registrar, self.check.check(chain)) else {
+        let (Some(registrar), Ok(())) = (&self.registrar, holds) else {
             return refused(Code::NotOffered, 0);
         };
         match RequestedKey::read(request) {
@@ -236,10 +235,7 @@ mod tests {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyUsagePurpose};
 
     use super::*;
-    use crate::{
-        metrics::Metrics,
-        tls::{Refusal, device_tls},
-    };
+    use crate::{metrics::Metrics, tls::TlsFiles};
 
     fn params(constraint: BasicConstraints, name: &str) -> CertificateParams {
         let mut params = CertificateParams::default();
@@ -283,7 +279,11 @@ mod tests {
             ca_key: Some(file("devices.key", key.serialize_pem())),
             ..EnrolmentConfig::default()
         };
-        let check = device_tls(&tls, &Metrics::new()).unwrap().check;
+        let check = TlsFiles::load(&tls, &Metrics::new())
+            .unwrap()
+            .1
+            .devices
+            .check;
         Registrar::open(&config, &tls, &check).map(Option::unwrap)
     }
 

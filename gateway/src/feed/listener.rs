@@ -24,7 +24,7 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -34,7 +34,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-use crate::{admission::network, metrics::Metrics, tls::Refusal};
+use crate::{
+    admission::network,
+    metrics::Metrics,
+    revocation::CertificateId,
+    tls::{Refusal, certificate_ids},
+};
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
@@ -42,6 +47,8 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     /// Its certificates, its own first: signed by a known authority and within their time.
     pub(crate) chain: Arc<[CertificateDer<'static>]>,
+    /// The same, as revocation lists name them.
+    pub(super) certificates: Arc<[CertificateId]>,
 }
 
 /// A connection that counts as long as it is open.
@@ -55,7 +62,8 @@ pub(super) struct Connection {
 /// Accepts connections and their TLS.
 pub(super) struct Door {
     pub(super) listener: TcpListener,
-    pub(super) tls: Arc<rustls::ServerConfig>,
+    /// Another when certificate files have changed; open connections stay as they are.
+    pub(super) tls: watch::Receiver<Arc<rustls::ServerConfig>>,
     /// Places for connections that have shown their certificate.
     pub(super) room: Arc<Semaphore>,
     pub(super) metrics: Metrics,
@@ -79,7 +87,6 @@ impl Door {
 
     /// Until nobody takes the connections any more.
     async fn attend(self, admitted: mpsc::Sender<io::Result<Connection>>) {
-        let acceptor = TlsAcceptor::from(Arc::clone(&self.tls));
         let mut places = Places::default();
         let mut handshakes = JoinSet::new();
         loop {
@@ -87,7 +94,8 @@ impl Door {
                 accepted = self.listener.accept() => match accepted {
                     Ok((stream, address)) if places.take(address.ip()) => {
                         let patience = places.patience();
-                        handshakes.spawn(shake_hands(acceptor.clone(), stream, address, patience));
+                        let acceptor = TlsAcceptor::from(Arc::clone(&self.tls.borrow()));
+                        handshakes.spawn(shake_hands(acceptor, stream, address, patience));
                     }
                     Ok(_) => self.refused("overloaded"),
                     Err(error) => {
@@ -126,6 +134,7 @@ impl Door {
         let peer = Peer {
             address,
             chain: chain.into(),
+            certificates: certificate_ids(chain),
         };
         Some(Connection {
             stream,

@@ -6,6 +6,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -24,17 +25,22 @@ use super::{
     message::Message,
     notices::{self, Notices},
     rpc,
-    token::Tokens,
+    token::{Scope, Tokens},
     watcher::Watcher,
     wire::{self, Selector},
 };
 use crate::{
+    audit::{
+        Audit, Repeats,
+        chain::{Deed, What, Who, Whose},
+    },
     clock::Clock,
     deadlines::Checker,
     freshness::Freshness,
     metrics::Metrics,
     orders::{OrderError, OrderHandle},
-    tls,
+    revocation::{CertificateId, Revocations},
+    tls::{self, Refusal},
 };
 
 #[derive(Debug)]
@@ -44,6 +50,10 @@ pub(super) struct Service {
     pub(super) freshness: Arc<Freshness>,
     pub(super) notices: Notices,
     pub(super) order: OrderHandle,
+    pub(super) audit: Audit,
+    /// Who has begun to watch whom within the last hour.
+    pub(super) watched: Mutex<Repeats>,
+    pub(super) revocations: Arc<Revocations>,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) checkers: BTreeSet<String>,
@@ -157,6 +167,7 @@ impl rpc::freshness_server::Freshness for Service {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let checker = self.admit(&request)?;
+        let certificates = certificates_of(&request);
         let request = request.get_ref();
         let selector = Selector::new(request)?;
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
@@ -168,13 +179,17 @@ impl rpc::freshness_server::Freshness for Service {
         // One message waits while another is on its way; the next is not even made before there is
         // room, so that it holds what is newest then.
         let (messages, stream) = mpsc::channel(1);
+        let scope = selector.scope(&checker);
+        self.record_watch(&checker, &selector, scope);
         let watcher = Watcher {
-            scope: selector.scope(&checker),
+            scope,
             selector,
             tokens: self.tokens.clone(),
             freshness: Arc::clone(&self.freshness),
             notices: self.notices.clone(),
             checker: Checker::named(&checker),
+            certificates,
+            revocations: Arc::clone(&self.revocations),
             clock: self.clock.clone(),
             metrics: self.metrics.clone(),
             progress_interval: self.progress_interval,
@@ -205,12 +220,35 @@ impl Service {
         }
     }
 
+    /// Has it recorded that a checker watches. It is not waited for: a disk that hangs is just what checkers have to
+    /// be told.
+    fn record_watch(&self, checker: &str, selector: &Selector, scope: Scope) {
+        let at_ms = self.clock.now_ms();
+        if self.watched.lock().is_news(scope.0, at_ms) {
+            self.audit.tell(Deed {
+                at_ms,
+                who: Who::Checker(checker.to_owned()),
+                what: What::WatchStarted,
+                whose: match selector.users() {
+                    [] => Whose::Everybody,
+                    users => Whose::of(users),
+                },
+            });
+        }
+    }
+
     /// The name of the checker that calls, if it may.
     fn admit<T>(&self, request: &Request<T>) -> Result<String, Status> {
         let peer = request.extensions().get::<Peer>();
         let chain = peer.map_or_else(Default::default, |peer| &*peer.chain);
         let address = peer.map(|peer| peer.address);
-        let checker = tls::checker_of(chain, &self.trust_domain).map_err(|refusal| {
+        let checker = if self.revocations.lists(&certificates_of(request)) {
+            // When its connection began it was not.
+            Err(Refusal::Revoked)
+        } else {
+            tls::checker_of(chain, &self.trust_domain)
+        };
+        let checker = checker.map_err(|refusal| {
             self.metrics
                 .freshness
                 .refused
@@ -234,4 +272,9 @@ impl Service {
         }
         Ok(checker)
     }
+}
+
+fn certificates_of<T>(request: &Request<T>) -> Arc<[CertificateId]> {
+    let peer = request.extensions().get::<Peer>();
+    peer.map_or_else(Default::default, |peer| Arc::clone(&peer.certificates))
 }

@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, thread};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+use rustc_hash::FxHashMap;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status, Streaming, transport::Channel};
 use waypost_proto::{
@@ -20,11 +21,17 @@ use bytes::Bytes;
 use crate::{
     bulletin::News,
     clock::system_now_ms,
+    commit::{CommitConfig, CommitParts, Committer},
     coverage::{Reason, Span},
     deadlines::{self, Checker, Event, Late, Registration, Setting},
+    enrol::invitations::Invitations,
+    erase,
     orders::{self, Order, Orders},
+    revocation::Revocations,
+    sharing::Holders,
     store::{Batch, StoreConfig},
     tls::{TlsConfig, freshness_server_config},
+    vigil::{Vigil, VigilParts},
 };
 
 use waypost_checker::{Config, connect, rpc::freshness_client::FreshnessClient};
@@ -112,6 +119,7 @@ impl Harness {
         let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
         let store = Arc::new(store);
         let (order, orders) = orders::queue();
+        let revocations = Arc::<Revocations>::default();
         let metrics = Metrics::new();
         let parts = FeedParts {
             trust_domain: TRUST_DOMAIN.to_owned(),
@@ -120,13 +128,15 @@ impl Harness {
             store: Arc::downgrade(&store),
             order,
             inviter: None,
+            revocations: Arc::clone(&revocations),
             incarnation: INCARNATION,
             token_key: [9; 32],
             clock: Clock::starting_at(0),
             readiness: Readiness::starting(),
+            audit: Audit::start(files.path(), 0, &metrics).unwrap().0,
             metrics: metrics.clone(),
         };
-        let feed = Feed::bind(&config, tls, parts).unwrap();
+        let feed = Feed::bind(&config, watch::channel(tls).1, parts).unwrap();
         let address = format!("https://{}", feed.local_addr());
         let cancel = CancellationToken::new();
         let running = tokio::spawn(feed.run(cancel.clone()));
@@ -202,7 +212,27 @@ impl Harness {
     }
 
     /// Calls users of a checker late, or lets them recover.
+    async fn next_order(
+        &mut self,
+    ) -> (orders::SetDeadlines, orders::Reply<u64, deadlines::TooMany>) {
+        match self.orders.next().await {
+            Order::SetDeadlines(order, reply) => (order, reply),
+            other => panic!("no checker has ordered {other:?}"),
+        }
+    }
+
     fn say_late(&self, position: u64, checker: &str, users: &[u8], kind: deadlines::Kind) {
+        self.say_late_at(position + 1, position, checker, users, kind);
+    }
+
+    fn say_late_at(
+        &self,
+        at_ms: u64,
+        position: u64,
+        checker: &str,
+        users: &[u8],
+        kind: deadlines::Kind,
+    ) {
         let mut changes = Vec::new();
         for &n in users {
             let event = Event {
@@ -210,7 +240,7 @@ impl Harness {
                 user: user(n),
                 kind,
                 position,
-                at_ms: position + 1,
+                at_ms,
                 last_contact_ms: 2,
                 due_ms: 3,
             };
@@ -535,6 +565,107 @@ async fn a_token_of_before_what_was_dropped_begins_again_for_its_checker_only() 
     assert_eq!(told, [Kind::Entry(entry(1, 1)), late(1, 2)]);
 }
 
+/// The committer deletes them at the day's end, on a clock that is set.
+#[tokio::test]
+async fn events_whose_retention_is_over_go_when_the_day_ends_and_tokens_from_before_them_are_reset()
+{
+    use deadlines::Kind::{Late, Recovered};
+    const DAY_MS: u64 = 24 * 3_600_000;
+    let harness = Harness::start();
+    // Ahead of the system's clock, so that it stands still.
+    let noon_ms = (system_now_ms() / DAY_MS + 1_000) * DAY_MS + DAY_MS / 2;
+    harness.publish(1, &[1]);
+    let (_, before) = harness.watch(&Bytes::new()).await.all_until(1).await;
+    harness.say_late_at(noon_ms, 2, "ops", &[1], Late);
+    let (_, after_late) = harness.watch(&before).await.all_until(2).await;
+    harness.say_late_at(noon_ms + DAY_MS, 3, "ops", &[1], Recovered);
+    harness.say_late_at(noon_ms + DAY_MS, 4, "night", &[1], Late);
+
+    let clock = Clock::starting_at(noon_ms + DAY_MS);
+    let retention = Duration::from_secs(2 * 24 * 3_600);
+    let (handle, committer) = Committer::new(
+        &CommitConfig::default(),
+        CommitParts {
+            invitations: Invitations::default(),
+            store: Arc::clone(&harness.store),
+            freshness: Arc::clone(&harness.freshness),
+            metrics: harness.metrics.clone(),
+            clock: clock.clone(),
+            devices: FxHashMap::default(),
+            position: 4,
+            retention,
+            vigil: Vigil::new(VigilParts {
+                bulletin: Arc::clone(&harness.bulletin),
+                deadlines: Vec::new(),
+                max_deadlines: 0,
+                start: None,
+                metrics: harness.metrics.clone(),
+            }),
+            holders: Holders::default(),
+            revocations: Arc::default(),
+            orders: orders::queue().1,
+            erase: erase::queue().0,
+            audit: Audit::nowhere(&harness.metrics),
+            turned_away: Arc::default(),
+        },
+    );
+    let ended = committer.spawn().unwrap();
+    let resolved_to = async |moment_ms| {
+        until(|| moment_ms <= harness.freshness.head().resolved_ms + 1).await;
+        harness.freshness.head().position
+    };
+    // That the clock was set is told as well, and is not what this is about.
+    let told = async |token: &Bytes, head| {
+        let mut watching = harness.watch(token).await;
+        let started_at = watching.header().await.position;
+        let (mut told, _) = watching.all_until(head).await;
+        told.retain(|kind| !matches!(kind, Kind::Coverage(_)));
+        (started_at, told)
+    };
+    let event = |kind, position, at_ms| match deadline_event(1, position, kind) {
+        Kind::Deadline(event) => Kind::Deadline(Deadline { at_ms, ..event }),
+        other => other,
+    };
+    let late = event(deadline::Kind::Late, 2, noon_ms);
+    let recovered = event(deadline::Kind::Recovered, 3, noon_ms + DAY_MS);
+    // Kept for two days at least.
+    for kept_ms in [noon_ms + DAY_MS, noon_ms + DAY_MS + DAY_MS / 4] {
+        clock.leap_to(kept_ms);
+        let head = resolved_to(kept_ms).await;
+        let all = vec![late.clone(), recovered.clone()];
+        assert_eq!(told(&before, head).await, (1, all));
+    }
+    clock.leap_to(noon_ms + 2 * DAY_MS + 1);
+    let head = resolved_to(noon_ms + 2 * DAY_MS + 1).await;
+    let (started_at, again) = told(&before, head).await;
+    assert_eq!(
+        (started_at, &again[1..]),
+        (0, &[Kind::Entry(entry(1, 1))][..])
+    );
+    match again[0] {
+        Kind::Reset(reset) => assert_eq!(reset.reason(), reset::Reason::MarkersGone),
+        ref other => panic!("not a reset: {other:?}"),
+    }
+    assert_eq!(told(&after_late, head).await, (2, vec![recovered]));
+    assert_eq!(harness.bulletin.forgotten(Checker::named("night")), 0);
+    let events_of = |checker| {
+        let events = harness
+            .store
+            .events_of(Checker::named(checker), 0..u64::MAX, 9);
+        events
+            .unwrap()
+            .iter()
+            .map(|event| event.position)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!((events_of("ops"), events_of("night")), (vec![3], vec![4]));
+    // A later process knows it as well.
+    let kept = harness.store.load_deadlines().unwrap();
+    assert_eq!(kept.forgotten, [(Checker::named("ops"), 2)]);
+    drop(handle);
+    ended.await.unwrap().unwrap();
+}
+
 #[tokio::test]
 async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
     let mut harness = Harness::start();
@@ -559,9 +690,7 @@ async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
         let call = request(vec![asked(id(1), 60_000, 30_000), asked(id(2), 0, 5)]);
         async move { ops.set_deadlines(call).await }
     });
-    let Order::SetDeadlines(order, reply) = harness.orders.next().await else {
-        panic!("another order")
-    };
+    let (order, reply) = harness.next_order().await;
     assert_eq!(order.checker, Checker::named("ops"));
     let setting = Setting {
         expect_every_ms: 60_000,
@@ -575,10 +704,7 @@ async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
         async move { ops.set_deadlines(SetDeadlinesRequest::default()).await }
     });
     let too_many = deadlines::TooMany { most: 5 };
-    let Order::SetDeadlines(_, reply) = harness.orders.next().await else {
-        panic!("another order")
-    };
-    reply.answer(Err(too_many));
+    harness.next_order().await.1.answer(Err(too_many));
     let refused = calling.await.unwrap().unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
 

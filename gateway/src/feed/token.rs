@@ -18,7 +18,7 @@ const TOKEN_BYTES: usize = BODY_BYTES + 32;
 
 /// Whom a token was issued to, and for which selection: both in 16 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Scope([u8; 16]);
+pub(super) struct Scope(pub(super) [u8; 16]);
 
 /// Issues the tokens of one store and reads them back.
 #[derive(Clone, Debug)]

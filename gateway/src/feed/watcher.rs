@@ -38,6 +38,7 @@ use crate::{
     deadlines::Checker,
     freshness::{Commit, Freshness, Head, LastSeen, Reader, Step, Update},
     metrics::Metrics,
+    revocation::{CertificateId, Revocations},
 };
 
 /// A message is sent with this many entries, or fewer when the reader is level. Some 40 KB.
@@ -57,6 +58,9 @@ pub(super) struct Watcher {
     pub(super) freshness: Arc<Freshness>,
     pub(super) notices: Notices,
     pub(super) checker: Checker,
+    /// What it has shown.
+    pub(super) certificates: Arc<[CertificateId]>,
+    pub(super) revocations: Arc<Revocations>,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
     pub(super) progress_interval: Duration,
@@ -69,6 +73,7 @@ pub(super) struct Watcher {
 enum Ended {
     ReaderGone,
     ShuttingDown,
+    Revoked,
     Untold(NoticeError),
 }
 
@@ -111,6 +116,9 @@ impl Watcher {
             Ended::ShuttingDown => Some(Status::unavailable(
                 "the gateway is shutting down: come back with your token",
             )),
+            Ended::Revoked => Some(Status::permission_denied(
+                "the authority has revoked this checker's certificate",
+            )),
             Ended::Untold(error) => Some(error.into()),
         };
         if let Some(farewell) = farewell {
@@ -127,6 +135,10 @@ impl Watcher {
         let mut send_after = Instant::now();
         loop {
             self.wait(sleep_until(send_after)).await?;
+            // Each progress interval comes by here.
+            if self.revocations.lists(&self.certificates) {
+                return Err(Ended::Revoked);
+            }
             let mut room = self.room_to_go_on(&mut at).await?;
             // First the head, then what belongs to it: a commit in between is told of again.
             heads.mark_unchanged();

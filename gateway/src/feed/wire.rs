@@ -204,6 +204,7 @@ pub(super) fn state(sharing: Sharing) -> State {
     match sharing {
         Sharing::Active => State::Active,
         Sharing::Paused => State::Paused,
+        Sharing::Erased => State::Erased,
     }
 }
 

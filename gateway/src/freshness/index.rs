@@ -34,7 +34,7 @@ use super::{
     changes::{Change, Changes, Place},
     recent::{Commit, Recent},
 };
-use crate::sharing::{Pause, Sharing, Transition};
+use crate::sharing::{Sharing, Transition, Withheld};
 
 /// How many changes or users one [`Index::read`] looks at, and so how long it holds a lock and how many
 /// entries it hands out at most. Some tens of microseconds.
@@ -227,11 +227,11 @@ impl Index {
         }
     }
 
-    /// Puts the devices of a store in place, which come in any order, and who has paused.
+    /// Puts the devices of a store in place, which come in any order, and who does not share.
     pub(super) fn restore(
         &mut self,
         devices: impl Iterator<Item = (UserId, Clocks, u64)>,
-        paused: impl Iterator<Item = (UserId, Pause)>,
+        withheld: impl Iterator<Item = (UserId, Withheld)>,
         resolved_ms: u64,
     ) {
         for (user, clocks, position) in devices {
@@ -241,12 +241,13 @@ impl Index {
             seen.position = seen.position.max(position);
             self.head.position = self.head.position.max(position);
         }
-        for (user, pause) in paused {
+        for (user, withheld) in withheld {
             let at = self.place(user);
             let seen = &mut self.users[at as usize];
-            seen.sharing = Sharing::Paused;
+            seen.sharing = withheld.sharing;
             // Its devices may have changed since, which is nobody's business.
-            seen.position = pause.position;
+            seen.position = withheld.position;
+            self.head.position = self.head.position.max(withheld.position);
         }
         let mut places: Vec<Place> = (0..)
             .zip(&self.users)
@@ -284,7 +285,11 @@ impl Index {
         }
         for transition in transitions {
             let user = self.place(transition.user);
-            self.users[user as usize].sharing = transition.to;
+            let seen = &mut self.users[user as usize];
+            seen.sharing = transition.to;
+            if transition.to == Sharing::Erased {
+                seen.clocks = Clocks::default();
+            }
             changed.extend(self.change(user, position));
         }
         changed.sort_unstable_by_key(|change| change.at);

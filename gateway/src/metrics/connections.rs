@@ -85,7 +85,7 @@ pub const REFUSALS: [&str; 18] = [
 ];
 
 /// How a device's connection ended.
-pub const CLOSES: [&str; 20] = [
+pub const CLOSES: [&str; 21] = [
     "no_error",
     "bad_frame",
     "frame_too_large",
@@ -102,6 +102,7 @@ pub const CLOSES: [&str; 20] = [
     "shutting_down",
     "storage_failed",
     "not_reading",
+    "erased",
     "peer_closed",
     "locally_closed",
     "timed_out",

@@ -18,7 +18,7 @@ pub struct FreshnessMetrics {
     pub users: Gauge,
     /// Those of them who have paused.
     pub paused: Gauge,
-    /// Holders who paused and resumed, by what holds since, a label of [`SHARINGS`].
+    /// Holders who paused, resumed or erased everything, by what holds since, a label of [`SHARINGS`].
     pub transitions: ByLabel,
     /// Open Watch streams.
     pub watchers: Gauge,
@@ -50,7 +50,7 @@ impl FreshnessMetrics {
             ),
             transitions: by_label(
                 "waypost_freshness_transitions_total",
-                "Holders who paused and resumed, by what holds since.",
+                "Holders who paused, resumed or erased everything, by what holds since.",
                 "state",
                 &SHARINGS,
             ),
@@ -117,7 +117,7 @@ impl LagMetrics {
 pub const RESETS: [&str; 4] = ["other_store", "other_selector", "bad_token", "markers_gone"];
 
 /// Whether a holder shares; as `State` in `freshness.proto`.
-pub const SHARINGS: [&str; 2] = ["active", "paused"];
+pub const SHARINGS: [&str; 3] = ["active", "paused", "erased"];
 
 #[cfg(test)]
 mod tests {
@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn each_state_that_a_holder_can_choose_has_a_series_of_its_own() {
         assert_eq!(
-            [Sharing::Active, Sharing::Paused].map(Sharing::as_label),
+            [Sharing::Active, Sharing::Paused, Sharing::Erased].map(Sharing::as_label),
             SHARINGS
         );
     }

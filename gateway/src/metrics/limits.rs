@@ -51,7 +51,8 @@ impl LimitMetrics {
 }
 
 /// What can be too much: newcomers by [`crate::admission`], the rest by [`crate::allowance`].
-pub const LIMITS: [&str; 8] = [
+pub const LIMITS: [&str; 9] = [
+    "newcomers",
     "connections",
     "handshakes",
     "address_handshakes",

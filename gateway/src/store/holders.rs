@@ -1,24 +1,29 @@
-//! Who has paused, and each change of that, in the store: keys, values, and how they are read back.
+//! Who has paused or erased everything, and each change of that, in the store: keys, values, and how they are read back.
 //!
-//! Knows the layout of two families. Must not know when anybody may pause or who is told.
+//! Knows the layout of two families, and where in all families a user's rows are. Must not know when anybody may pause or
+//! erase, or who is told.
 //!
 //! # Families
 //!
-//! - `users`: `user` → what holds for all devices of a user. There is a row only while the holder has paused.
+//! - `users`: `user` → what holds for all devices of a user. There is a row while the holder has paused, and for ever
+//!   once everything was erased: it is the fence.
 //! - `transitions`: `position | number within the commit` → a transition; and under one zero byte, which is no such
 //!   key, the newest one that is no longer kept.
 
-use std::ops::Range;
+use std::{io, ops::Range};
 
 use prost::Message;
-use rocksdb::{Direction, IteratorMode};
+use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, FlushOptions, IteratorMode};
 use waypost_proto::id::UserId;
 
 use super::{
-    Batch, ReadError, Store, bad_key, bad_value, notices,
+    Batch, DEVICES, ReadError, Store, bad_key, bad_value, keys, notices,
     record::{self, RecordError},
 };
-use crate::sharing::{Pause, Sharing, Transition};
+use crate::{
+    erase::{Counts, Erasure},
+    sharing::{Sharing, Transition, Withheld},
+};
 
 pub(super) const USERS: &str = "users";
 pub(super) const TRANSITIONS: &str = "transitions";
@@ -33,13 +38,34 @@ struct UserRow {
     paused_position: u64,
     #[prost(uint64, tag = "2")]
     paused_since_ms: u64,
+    /// 0 as long as nothing was erased; then the pause is 0.
+    #[prost(uint64, tag = "3")]
+    erased_position: u64,
+    #[prost(uint64, tag = "4")]
+    erased_since_ms: u64,
+    /// Missing until it was counted what there is to remove.
+    #[prost(message, optional, tag = "5")]
+    counts: Option<CountsRow>,
+    /// 0 until nothing was left.
+    #[prost(uint64, tag = "6")]
+    finished_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct CountsRow {
+    #[prost(uint64, tag = "1")]
+    devices: u64,
+    #[prost(uint64, tag = "2")]
+    pings: u64,
+    #[prost(uint64, tag = "3")]
+    events: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
 struct TransitionRow {
     #[prost(bytes = "vec", tag = "1")]
     user: Vec<u8>,
-    /// 1 is active, 2 is paused; as `State` in `freshness.proto`.
+    /// 1 is active, 2 is paused, 3 is erased; as `State` in `freshness.proto`.
     #[prost(uint32, tag = "2")]
     to: u32,
     #[prost(uint64, tag = "3")]
@@ -52,11 +78,13 @@ struct ForgottenRow {
     position: u64,
 }
 
-/// Who has paused, as a store has it.
+/// Who does not share, as a store has it.
 #[derive(Debug, Default)]
 pub struct KeptHolders {
-    /// Those who have.
-    pub paused: Vec<(UserId, Pause)>,
+    /// Those who have paused or erased everything.
+    pub withheld: Vec<(UserId, Withheld)>,
+    /// How far each erasure has come.
+    pub erasures: Vec<(UserId, Erasure)>,
     /// The newest transition that is no longer kept; 0 for none.
     pub forgotten: u64,
 }
@@ -70,21 +98,55 @@ impl Batch {
                     let row = UserRow {
                         paused_position: transition.position,
                         paused_since_ms: transition.at_ms,
+                        ..UserRow::default()
                     };
                     self.put(USERS, &transition.user.0, &row);
                 }
                 Sharing::Active => self.delete(USERS, &transition.user.0),
+                Sharing::Erased => {
+                    let erasure = Erasure::begun(transition.position, transition.at_ms);
+                    self.put_erasure(transition.user, &erasure);
+                }
             }
             let row = TransitionRow {
                 user: transition.user.0.to_vec(),
                 to: match transition.to {
                     Sharing::Active => 1,
                     Sharing::Paused => 2,
+                    Sharing::Erased => 3,
                 },
                 at_ms: transition.at_ms,
             };
             let key = transition_key(transition.position, transition.number);
             self.put(TRANSITIONS, &key, &row);
+        }
+    }
+
+    /// Notes how far an erasure has come.
+    pub fn put_erasure(&mut self, user: UserId, erasure: &Erasure) {
+        let row = UserRow {
+            erased_position: erasure.position,
+            erased_since_ms: erasure.fenced_ms,
+            counts: erasure.counts.map(|counts| CountsRow {
+                devices: counts.devices,
+                pings: counts.pings,
+                events: counts.events,
+            }),
+            finished_ms: erasure.finished_ms.unwrap_or_default(),
+            ..UserRow::default()
+        };
+        self.put(USERS, &user.0, &row);
+    }
+
+    /// Deletes a user's devices and pings, and these events of the user.
+    pub fn delete_user(&mut self, user: UserId, days: &[keys::Day], events: &UserEvents) {
+        let (first, end) = keys::user_range(user);
+        self.delete_range_of(super::Family::Devices, &first..&end);
+        for &day in days {
+            self.delete_range_of(super::Family::Day(day), &first..&end);
+        }
+        for (family, key) in &events.0 {
+            self.delete(family, key);
         }
     }
 
@@ -113,13 +175,10 @@ impl Store {
         for row in self.scan(&self.family(USERS), None) {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(USERS, &key))?;
-            let row: UserRow =
-                record::decode_row(&value).map_err(|source| bad_value(USERS, &key, source))?;
-            let pause = Pause {
-                position: row.paused_position,
-                since_ms: row.paused_since_ms,
-            };
-            kept.paused.push((UserId(user), pause));
+            let (withheld, erasure) = withheld(&key, &value)?;
+            kept.withheld.push((UserId(user), withheld));
+            kept.erasures
+                .extend(erasure.map(|erasure| (UserId(user), erasure)));
         }
         let family = self.family(TRANSITIONS);
         let forgotten = self
@@ -173,6 +232,88 @@ impl Store {
         }
     }
 
+    /// How much there is of a user: devices and pings.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn count_user(&self, user: UserId) -> Result<Counts, ReadError> {
+        let mut counts = Counts::default();
+        for device in self.devices_of(user) {
+            device?;
+            counts.devices += 1;
+        }
+        for row in self.rows_of(user) {
+            counts.pings += row?.record.pings.len() as u64;
+        }
+        Ok(counts)
+    }
+
+    /// The events that checkers were told of a user, but for the one that says that everything was erased. Looks at the
+    /// events of all users.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn events_of_user(&self, user: UserId) -> Result<UserEvents, ReadError> {
+        let mut events = UserEvents(Vec::new());
+        for row in self.scan(&self.family(notices::EVENTS), None) {
+            let (key, _) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            if key.ends_with(&user.0) {
+                events.0.push((notices::EVENTS, key.into()));
+            }
+        }
+        for transition in self.transitions_from(0) {
+            let transition = transition?;
+            if transition.user == user && transition.to != Sharing::Erased {
+                let key = transition_key(transition.position, transition.number);
+                events.0.push((TRANSITIONS, key.into()));
+            }
+        }
+        Ok(events)
+    }
+
+    /// Makes what was deleted of a user go from the files as well: all that is in memory is written to tables, so that
+    /// the log is not needed any more, the tables in which rows of the user could be are written anew, and copies of the
+    /// log from before a recovery are removed.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn purge_user(&self, user: UserId) -> io::Result<()> {
+        let failed = |error: rocksdb::Error| io::Error::other(error.into_string());
+        let mut families: Vec<_> = super::PERMANENT.map(|name| self.family(name)).into();
+        let days = self.days().into_iter();
+        let days = days.filter_map(|day| self.db.cf_handle(&day.family_name()));
+        let first_day = families.len();
+        families.extend(days);
+        let all: Vec<_> = families.iter().collect();
+        let mut options = FlushOptions::default();
+        options.set_wait(true);
+        self.db.flush_cfs_opt(&all, &options).map_err(failed)?;
+
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        let (first, end) = keys::user_range(user);
+        for family in [&self.family(DEVICES)]
+            .into_iter()
+            .chain(&families[first_day..])
+        {
+            self.db
+                .compact_range_cf_opt(family, Some(&first), Some(&end), &options);
+        }
+        for name in [USERS, TRANSITIONS, notices::DEADLINES, notices::EVENTS] {
+            let everything = None::<&[u8]>;
+            self.db
+                .compact_range_cf_opt(&self.family(name), everything, everything, &options);
+        }
+        self.folder
+            .drop_recoveries_before(keys::Day::of_ms(u64::MAX))
+    }
+
+    /// Has what [`Self::purge_user`] does end soon, undone. Nothing is compacted any more until the store is opened
+    /// again.
+    pub fn stop_compactions(&self) {
+        self.db.cancel_all_background_work(false);
+    }
+
     fn transitions_from(
         &self,
         position: u64,
@@ -180,11 +321,69 @@ impl Store {
         let key = transition_key(position, 0);
         let mode = IteratorMode::From(&key, Direction::Forward);
         let rows = self.db.iterator_cf(&self.family(TRANSITIONS), mode);
-        rows.filter(|row| row.as_ref().map_or(true, |(key, _)| **key != FORGOTTEN_KEY))
-            .map(|row| {
-                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-                transition(&key, &value)
-            })
+        rows.map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            transition_row(&key, &value)
+        })
+        .filter_map(Result::transpose)
+    }
+}
+
+/// Reads a row of users: how the user does not share, and how far its erasure has come, if there is one.
+pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Erasure>), ReadError> {
+    let row: UserRow = record::decode_row(value).map_err(|source| bad_value(USERS, key, source))?;
+    if row.erased_position == 0 {
+        let paused = Withheld {
+            sharing: Sharing::Paused,
+            position: row.paused_position,
+            since_ms: row.paused_since_ms,
+        };
+        return Ok((paused, None));
+    }
+    let erased = Withheld {
+        sharing: Sharing::Erased,
+        position: row.erased_position,
+        since_ms: row.erased_since_ms,
+    };
+    Ok((erased, Some(erasure(&row))))
+}
+
+/// Reads a row of transitions; none for the one that says what is no longer kept.
+pub(super) fn transition_row(key: &[u8], value: &[u8]) -> Result<Option<Transition>, ReadError> {
+    if *key == FORGOTTEN_KEY {
+        return Ok(None);
+    }
+    transition(key, value).map(Some)
+}
+
+/// The keys of the events of one user.
+#[derive(Debug, PartialEq, Eq)]
+pub struct UserEvents(Vec<(&'static str, Vec<u8>)>);
+
+impl UserEvents {
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+fn erasure(row: &UserRow) -> Erasure {
+    Erasure {
+        position: row.erased_position,
+        fenced_ms: row.erased_since_ms,
+        counts: row.counts.as_ref().map(|counts| Counts {
+            devices: counts.devices,
+            pings: counts.pings,
+            events: counts.events,
+        }),
+        finished_ms: (row.finished_ms != 0).then_some(row.finished_ms),
     }
 }
 
@@ -209,6 +408,7 @@ fn transition(key: &[u8], value: &[u8]) -> Result<Transition, ReadError> {
     let to = match row.to {
         1 => Sharing::Active,
         2 => Sharing::Paused,
+        3 => Sharing::Erased,
         _ => return Err(bad_value(RecordError::Malformed)),
     };
     Ok(Transition {
@@ -273,12 +473,13 @@ mod tests {
         drop(store);
         let store = open(folder.path());
         let kept = store.load_holders().unwrap();
-        let pause = Pause {
+        let withheld = Withheld {
+            sharing: Paused,
             position: 4,
             since_ms: NOON_MS + 40,
         };
-        assert_eq!(kept.paused, [(UserId([1; 16]), pause)]);
-        assert_eq!(kept.forgotten, 0);
+        assert_eq!(kept.withheld, [(UserId([1; 16]), withheld)]);
+        assert_eq!((kept.erasures.len(), kept.forgotten), (0, 0));
         let read = |positions, limit| store.transitions(positions, limit).unwrap();
         assert_eq!(read(0..u64::MAX, 100), all);
         assert_eq!(read(4..9, 1), second, "a commit as a whole");
@@ -304,7 +505,7 @@ mod tests {
         drop(store);
         let store = open(folder.path());
         let kept = store.load_holders().unwrap();
-        assert_eq!((kept.paused.len(), kept.forgotten), (1, 47));
+        assert_eq!((kept.withheld.len(), kept.forgotten), (1, 47));
         let left = store.transitions(0..u64::MAX, usize::MAX).unwrap();
         assert_eq!((left[0].position, left.len()), (50, 17));
     }

@@ -106,6 +106,17 @@ impl PingKey {
     }
 }
 
+/// Where the rows of a user begin in the families whose keys begin with the user, and the first key after them.
+pub(super) fn user_range(user: UserId) -> (Vec<u8>, Vec<u8>) {
+    let next = u128::from_be_bytes(user.0).checked_add(1);
+    let end = match next {
+        Some(next) => next.to_be_bytes().to_vec(),
+        // Of the last user there is: longer than every key, and no key is greater.
+        None => vec![0xff; PING_KEY_BYTES + 1],
+    };
+    (user.0.to_vec(), end)
+}
+
 pub(super) fn device_key(id: &DeviceId) -> [u8; DEVICE_KEY_BYTES] {
     let mut bytes = [0; DEVICE_KEY_BYTES];
     let (user, device) = bytes.split_at_mut(id.user.0.len());
@@ -202,6 +213,15 @@ mod tests {
         fn keys_round_trip(key in key()) {
             prop_assert_eq!(PingKey::from_bytes(&key.to_bytes()), Some(key));
             prop_assert_eq!(device_of_key(&device_key(&key.device)), Some(key.device));
+        }
+
+        #[test]
+        fn the_rows_of_a_user_and_no_others_are_in_its_range(a in key(), b in key()) {
+            let (first, end) = user_range(a.device.user);
+            let is_within = |key: &[u8]| first.as_slice() <= key && key < end.as_slice();
+            let is_same = a.device.user == b.device.user;
+            prop_assert_eq!(is_within(&b.to_bytes()), is_same);
+            prop_assert_eq!(is_within(&device_key(&b.device)), is_same);
         }
 
         #[test]

@@ -12,7 +12,9 @@ use waypost_proto::{
     v1,
 };
 
-/// The first byte of every value; a later format takes another.
+use crate::seal::Unopened;
+
+/// The first byte of every value; a later format takes another, and so does a sealed value.
 const FORMAT: u8 = 1;
 
 /// A row of pings, decoded.
@@ -44,6 +46,9 @@ pub enum RecordError {
     /// The columns of a row of pings do not give valid pings.
     #[error("the columns of the pings cannot be read")]
     BadPings,
+    /// It does not open with its user's key.
+    #[error(transparent)]
+    Unopened(#[from] Unopened),
 }
 
 /// What stands before the columns of a row of pings.

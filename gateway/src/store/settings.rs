@@ -11,6 +11,7 @@ use rocksdb::{
 use serde::{Deserialize, Serialize};
 
 use super::keys::Day;
+use crate::seal::master::SealingConfig;
 
 /// The store's part of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
@@ -38,6 +39,8 @@ pub struct StoreConfig {
     pub free_space_floor_mib: u32,
     /// Threads for flushes and compactions. 2: one of each, which leaves the other cores to devices.
     pub background_threads: NonZeroU32,
+    /// The key that all users' keys are wrapped with.
+    pub sealing: SealingConfig,
 }
 
 impl Default for StoreConfig {
@@ -52,6 +55,7 @@ impl Default for StoreConfig {
             wal_mib: const { number(512) },
             free_space_floor_mib: 2_048,
             background_threads: const { number(2) },
+            sealing: SealingConfig::default(),
         }
     }
 }

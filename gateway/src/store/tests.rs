@@ -210,6 +210,17 @@ fn the_last_position_outlives_the_record_that_had_it() {
 }
 
 #[test]
+fn a_position_is_kept_also_when_nothing_else_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let mut batch = store.batch();
+    batch.put_position(5);
+    store.commit(batch).unwrap();
+    drop(store);
+    assert_eq!(open(&folder).load_devices().unwrap().1.position, 5);
+}
+
+#[test]
 fn rows_come_by_day_user_device_epoch_and_sequence_number() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(&folder);
@@ -690,4 +701,253 @@ fn commits_go_on_with_the_least_memory_that_can_be_configured() {
     is_done.recv_timeout(patience).expect("all commits end");
     let store = Store::open_read_only(folder.path()).unwrap();
     assert_eq!(rows(&store).len() as u64, COMMITS);
+}
+
+/// All bytes of all files of a folder and those in it.
+fn all_bytes(folder: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            bytes.extend(all_bytes(&path));
+        } else {
+            bytes.extend(fs::read(path).unwrap());
+        }
+    }
+    bytes
+}
+
+fn has(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+/// The key and the value of each row of a day, as RocksDB has them.
+fn raw_rows(store: &Store, day: Day) -> Vec<[Box<[u8]>; 2]> {
+    let family = store.db.cf_handle(&day.family_name()).unwrap();
+    let rows = store.db.iterator_cf(&family, IteratorMode::Start);
+    rows.map(Result::unwrap).map(<[_; 2]>::from).collect()
+}
+
+fn put_raw(store: &Store, day: Day, key: &[u8], value: &[u8]) {
+    let family = store.db.cf_handle(&day.family_name()).unwrap();
+    store.db.put_cf(&family, key, value).unwrap();
+}
+
+fn files_of_keys(folder: &TempDir) -> Vec<PathBuf> {
+    let files = fs::read_dir(folder.path().join("keys"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    files
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "keys")
+        })
+        .collect()
+}
+
+#[test]
+fn no_stored_ping_can_be_seen_in_any_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    // A course that no part of looks like anything else.
+    let mut course = pings(1, 40);
+    for (at, ping) in (1_i32..).zip(&mut course) {
+        ping.latitude_e7 += at.wrapping_mul(0x1234_5677) % 1_000_000;
+        ping.longitude_e7 += at.wrapping_mul(0x0765_4321) % 1_000_000;
+    }
+    let columns = batch::encode(1, &course).encode_to_vec();
+    let is_telling = |part: &&[u8]| BTreeSet::from_iter(*part).len() == 8;
+    let telling: Vec<_> = columns.windows(8).filter(is_telling).collect();
+    assert!(10 < telling.len(), "{}", telling.len());
+    let flush = || {
+        let family = store.db.cf_handle(&today.family_name()).unwrap();
+        store.db.flush_cf(&family).unwrap();
+    };
+    commit(&store, 1, today, device(1, 7), &course).unwrap();
+    assert_eq!(rows(&store)[0].record.pings, course);
+    let in_log = all_bytes(folder.path());
+    flush();
+    let in_table = all_bytes(folder.path());
+    for bytes in [&in_log, &in_table] {
+        assert!(telling.iter().all(|part| !has(bytes, part)));
+    }
+    // The negative control: a row as they were before they were sealed.
+    let key = PingKey {
+        device: device(1, 7),
+        epoch: 2,
+        first_seq: 1,
+    };
+    let value = record::encode_pings(NOW_MS, 2, &columns);
+    put_raw(&store, today, &key.to_bytes(), &value);
+    assert!(has(&all_bytes(folder.path()), telling[0]));
+    flush();
+    assert!(has(&all_bytes(folder.path()), telling[0]));
+}
+
+#[test]
+fn rows_from_before_sealing_are_read_beside_sealed_ones() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    let old = PingKey {
+        device: device(1, 7),
+        epoch: 1,
+        first_seq: 1,
+    };
+    let columns = batch::encode(1, &pings(1, 3)).encode_to_vec();
+    let value = record::encode_pings(NOW_MS, 1, &columns);
+    put_raw(&store, today, &old.to_bytes(), &value);
+    commit(&store, 2, today, device(1, 7), &pings(4, 2)).unwrap();
+    let formats: Vec<_> = raw_rows(&store, today)
+        .iter()
+        .map(|[_, value]| value[0])
+        .collect();
+    assert_eq!(formats, [1, 2]);
+    let found: Vec<_> = rows(&store)
+        .into_iter()
+        .map(|row| row.record.pings)
+        .collect();
+    assert_eq!(found, [pings(1, 3), pings(4, 2)]);
+}
+
+#[test]
+fn a_sealed_row_that_was_changed_or_moved_is_said_to_be_damaged() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    store.open_day(today.next()).unwrap();
+    commit(&store, 1, today, device(1, 7), &pings(1, 1)).unwrap();
+    commit(&store, 2, today, device(2, 7), &pings(1, 1)).unwrap();
+    let [[key, value], [others, _]] = &raw_rows(&store, today)[..] else {
+        panic!("two rows");
+    };
+    let damaged = |user: u8| {
+        let mut rows = store.rows_of(UserId([user; 16]));
+        rows.any(|row| matches!(row, Err(ReadError::Value { .. })))
+    };
+    assert!(!damaged(1) && !damaged(2));
+    for at in 0..value.len() {
+        let mut changed = value.clone();
+        changed[at] ^= 0x10;
+        put_raw(&store, today, key, &changed);
+        assert!(damaged(1), "byte {at}");
+    }
+    put_raw(&store, today, key, value);
+    assert!(!damaged(1));
+    put_raw(&store, today, others, value);
+    assert!(damaged(2), "under another user's key");
+    put_raw(&store, today.next(), key, value);
+    assert!(damaged(1), "on another day");
+}
+
+#[test]
+fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    for user in 1..=3 {
+        commit(&store, user.into(), today, device(user, 7), &pings(1, 2)).unwrap();
+    }
+    // As a backup of the store has it.
+    let backup = killed(&folder);
+    fs::remove_dir_all(backup.path().join("keys")).unwrap();
+    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(true));
+    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(false));
+    let left = killed(&folder);
+    fs::create_dir(backup.path().join("keys")).unwrap();
+    for file in files_of_keys(&left) {
+        let name = file.file_name().unwrap();
+        fs::copy(&file, backup.path().join("keys").join(name)).unwrap();
+    }
+    for store in [&store, &open(&left), &open(&backup)] {
+        for user in [1, 3] {
+            let mut rows = store.rows_of(UserId([user; 16]));
+            assert_eq!(rows.next().unwrap().unwrap().record.pings, pings(1, 2));
+        }
+        let mut rows = store.rows_of(UserId([2; 16]));
+        let row = rows.next().unwrap();
+        assert!(matches!(row, Err(ReadError::Sealed { .. })), "{row:?}");
+    }
+    commit(&store, 4, today, device(2, 7), &pings(9, 1)).unwrap();
+    let rows: Vec<_> = store.rows_of(UserId([2; 16])).collect();
+    assert!(matches!(rows[0], Err(ReadError::Value { .. })));
+    assert_eq!(rows[1].as_ref().unwrap().record.pings, pings(9, 1));
+}
+
+#[test]
+fn no_key_of_a_committed_row_is_lost_wherever_a_crash_cuts_the_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    commit(&store, 1, today, device(1, 7), &pings(1, 1)).unwrap();
+    commit(&store, 2, today, device(2, 7), &pings(1, 1)).unwrap();
+    let file = &files_of_keys(&folder)[0];
+    let synced = fs::read(file).unwrap();
+    // A third user's key was on its way, and the commit that it is for was not begun.
+    let committed = killed(&folder);
+    commit(&store, 3, today, device(3, 7), &pings(1, 1)).unwrap();
+    let longer = fs::read(file).unwrap();
+    let in_copy = &files_of_keys(&committed)[0];
+    // At every byte in the test of the keys themselves.
+    for length in [0, 1, 4, 20, longer.len() - synced.len() - 1] {
+        let length = synced.len() + length;
+        fs::write(in_copy, &longer[..length]).unwrap();
+        assert_eq!(rows(&open(&committed)).len(), 2, "cut at {length}");
+    }
+    // The negative control: with less than that, it is said what is missing.
+    for length in [0, synced.len() / 2, synced.len() - 1] {
+        fs::write(in_copy, &synced[..length]).unwrap();
+        let refused = Store::open(committed.path(), &StoreConfig::default(), NOW_MS);
+        assert!(matches!(refused, Err(OpenError::Keys(_))), "{refused:?}");
+    }
+    fs::remove_file(in_copy).unwrap();
+    let refused = Store::open(committed.path(), &StoreConfig::default(), NOW_MS);
+    let missing = matches!(
+        refused,
+        Err(OpenError::Keys(KeyError::Missing { needed: 2, .. }))
+    );
+    assert!(missing, "{refused:?}");
+}
+
+#[test]
+fn a_key_that_cannot_be_written_is_as_final_as_a_failed_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let today = Day::of_ms(NOW_MS);
+    fs::remove_dir_all(folder.path().join("keys")).unwrap();
+    let failed = commit(&store, 1, today, device(1, 7), &pings(1, 1)).unwrap_err();
+    assert!(matches!(failed, CommitError::Keys(_)), "{failed}");
+    fs::create_dir(folder.path().join("keys")).unwrap();
+    let again = commit(&store, 1, today, device(1, 7), &pings(1, 1));
+    assert_eq!(again, Err(failed));
+    assert!(rows(&store).is_empty());
+}
+
+#[test]
+fn a_store_without_its_own_master_key_refuses_to_open_and_makes_none() {
+    let folder = tempfile::tempdir().unwrap();
+    commit(
+        &open(&folder),
+        1,
+        Day::of_ms(NOW_MS),
+        device(1, 7),
+        &pings(1, 1),
+    )
+    .unwrap();
+    let master = folder.path().join("master.key");
+    let key = fs::read(&master).unwrap();
+    fs::remove_file(&master).unwrap();
+    let refused = Store::open(folder.path(), &StoreConfig::default(), NOW_MS);
+    assert!(
+        matches!(refused, Err(OpenError::MasterKeyMissing { .. })),
+        "{refused:?}"
+    );
+    assert!(!master.exists());
+    fs::write(&master, "00".repeat(32)).unwrap();
+    let refused = Store::open(folder.path(), &StoreConfig::default(), NOW_MS);
+    let is_said = matches!(refused, Err(OpenError::Keys(KeyError::OtherMaster { .. })));
+    assert!(is_said, "{refused:?}");
+    fs::write(&master, key).unwrap();
+    assert_eq!(rows(&open(&folder)).len(), 1);
 }

@@ -64,6 +64,12 @@ impl Fixture {
 
     /// The configuration with a list that revokes one certificate.
     pub(super) fn revoking(&self, credentials: &Credentials) -> TlsConfig {
+        let key = fs::read_to_string(self.dir.path().join("pki/ca.key")).unwrap();
+        self.revoking_by(credentials, KeyPair::from_pem(&key).unwrap())
+    }
+
+    /// The same, in this authority's name and signed with a key that need not be its own.
+    pub(super) fn revoking_by(&self, credentials: &Credentials, key: KeyPair) -> TlsConfig {
         let certificate = credentials.certificate_der();
         let (_, certificate) = parse_x509_certificate(&certificate).unwrap();
         let year = |year| rcgen::date_time_ymd(year, 1, 1);
@@ -80,14 +86,9 @@ impl Fixture {
             }],
             key_identifier_method: rcgen::KeyIdMethod::Sha256,
         };
-        let pki = self.dir.path().join("pki");
-        let key = fs::read_to_string(pki.join("ca.key")).unwrap();
-        let issuer = rcgen::Issuer::from_ca_cert_pem(
-            self.authority.certificate_pem(),
-            KeyPair::from_pem(&key).unwrap(),
-        )
-        .unwrap();
-        let path = pki.join("revoked.pem");
+        let issuer =
+            rcgen::Issuer::from_ca_cert_pem(self.authority.certificate_pem(), key).unwrap();
+        let path = self.dir.path().join("pki/revoked.pem");
         fs::write(&path, list.signed_by(&issuer).unwrap().pem().unwrap()).unwrap();
         TlsConfig {
             client_crl: Some(path),

@@ -1,13 +1,17 @@
-//! Whom a certificate speaks for.
+//! Whom a certificate speaks for, and which one it is.
 //!
-//! Knows where in a certificate the identity lies. Must not know whether the certificate holds, nor what an
+//! Knows where in a certificate the identity lies, and what tells it from all others. Must not know whether the certificate holds, nor what an
 //! identity may do.
 
+use std::sync::Arc;
+
+use ring::digest;
 use rustls::pki_types::CertificateDer;
 use waypost_proto::id::{DeviceId, Identity, IdentityError};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
 use super::Refusal;
+use crate::revocation::CertificateId;
 
 /// Whom a certificate chain speaks for. The chain's signatures and dates are TLS' to check; this reads.
 ///
@@ -66,6 +70,31 @@ pub fn operator_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<S
         Identity::Operator(name) => Ok(name),
         Identity::Device(_) | Identity::Checker(_) => Err(Refusal::NotAnOperator),
     }
+}
+
+/// Names the certificates of a chain, as the authorities' lists name them: by their issuer and serial number. One that
+/// cannot be read has no name, and is on no list.
+#[must_use]
+pub fn certificate_ids(chain: &[CertificateDer<'_>]) -> Arc<[CertificateId]> {
+    let ids = chain.iter().filter_map(|certificate| {
+        let (_, certificate) = parse_x509_certificate(certificate).ok()?;
+        let issuer = certificate.issuer().as_raw();
+        Some(certificate_id(issuer, certificate.raw_serial()))
+    });
+    ids.collect()
+}
+
+/// Names the certificate with this serial number of the authority with this name, both in DER.
+pub(super) fn certificate_id(issuer: &[u8], serial: &[u8]) -> CertificateId {
+    let mut content = digest::Context::new(&digest::SHA256);
+    // The name says how long it is itself, so no other name and number read the same one after the other.
+    content.update(issuer);
+    // However many zeros a number begins with, it is the same number.
+    let first = serial.iter().take_while(|byte| **byte == 0).count();
+    content.update(&serial[first..]);
+    let mut id = [0; 16];
+    id.copy_from_slice(&content.finish().as_ref()[..16]);
+    CertificateId(id)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ pub enum Refusal {
     Expired,
     /// Its certificate's time has not come, or the gateway's clock is behind.
     NotYetValid,
-    /// Its authority has revoked its certificate.
+    /// Its authority has revoked its certificate, or the operator its identity.
     Revoked,
     /// Its certificate cannot be read, is broken, or is not for clients.
     BadCertificate,
@@ -133,7 +133,7 @@ impl fmt::Display for Refusal {
             Self::UnknownAuthority => "its certificate is of an unknown authority",
             Self::Expired => "its certificate has expired",
             Self::NotYetValid => "its certificate is not valid yet",
-            Self::Revoked => "its certificate has been revoked",
+            Self::Revoked => "it has been revoked",
             Self::BadCertificate => "its certificate is broken or not one for clients",
             Self::NoSharedProtocol => {
                 "it offered no protocol, version or cipher that the gateway has"

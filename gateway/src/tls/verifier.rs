@@ -135,7 +135,7 @@ mod tests {
         metrics::Metrics,
         pki::{Purpose, Validity},
         tls::{
-            DeviceTls, device_of, device_tls_with,
+            DeviceTls, Files, device_of, device_tls,
             fixture::{Fixture, Shown, TRUST_DOMAIN, device, shown},
             sessions::{self, Sessions},
         },
@@ -215,7 +215,10 @@ mod tests {
         let now_s = crate::clock::system_now_ms() / 1_000;
         let time = Arc::new(sessions::tests::SetTime(now_s.into()));
         let sessions = Arc::new(Sessions::new(64, time.clone(), Metrics::new()));
-        let tls = |config| device_tls_with(config, Some(sessions.clone()), time.clone()).unwrap();
+        let tls = |config| {
+            let files = Files::load(config).unwrap();
+            device_tls(&files, config, Some(sessions.clone()), time.clone()).unwrap()
+        };
         (tls(first), tls(second), time)
     }
 

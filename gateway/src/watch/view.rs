@@ -73,6 +73,8 @@ pub(super) enum Report {
     Paused { user: String, at_ms: u64 },
     /// A holder shares again.
     Resumed { user: String, at_ms: u64 },
+    /// A holder has erased everything.
+    Erased { user: String, at_ms: u64 },
     /// The stream does not say how far it is: nothing is known of anybody since.
     StreamStale { resolved_ms: u64 },
     /// It says so again.
@@ -224,6 +226,7 @@ impl Report {
         match transition.state {
             State::Paused => Some(Self::Paused { user, at_ms }),
             State::Active => Some(Self::Resumed { user, at_ms }),
+            State::Erased => Some(Self::Erased { user, at_ms }),
             _ => None, // not of this contract
         }
     }
@@ -355,6 +358,9 @@ impl Report {
             }
             Self::Resumed { user, at_ms } => {
                 format!("{user}  HAS RESUMED {}", age(*at_ms))
+            }
+            Self::Erased { user, at_ms } => {
+                format!("{user}  HAS ERASED  {}", age(*at_ms))
             }
             Self::StreamStale { resolved_ms } => format!(
                 "STREAM STALE: no progress; nothing is known of anybody since {}",

@@ -3,12 +3,14 @@
 //! In each round the real committer with a real store takes what all devices ask, one request outstanding
 //! each, as sessions make it. Then RocksDB is given the same keys and values, with the store's own settings,
 //! in groups as large as the committer's were on average, each of them synced. The ratio says what
-//! judging, publishing and answering cost on top.
+//! judging, sealing, publishing and answering cost on top; how much of that is sealing is measured by doing it once
+//! more, alone.
 //! Knows the committer, the store's folder and RocksDB. Must not know QUIC or other processes.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, hash_map::Entry},
     fs::File,
+    hint::black_box,
     io::Write,
     iter,
     path::Path,
@@ -18,16 +20,20 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
+use ring::rand::SystemRandom;
 use rocksdb::{Cache, DB, Env, IteratorMode, Options, WriteBatch, WriteOptions};
 use rustc_hash::FxHashMap;
 use tokio::task::JoinSet;
 use waypost_gateway::{
+    audit::Audit,
     clock::{Clock, system_now_ms},
     commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
     enrol::invitations::Invitations,
+    erase,
     freshness::Freshness,
     metrics::Metrics,
     orders,
+    seal::{DataKey, Identity, NONCE_BYTES, TAG_BYTES},
     session::SessionConfig,
     sharing::Holders,
     store::{Store, StoreConfig},
@@ -48,6 +54,10 @@ pub(crate) struct CommitRound {
     pub(crate) committer: Duration,
     /// RocksDB alone.
     pub(crate) rocksdb: Duration,
+    /// Sealing the rows alone, which the committer does on top.
+    pub(crate) sealing: Duration,
+    /// How many rows of pings that are.
+    pub(crate) rows: u64,
     /// Keys and values that were written, on either side.
     pub(crate) bytes: u64,
     /// Requests in one write, on average.
@@ -70,6 +80,8 @@ pub(crate) fn round(load: Load, devices: u32, folder: &Path) -> Result<CommitRou
     Ok(CommitRound {
         committer,
         rocksdb,
+        sealing: seal(&rows)?,
+        rows: rows.len() as u64,
         bytes: rows.iter().map(Row::bytes).sum(),
         group_requests: group_requests as u64,
     })
@@ -114,6 +126,8 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
             }),
             invitations: Invitations::default(),
             orders: orders::queue().1,
+            erase: erase::queue().0,
+            audit: Audit::nowhere(&metrics),
             turned_away: Arc::default(),
             store,
             freshness: Arc::clone(&freshness),
@@ -121,6 +135,7 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
             clock,
             devices: FxHashMap::default(),
             holders: Holders::default(),
+            revocations: Arc::default(),
             position: 0,
             retention: StoreConfig::default().retention,
         },
@@ -291,6 +306,29 @@ fn write(rows: &[Row], group_requests: usize, settings_of: &Path, dir: &Path) ->
         }
         batch.put_cf(&meta, "position", position.to_be_bytes());
         db.write_opt(batch, &synced)?;
+    }
+    Ok(started.elapsed())
+}
+
+/// Returns how long it takes to seal as many bytes as each row has, each device's with a key of its own.
+fn seal(rows: &[Row]) -> Result<Duration> {
+    let random = SystemRandom::new();
+    let mut keys = HashMap::new();
+    for row in rows {
+        if let Entry::Vacant(vacant) = keys.entry(&row.key[..DEVICE_KEY_BYTES]) {
+            vacant.insert(DataKey::random(&random)?);
+        }
+    }
+    let mut sealed = Vec::new();
+    let started = Instant::now();
+    for row in rows {
+        let mut nonce = [0; NONCE_BYTES];
+        nonce.copy_from_slice(&row.key[DEVICE_KEY_BYTES..]);
+        let identity = Identity::new("pings-2026-01-01", &row.key, nonce);
+        let value = &row.value[..row.value.len().saturating_sub(TAG_BYTES)];
+        sealed.clear();
+        keys[&row.key[..DEVICE_KEY_BYTES]].seal(&identity, value, &mut sealed);
+        black_box(&sealed);
     }
     Ok(started.elapsed())
 }

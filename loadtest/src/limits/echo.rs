@@ -128,7 +128,9 @@ fn start(config: &Config) -> anyhow::Result<SocketAddr> {
     // No reset and no token of it needs to outlive it.
     let workers = Workers::bind(&config.devices, tls, &[0; 32])?;
     let address = workers.local_addr()?;
-    workers.spawn(serve_echo)?.detach_all();
+    workers
+        .spawn(|endpoint, _| serve_echo(endpoint))?
+        .detach_all();
     Ok(address)
 }
 

@@ -67,6 +67,8 @@ pub struct Limits {
     pub waypost_of_rocksdb: f64,
     /// Requests in one of these groups.
     pub group_requests: f64,
+    /// How long one of these rows takes to be sealed.
+    pub sealing_us: f64,
     /// What a connection takes.
     pub memory: Memory,
     /// What a sync of 64 KiB takes on the same disk.
@@ -95,6 +97,9 @@ pub struct Batches {
     pub rocksdb_pings_per_s: f64,
     pub committer_pings_per_s: f64,
     pub waypost_of_rocksdb: f64,
+    pub sealing_us: f64,
+    /// Of the time in which Waypost takes one of these, how much is sealing it, as if nothing else were done meanwhile.
+    pub sealing_of_waypost: f64,
 }
 
 /// Pings in an open loop: each is sent when it is due, and its latency counts from then.
@@ -182,6 +187,7 @@ pub(crate) struct Committed {
     pub(crate) committer_pings_per_s: f64,
     pub(crate) waypost_of_rocksdb: f64,
     pub(crate) group_requests: f64,
+    pub(crate) sealing_us: f64,
 }
 
 impl Committed {
@@ -196,6 +202,7 @@ impl Committed {
                 round.rocksdb.as_secs_f64() / round.committer.as_secs_f64()
             }),
             group_requests: middle(&|round| round.group_requests as f64),
+            sealing_us: middle(&|round| round.sealing.as_secs_f64() * 1e6 / round.rows as f64),
         }
     }
 }
@@ -260,7 +267,7 @@ impl fmt::Display for Line {
 }
 
 impl Figures {
-    fn lines(&self) -> [Line; 9] {
+    fn lines(&self) -> [Line; 10] {
         let limits = &self.limits;
         let (batches, lone, fsync) = (&limits.batches, &limits.lone, &limits.fsync_ms);
         let memory = &limits.memory;
@@ -364,6 +371,16 @@ impl Figures {
                 ratio: Some(batches.waypost_of_rocksdb),
                 goal: Goal::ratio(batches.waypost_of_rocksdb, ROCKSDB_GOAL),
             },
+            Line {
+                what: "sealing a batch of 100, of the time for one above".to_owned(),
+                waypost: format!("{:.2} µs", batches.sealing_us),
+                against: format!("a lone ping {:.2} µs", limits.sealing_us),
+                ratio: Some(batches.sealing_of_waypost),
+                goal: Some(Goal {
+                    wording: format!("at most {SEALING_GOAL:.2}"),
+                    is_met: batches.sealing_of_waypost <= SEALING_GOAL,
+                }),
+            },
         ]
     }
 }
@@ -413,6 +430,7 @@ const LONE_P50_GOAL_MS: f64 = 3.0;
 const STORM_GOAL: f64 = 0.8;
 const OWN_MEMORY_GOAL_BYTES: f64 = 3e3;
 const ROCKSDB_GOAL: f64 = 0.7;
+const SEALING_GOAL: f64 = 0.1;
 
 #[cfg(test)]
 mod tests {
@@ -447,6 +465,8 @@ mod tests {
                     rocksdb_pings_per_s: 33e6,
                     committer_pings_per_s: 22e6,
                     waypost_of_rocksdb: 0.67,
+                    sealing_us: 1.0,
+                    sealing_of_waypost: 0.05,
                 },
                 lone: Lone {
                     echo_cpu_us: 30.0,
@@ -465,6 +485,7 @@ mod tests {
                 committer_pings_per_s: 300_000.0,
                 waypost_of_rocksdb: 0.75,
                 group_requests: 500.0,
+                sealing_us: 0.4,
                 memory: Memory {
                     waypost_idle_bytes: 31_000.0,
                     echo_idle_bytes: 29_000.0,
@@ -533,6 +554,10 @@ mod tests {
         );
         assert!(
             line("commit path, batches").ends_with("0.70, missed"),
+            "{table}"
+        );
+        assert!(
+            line("sealing a batch").ends_with("at most 0.10, met"),
             "{table}"
         );
     }

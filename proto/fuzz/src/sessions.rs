@@ -13,7 +13,7 @@ use waypost_proto::{
     device::{Admission, Claim, DeviceRecord, LastStored, Policy},
     ping::{Ping, RejectCode},
     ranges::MAX_RANGES,
-    session::{Granted, Lane, Limits, Request, Session, Settled, Step, Welcomed, batch_len},
+    session::{Grant, Granted, Lane, Limits, Request, Session, Settled, Step, Welcomed, batch_len},
     v1::{self, gateway_frame::Kind},
 };
 
@@ -229,7 +229,7 @@ impl Gateway {
                 self.waiting
                     .push((at, connection.generation, lane, Request::Heartbeat));
             }
-            Ok(Step::Answer(..) | Step::Wait(_)) => {}
+            Ok(Step::Answer(..) | Step::Export(..) | Step::Wait(_)) => {}
             Err(_) => self.reconnect(at),
         }
     }
@@ -308,7 +308,10 @@ impl Gateway {
                 Request::Control { id, .. } => {
                     let connection = &self.connections[at];
                     if connection.generation == generation {
-                        let frame = connection.session.handle_granted(Granted { id });
+                        let frame = connection.session.handle_granted(Granted {
+                            id,
+                            grant: Grant::Holds,
+                        });
                         assert!(matches!(frame.kind, Some(Kind::ControlResult(_))));
                     }
                 }

@@ -326,6 +326,18 @@ pub struct Heartbeat {}
 /// show. Pings that come meanwhile are refused for ever with PAUSED, whenever they were sampled. Asking for what is so
 /// already is DONE and changes nothing. Stop sampling before you ask to pause, and send what is to be kept before it.
 /// To ask again after a broken connection, send the newest wish and no older one.
+///
+/// Erase cannot be taken back. From the moment it is on disk nothing more of any of the user's devices is taken: pings are
+/// refused for ever with ERASED, new connections are closed with it, checkers are told ERASED. Then everything that is held
+/// on the user is removed, also from the files where it lay, and looked for once more. ControlResult comes after that, with
+/// a receipt; it may take minutes, and the connection ends behind it. If it breaks before, the gateway goes on all the same,
+/// also after a restart. What stays is the user's id, so that no device of the user is let in again.
+///
+/// Export sends the device everything that is held on its user, as it is at one moment. For that the gateway opens a
+/// unidirectional stream, which the device has to allow; on it come one frame, with the ControlResult, and if that is DONE
+/// JSON Lines up to the end of the stream: each an object with its `kind`, first `user`, then `device`, `transition` and
+/// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Only TRY_LATER comes on
+/// the lane: as many exports are under way as the gateway makes at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Control {
     /// Chosen by the device; ControlResult repeats it.
@@ -363,6 +375,9 @@ pub struct ControlResult {
     pub id: u64,
     #[prost(enumeration = "control_result::Outcome", tag = "2")]
     pub outcome: i32,
+    /// Of an Erase that is DONE.
+    #[prost(message, optional, tag = "3")]
+    pub receipt: ::core::option::Option<Receipt>,
 }
 /// Nested message and enum types in `ControlResult`.
 pub mod control_result {
@@ -383,6 +398,10 @@ pub mod control_result {
         Done = 1,
         /// this gateway's version does not know how, or no action was named;
         NotSupported = 2,
+        /// nothing was changed
+        ///
+        /// as much of that is under way as the gateway does at a time; nothing was changed
+        TryLater = 3,
     }
     impl Outcome {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -394,6 +413,7 @@ pub mod control_result {
                 Self::Unspecified => "OUTCOME_UNSPECIFIED",
                 Self::Done => "OUTCOME_DONE",
                 Self::NotSupported => "OUTCOME_NOT_SUPPORTED",
+                Self::TryLater => "OUTCOME_TRY_LATER",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -402,10 +422,31 @@ pub mod control_result {
                 "OUTCOME_UNSPECIFIED" => Some(Self::Unspecified),
                 "OUTCOME_DONE" => Some(Self::Done),
                 "OUTCOME_NOT_SUPPORTED" => Some(Self::NotSupported),
+                "OUTCOME_TRY_LATER" => Some(Self::TryLater),
                 _ => None,
             }
         }
     }
+}
+/// What an erasure came to. Afterwards everything was looked for again, and nothing was found.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Receipt {
+    /// since when nothing more was taken
+    #[prost(uint64, tag = "1")]
+    pub fenced_ms: u64,
+    /// when nothing was left
+    #[prost(uint64, tag = "2")]
+    pub finished_ms: u64,
+    /// The commit since which nothing more was taken; checkers know the user as ERASED at it.
+    #[prost(uint64, tag = "3")]
+    pub position: u64,
+    /// What was removed: records of devices, pings, and events that checkers had been told.
+    #[prost(uint64, tag = "4")]
+    pub devices: u64,
+    #[prost(uint64, tag = "5")]
+    pub pings: u64,
+    #[prost(uint64, tag = "6")]
+    pub events: u64,
 }
 /// Asks for the next certificate, while the one that this connection was made with still holds: see RENEWAL in
 /// enrolment.proto. Holders who have paused may renew as well. It counts as a contact, as a Heartbeat does: first comes
@@ -1116,12 +1157,12 @@ pub mod deadline {
         }
     }
 }
-/// The holder has paused or resumed sharing. The user's entry says what holds now; this says each change, once.
+/// The holder has paused, resumed, or erased everything; of what came before an erasure nothing is told. The user's entry says what holds now; this says each change, once.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Transition {
     #[prost(bytes = "bytes", tag = "1")]
     pub user: ::prost::bytes::Bytes,
-    /// PAUSED, or ACTIVE again
+    /// PAUSED, ACTIVE again, or ERASED
     #[prost(enumeration = "State", tag = "2")]
     pub state: i32,
     /// when the commit was made that says so
@@ -1199,8 +1240,10 @@ pub enum State {
     Active = 1,
     /// the holder has paused sharing; silence means nothing, and no time here moves
     Paused = 2,
-    /// the holder has erased everything
+    /// the holder has erased everything: all times are 0, and nothing more will come. Known for as
     Erased = 3,
+    /// long as pings are kept; then the user is NEVER_SEEN
+    ///
     /// this store has never heard of the user
     NeverSeen = 4,
     /// the holder has withdrawn this checker's grant; nothing more will come

@@ -562,6 +562,7 @@ impl Gateway {
                 Ok(Step::Renew(lane, _)) => {
                     self.submit(link, lane, Request::Heartbeat, None, now_ms);
                 }
+                Ok(Step::Export(..)) => unreachable!("no device of this world wants one"),
                 Err(violation) => return self.close(link, violation.close_code()),
             }
         }

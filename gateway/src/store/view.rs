@@ -1,0 +1,143 @@
+//! Everything that is held on one user, as it was at one moment, however long it takes to read.
+//!
+//! Knows in which families there is something of a user. Must not know what becomes of it.
+
+use std::fmt;
+
+use rocksdb::{
+    AsColumnFamilyRef, DB, DBIteratorWithThreadMode, IteratorMode, PrefixRange, ReadOptions,
+    SnapshotWithThreadMode,
+};
+use waypost_proto::{
+    device::DeviceRecord,
+    id::{DeviceId, UserId},
+};
+
+use super::{
+    DEVICES, Day, META, META_POSITION, PingRow, ReadError, Store, fixed,
+    holders::{self, TRANSITIONS, USERS},
+    settings,
+};
+use crate::sharing::{Sharing, Transition};
+
+/// One user's rows at one moment.
+pub struct UserView<'a> {
+    store: &'a Store,
+    user: UserId,
+    snapshot: SnapshotWithThreadMode<'a, DB>,
+    days: Vec<Day>,
+}
+
+impl fmt::Debug for UserView<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UserView")
+            .field("user", &self.user)
+            .field("days", &self.days)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// What is held on a user now. What is committed later is not in it.
+    #[must_use]
+    pub fn view_of(&self, user: UserId) -> UserView<'_> {
+        UserView {
+            store: self,
+            user,
+            snapshot: self.db.snapshot(),
+            days: self.days(),
+        }
+    }
+}
+
+impl UserView<'_> {
+    /// The last commit that is in it; 0 for a store without any.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn position(&self) -> Result<u64, ReadError> {
+        let noted = self.row(META, META_POSITION)?.and_then(fixed);
+        let mut position = noted.map_or(0, u64::from_be_bytes);
+        for (_, record) in self.devices()? {
+            position = position.max(record.position);
+        }
+        Ok(position)
+    }
+
+    /// Whether the holder shares.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn sharing(&self) -> Result<Sharing, ReadError> {
+        match self.row(USERS, &self.user.0)? {
+            None => Ok(Sharing::Active),
+            Some(value) => Ok(holders::withheld(&self.user.0, &value)?.0.sharing),
+        }
+    }
+
+    /// The user's devices.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn devices(&self) -> Result<Vec<(DeviceId, DeviceRecord)>, ReadError> {
+        let rows = self.scan(&self.store.family(DEVICES));
+        rows.map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            super::device_row(&key, &value)
+        })
+        .collect()
+    }
+
+    /// When the holder paused and resumed. Looks at those of all users.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn transitions(&self) -> Result<Vec<Transition>, ReadError> {
+        let family = self.store.family(TRANSITIONS);
+        let mode = IteratorMode::Start;
+        let rows = self.store.db.iterator_cf_opt(&family, self.options(), mode);
+        let transitions = rows.map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            let transition = holders::transition_row(&key, &value)?;
+            Ok(transition.filter(|transition| transition.user == self.user))
+        });
+        transitions.filter_map(Result::transpose).collect()
+    }
+
+    /// The user's pings: by day, and within a day by device, epoch and sequence number.
+    pub fn rows(&self) -> impl Iterator<Item = Result<PingRow, ReadError>> {
+        self.days.iter().flat_map(move |&day| {
+            let name = day.family_name();
+            // A day that was dropped in the meantime has no rows.
+            let family = self.store.db.cf_handle(&name);
+            let rows = family
+                .map(|family| self.scan(&family))
+                .into_iter()
+                .flatten();
+            rows.map(move |row| {
+                let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+                self.store.ping_row(day, &name, &key, &value)
+            })
+        })
+    }
+
+    fn scan(&self, family: &impl AsColumnFamilyRef) -> DBIteratorWithThreadMode<'_, DB> {
+        let mut options = self.options();
+        options.set_iterate_range(PrefixRange(self.user.0));
+        self.store
+            .db
+            .iterator_cf_opt(family, options, IteratorMode::Start)
+    }
+
+    fn row(&self, family: &str, key: &[u8]) -> Result<Option<Vec<u8>>, ReadError> {
+        let family = self.store.family(family);
+        let row = self.store.db.get_cf_opt(&family, key, &self.options());
+        row.map_err(|error| ReadError::RocksDb(error.into_string()))
+    }
+
+    fn options(&self) -> ReadOptions {
+        let mut options = settings::scan();
+        options.set_snapshot(&self.snapshot);
+        options
+    }
+}

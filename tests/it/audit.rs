@@ -1,0 +1,112 @@
+//! The audit log: who began to watch whom is on record, and nobody can change that unnoticed.
+
+use std::{fs, path::Path};
+
+use bytes::Bytes;
+use serde_json::Value;
+use tokio::process::Command;
+use waypost_proto::{session::Lane, v1};
+use waypost_tests::{World, binary, hello, ping};
+
+/// What is on record: who, what, and whose.
+fn recorded(data_dir: &Path) -> Vec<(Value, Value, Value)> {
+    let text = fs::read_to_string(data_dir.join("audit.log")).unwrap();
+    let deed = |line: &str| {
+        let deed: Value = serde_json::from_str(line.split_once(' ').unwrap().1).unwrap();
+        (
+            deed["who"].clone(),
+            deed["what"].clone(),
+            deed["whose"].clone(),
+        )
+    };
+    text.lines().map(deed).collect()
+}
+
+async fn verify(data_dir: &Path, options: &[&str]) -> (Option<i32>, String) {
+    let output = Command::new(binary("waypost"))
+        .args(["audit", "verify", "--data"])
+        .arg(data_dir)
+        .args(options)
+        .output()
+        .await
+        .unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8(said).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_watches_whom_is_on_record_once_an_hour_and_cannot_be_changed_unnoticed() {
+    let mut world = World::start().await;
+    let data_dir = world.config().data_dir.clone();
+    let device = world.device(1);
+    let mut live = world
+        .connect(&device)
+        .await
+        .open(hello(Lane::Live, 0))
+        .await;
+    let epoch = live.welcome().await.epoch;
+    live.send_pings(epoch, &[ping(1)]).await;
+    live.ack().await;
+
+    let mut checker = world.checker().await;
+    let of_one = v1::WatchRequest {
+        user_ids: vec![Bytes::copy_from_slice(&device.id.user.0)],
+        ..v1::WatchRequest::default()
+    };
+    let all = v1::WatchRequest::default();
+    for request in [all.clone(), all.clone(), of_one, all] {
+        checker.watch(request).await.unwrap();
+    }
+    world
+        .metrics_until(|page| page.value("waypost_audit_entries_total") == 3.0)
+        .await;
+    // A stop writes what still waits.
+    world.restart().await;
+    let dev = serde_json::json!({"checker": "dev"});
+    let user = serde_json::json!({"users": [device.id.user.to_string()]});
+    let started = ("gateway".into(), "started".into(), "nobody".into());
+    let watched = |whose| (dev.clone(), "watch_started".into(), whose);
+    assert_eq!(
+        recorded(&data_dir),
+        [
+            started.clone(),
+            watched("everybody".into()),
+            watched(user),
+            started.clone()
+        ]
+    );
+    let text = fs::read_to_string(data_dir.join("audit.log")).unwrap();
+    let position = ping(1).latitude_e7.to_string();
+    assert!(!text.contains(position.trim_end_matches('0')), "{text}");
+
+    // Beside the running gateway.
+    let (code, said) = verify(&data_dir, &[]).await;
+    assert_eq!(code, Some(0), "{said}");
+    assert!(
+        said.starts_with("4 entries hold together\nhead  "),
+        "{said}"
+    );
+    let head = said.trim_end().rsplit(' ').next().unwrap().to_owned();
+    assert_eq!(verify(&data_dir, &["--contains", &head]).await.0, Some(0));
+
+    let forged = text.replace(
+        &device.id.user.to_string(),
+        &world.device(2).id.user.to_string(),
+    );
+    fs::write(data_dir.join("audit.log"), &forged).unwrap();
+    let (code, said) = verify(&data_dir, &[]).await;
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("line 3"), "{said}");
+    // A gateway that finds it goes on with a new one, and says so.
+    world.restart().await;
+    let page = world.metrics().await;
+    assert_eq!(page.value("waypost_audit_broken_total"), 1.0);
+    assert_eq!(recorded(&data_dir), [started]);
+    let (code, said) = verify(&data_dir, &["--contains", &head]).await;
+    assert_eq!(code, Some(1), "{said}");
+    let kept = fs::read_dir(&data_dir).unwrap().any(|entry| {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        name.starts_with("audit.log.broken-")
+    });
+    assert!(kept, "nothing is thrown away");
+}

@@ -1,0 +1,225 @@
+//! Erasure: the holder wants it, and then nothing is left, nothing more is taken, and checkers know that and no more.
+
+use std::{fs, path::Path};
+
+use bytes::Bytes;
+use waypost_proto::{
+    id::UserId,
+    session::{CloseCode, Lane},
+    v1::{
+        self, Entry, State, control, control_result::Outcome, device_frame, gateway_frame, reject,
+        watch_event::Kind,
+    },
+};
+use waypost_tests::{Device, Process, Stream, World, hello, link::Returning, ping};
+
+fn erase() -> control::Action {
+    control::Action::Erase(control::Erase {})
+}
+
+/// Has everything erased, and reads the receipt.
+async fn erased(stream: &mut Stream, id: u64) -> v1::Receipt {
+    let action = Some(erase());
+    let control = v1::Control { id, action };
+    stream.send(device_frame::Kind::Control(control)).await;
+    loop {
+        match stream.next().await {
+            Some(gateway_frame::Kind::ControlResult(result)) => {
+                assert_eq!((result.id, result.outcome()), (id, Outcome::Done));
+                return result.receipt.expect("a receipt");
+            }
+            Some(gateway_frame::Kind::Ack(_)) => {}
+            other => panic!("no receipt but {other:?}"),
+        }
+    }
+}
+
+/// Whether any file of the store holds rows of this device, known by their keys. The manifest does not: until the next
+/// start it names the first and last keys of tables that are gone, which is the user's id again and no value.
+fn is_in_files(folder: &Path, device: &Device) -> bool {
+    let key = [&device.id.user.0[..], &device.id.device.to_be_bytes()].concat();
+    fs::read_dir(folder).unwrap().any(|entry| {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            return is_in_files(&path, device);
+        }
+        if path
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .starts_with("MANIFEST")
+        {
+            return false;
+        }
+        // A file that went meanwhile holds nothing.
+        let bytes = fs::read(path).unwrap_or_default();
+        bytes.windows(key.len()).any(|window| window == key)
+    })
+}
+
+async fn watched(world: &World, token: Bytes, upto: u64) -> (Vec<Kind>, Bytes) {
+    let mut checker = world.checker().await;
+    let request = v1::WatchRequest {
+        token,
+        ..v1::WatchRequest::default()
+    };
+    let mut stream = checker.watch(request).await.unwrap().into_inner();
+    let mut came = Vec::new();
+    loop {
+        for event in stream.message().await.unwrap().unwrap().events {
+            match event.kind.unwrap() {
+                Kind::Progress(progress) if upto <= progress.position => {
+                    return (came, progress.token);
+                }
+                kind => came.push(kind),
+            }
+        }
+    }
+}
+
+fn of_user(came: &[Kind], user: UserId) -> (Vec<Entry>, Vec<State>) {
+    let (mut entries, mut states) = (Vec::new(), Vec::new());
+    for kind in came {
+        match kind {
+            Kind::Entry(entry) if entry.user == user.0[..] => entries.push(entry.clone()),
+            Kind::Transition(transition) if transition.user == user.0[..] => {
+                states.push(transition.state());
+            }
+            Kind::Deadline(deadline) => assert_ne!(deadline.user, user.0[..], "{deadline:?}"),
+            _ => {}
+        }
+    }
+    (entries, states)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_erased_is_nowhere_and_no_device_of_the_user_gets_in_again() {
+    let mut world = World::start().await;
+    let data_dir = world.config().data_dir.clone();
+    let device = world.device(1);
+    let user = device.id.user;
+    let second = device.sibling(&world, 2);
+    let other = world.device(9);
+    let mut others = world.connect(&other).await.open(hello(Lane::Live, 0)).await;
+    let other_epoch = others.welcome().await.epoch;
+    others.send_pings(other_epoch, &[ping(1)]).await;
+    others.ack().await;
+
+    // The first device leaves with a ticket for later.
+    let returning = Returning::new(&world, &device);
+    let link = returning.connect(world.addresses().devices).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    live.send_pings(epoch, &[ping(1), ping(2)]).await;
+    live.ack().await;
+    for (id, action) in [
+        (1, control::Action::Pause(control::Pause {})),
+        (2, control::Action::Resume(control::Resume {})),
+    ] {
+        assert_eq!(live.control(id, action).await, Outcome::Done);
+    }
+    let mut lane = world
+        .connect(&second)
+        .await
+        .open(hello(Lane::Live, 0))
+        .await;
+    let second_epoch = lane.welcome().await.epoch;
+    lane.send_pings(second_epoch, &[ping(1)]).await;
+    let position = lane.ack().await.position;
+    let (_, token) = watched(&world, Bytes::new(), position).await;
+    assert!(is_in_files(&data_dir, &device) && is_in_files(&data_dir, &second));
+
+    let receipt = erased(&mut live, 7).await;
+    assert_eq!((receipt.devices, receipt.pings, receipt.events), (2, 3, 2));
+    assert!(receipt.fenced_ms <= receipt.finished_ms);
+    assert_eq!(live.link().closed().await, Some(CloseCode::Erased));
+    assert!(!is_in_files(&data_dir, &device) && !is_in_files(&data_dir, &second));
+    assert!(is_in_files(&data_dir, &other), "nobody else's");
+
+    // Whoever is still connected is told; whoever comes is turned away, with a ticket or without.
+    lane.send_pings(second_epoch, &[ping(2)]).await;
+    let ack = lane.ack().await;
+    assert_eq!(ack.rejects[0].code(), reject::Code::Erased);
+    assert!(!ack.rejects[0].retryable);
+    let marker = world.entry(&device).await;
+    let expected = Entry {
+        user: Bytes::copy_from_slice(&user.0),
+        state: State::Erased.into(),
+        position: receipt.position,
+        ..Entry::default()
+    };
+    assert_eq!(marker, expected);
+    // Its early data is taken for what it is, and then it is turned away.
+    let (link, accepted) = returning.connect_early(world.addresses().devices);
+    let mut live = link.open(hello(Lane::Live, epoch)).await;
+    live.send_pings(epoch, &[ping(3)]).await;
+    assert!(accepted.await);
+    assert_eq!(link.closed().await, Some(CloseCode::Erased));
+    for _ in 0..2 {
+        for device in [&device, &second] {
+            let link = world.connect(device).await;
+            let _lane = link.open(hello(Lane::Live, epoch)).await;
+            assert_eq!(link.closed().await, Some(CloseCode::Erased));
+        }
+        assert_eq!(world.entry(&device).await, expected);
+        let (came, _) = watched(&world, token.clone(), receipt.position).await;
+        let (entries, states) = of_user(&came, user);
+        assert_eq!(entries, std::slice::from_ref(&expected));
+        assert_eq!(states, [State::Erased], "not even that there was a pause");
+        world.restart().await;
+    }
+    let mut others = world
+        .connect(&other)
+        .await
+        .open(hello(Lane::Live, other_epoch))
+        .await;
+    others.welcome().await;
+    others.send_pings(other_epoch, &[ping(2)]).await;
+    assert_eq!(others.ack().await.accepted, 1);
+    let store = world.stop().await;
+    assert_eq!(store.rows_of(user).count(), 0);
+    assert_eq!(store.devices_of(user).count(), 0);
+    assert_eq!(store.rows_of(other.id.user).count(), 2);
+}
+
+/// The fence is there as soon as a checker knows of it, and the rest comes, however often the gateway is killed.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_erasure_survives_kills_at_any_moment() {
+    let mut gateway = Process::start(&[]).await;
+    for round in 1..=6_u32 {
+        let device = gateway.device(round);
+        let mut live = gateway
+            .connect(&device)
+            .await
+            .open(hello(Lane::Live, 0))
+            .await;
+        let epoch = live.welcome().await.epoch;
+        let pings: Vec<_> = (1..=100).map(ping).collect();
+        live.send_pings(epoch, &pings).await;
+        live.ack().await;
+        let action = Some(erase());
+        let control = v1::Control { id: 1, action };
+        live.send(device_frame::Kind::Control(control)).await;
+        let fenced = async { while gateway.entry(&device).await.state() != State::Erased {} };
+        waypost_tests::within_minutes(fenced).await;
+        // At another moment each time, and with another start that is cut off.
+        for _ in 0..round % 3 {
+            gateway.kill();
+            gateway.restart().await;
+        }
+        assert_eq!(gateway.entry(&device).await.state(), State::Erased);
+        let link = gateway.connect(&device).await;
+        let _lane = link.open(hello(Lane::Live, epoch)).await;
+        assert_eq!(link.closed().await, Some(CloseCode::Erased));
+    }
+    gateway.kill();
+    gateway.restart().await;
+    let nothing_left = async || {
+        let is_left = (1..=6).any(|round| is_in_files(gateway.data_dir(), &gateway.device(round)));
+        (!is_left).then_some(())
+    };
+    waypost_tests::until(nothing_left).await;
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+}

@@ -1,0 +1,156 @@
+//! Sealing at rest: what a stranger finds on the disk, and what a gateway needs to read it.
+
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
+
+use prost::Message;
+use waypost_gateway::{
+    seal::master::SealingConfig,
+    store::{PingRow, ReadError, Store},
+};
+use waypost_proto::{batch, ping::Ping, session::Lane};
+use waypost_tests::{Process, binary, hello, ping};
+
+const KEY: &str = "9f3c5a1b7e2d4f60819a3b5c7d9e0f1224466880aaccee0f1d2b3c4d5e6f7081";
+const OTHER_KEY: &str = "8f3c5a1b7e2d4f60819a3b5c7d9e0f1224466880aaccee0f1d2b3c4d5e6f7081";
+
+/// A course that no part of looks like anything else.
+fn course() -> Vec<Ping> {
+    let mut pings: Vec<_> = (1..=40).map(ping).collect();
+    for (at, ping) in (1_i32..).zip(&mut pings) {
+        ping.latitude_e7 = at.wrapping_mul(0x1234_5677) % 800_000_000;
+        ping.longitude_e7 = at.wrapping_mul(0x0765_4321) % 800_000_000;
+    }
+    pings
+}
+
+/// The parts of an encoded course that tell it.
+fn telling(pings: &[Ping], epoch: u32) -> Vec<Vec<u8>> {
+    let columns = batch::encode(epoch, pings).encode_to_vec();
+    let parts = columns.windows(8);
+    let telling = parts.filter(|part| BTreeSet::from_iter(*part).len() == 8);
+    telling.map(<[u8]>::to_vec).collect()
+}
+
+fn all_bytes(folder: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            bytes.extend(all_bytes(&path));
+        } else {
+            bytes.extend(fs::read(path).unwrap());
+        }
+    }
+    bytes
+}
+
+fn has(bytes: &[u8], part: &[u8]) -> bool {
+    bytes.windows(part.len()).any(|window| window == part)
+}
+
+/// Sends a course and returns its epoch when it is on disk.
+async fn store(gateway: &Process, pings: &[Ping]) -> u32 {
+    let device = gateway.device(1);
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    let epoch = live.welcome().await.epoch;
+    live.send_pings(epoch, pings).await;
+    assert_eq!(live.ack().await.accepted, pings.len() as u64);
+    epoch
+}
+
+fn rows(data_dir: &Path, key_file: &Path) -> Result<Vec<PingRow>, ReadError> {
+    let sealing = SealingConfig {
+        master_key_file: Some(key_file.to_owned()),
+        ..SealingConfig::default()
+    };
+    let store = Store::open_sealed_read_only(data_dir, &sealing).unwrap();
+    store.rows().collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_master_key_from_outside_is_needed_at_each_start_and_the_disk_alone_tells_nothing() {
+    let mut gateway = Process::prepared(&[
+        ("WAYPOST_STORE_SEALING_MASTER_KEY_ENV", "GATEWAY_KEY"),
+        ("GATEWAY_KEY", KEY),
+    ]);
+    gateway.restart().await;
+    let pings = course();
+    let epoch = store(&gateway, &pings).await;
+    let telling = telling(&pings, epoch);
+    assert!(10 < telling.len());
+    gateway.kill();
+
+    let data_dir = gateway.data_dir().to_owned();
+    let disk = all_bytes(&data_dir);
+    assert!(telling.iter().all(|part| !has(&disk, part)));
+    let key = [0x9f, 0x3c, 0x5a, 0x1b, 0x7e, 0x2d, 0x4f, 0x60];
+    assert!(!has(&disk, &KEY.as_bytes()[..16]) && !has(&disk, &key));
+    assert!(!data_dir.join("master.key").exists());
+    let without = Store::open_read_only(&data_dir).unwrap();
+    let row = without.rows().next().unwrap();
+    assert!(matches!(row, Err(ReadError::Sealed { .. })), "{row:?}");
+
+    gateway.unset("GATEWAY_KEY");
+    gateway.try_restart().await.unwrap_err();
+    assert!(
+        gateway
+            .log()
+            .contains("GATEWAY_KEY must hold the master key")
+    );
+    gateway.set("GATEWAY_KEY", OTHER_KEY);
+    gateway.try_restart().await.unwrap_err();
+    assert!(gateway.log().contains("were wrapped by the master key"));
+    gateway.set("GATEWAY_KEY", KEY);
+    gateway.restart().await;
+    assert!(!gateway.log().contains(KEY));
+    gateway.kill();
+
+    let key_file = gateway.scratch("key");
+    fs::write(&key_file, KEY).unwrap();
+    let stored: Vec<_> = rows(&data_dir, &key_file)
+        .unwrap()
+        .into_iter()
+        .flat_map(|row| row.record.pings)
+        .collect();
+    assert_eq!(stored, pings);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_moves_to_a_key_of_their_own_and_no_ping_is_touched() {
+    let mut gateway = Process::prepared(&[]);
+    gateway.restart().await;
+    store(&gateway, &course()).await;
+    let (data, key_file) = (gateway.data_dir().to_owned(), gateway.scratch("own.key"));
+    let keys = |args: &[&str]| {
+        let output = Command::new(binary("waypost"))
+            .arg("keys")
+            .args(args)
+            .output()
+            .unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(said).unwrap())
+    };
+    let (data_arg, key_arg) = (data.to_str().unwrap(), key_file.to_str().unwrap());
+    let rotate = ["rotate", "--data", data_arg, "--to-file", key_arg];
+    assert!(keys(&["init", "--file", key_arg]).0);
+    let (done, said) = keys(&rotate);
+    assert!(!done && said.contains("stop the gateway first"), "{said}");
+
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+    let (done, said) = keys(&rotate);
+    assert!(done, "{said}");
+    let (done, said) = keys(&rotate);
+    assert!(
+        done && said.starts_with("0 keys are wrapped"),
+        "again, nothing is left to do: {said}"
+    );
+    gateway.try_restart().await.unwrap_err();
+    gateway.set("WAYPOST_STORE_SEALING_MASTER_KEY_FILE", key_arg);
+    gateway.restart().await;
+    gateway.kill();
+    let rows = rows(&data, &key_file).unwrap();
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].record.pings, course());
+}
