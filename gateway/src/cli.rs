@@ -11,7 +11,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{self, Config},
+    enrol::EnrolmentConfig,
     gateway::{Addresses, Gateway},
+    invite::{self, InviteArgs},
     logging,
     metrics::Metrics,
     pki, tls,
@@ -163,6 +165,18 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
         ..tls::TlsConfig::default()
     }
     .under(&config.data_dir);
+    if config.enrolment.ca_certificate.is_none() {
+        config.enrolment = EnrolmentConfig {
+            ca_certificate: Some("pki/ca.pem".into()),
+            ca_key: Some("pki/ca.key".into()),
+            ..config.enrolment.clone()
+        }
+        .under(&config.data_dir);
+    }
+    let operator = pki::DEVELOPMENT_OPERATOR.to_owned();
+    if !config.enrolment.operators.contains(&operator) {
+        config.enrolment.operators.push(operator);
+    }
     let checker = pki::DEVELOPMENT_CHECKER.to_owned();
     if !config.freshness.checkers.contains(&checker) {
         config.freshness.checkers.push(checker);
@@ -175,6 +189,7 @@ fn check(config: &Config) -> Result<(), Failure> {
     config.log.filter().map_err(Failure::configuration)?;
     tls::TlsFiles::load(&config.tls, &Metrics::new()).map_err(Failure::configuration)?;
     config.freshness.check().map_err(Failure::configuration)?;
+    config.enrolment.check().map_err(Failure::configuration)?;
     config
         .store
         .sealing
@@ -203,6 +218,18 @@ pub fn check_config(args: &CheckConfigArgs) -> Result<(), Failure> {
         );
     }
     Ok(())
+}
+
+/// Runs `waypost invite`.
+///
+/// # Errors
+/// When a certificate cannot be read or the gateway refuses.
+pub fn invite(args: InviteArgs) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    Ok(runtime.block_on(invite::run(args))?)
 }
 
 /// Runs `waypost watch`.
@@ -269,12 +296,18 @@ fn welcome(config: &Config, addresses: Addresses) {
         devices,
         freshness,
         admin,
+        enrolment,
     } = addresses;
+    let enrolment = enrolment.map_or_else(
+        || "off".to_owned(),
+        |address| format!("{address}/udp  QUIC, waypost-enroll/1"),
+    );
     eprintln!(
         "\
 Waypost is running for development, on this machine only.
 
   devices       {devices}/udp  QUIC, waypost/1
+  enrolment     {enrolment}
   freshness     {freshness}/tcp  gRPC
   admin         http://{admin}/
   data          {data}
@@ -283,6 +316,7 @@ Waypost is running for development, on this machine only.
 Try in a second terminal:
   loadtest steady --addr {devices} --pki {data}/pki
   waypost watch --data {data}
+  waypost invite --data {data}
   curl -s http://{admin}/metrics | grep waypost_pings
 
 Ctrl-C stops it in order.

@@ -3,13 +3,13 @@
 //! It takes what sessions have handed over, up to a limit, judges it, commits it with one fsync,
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
-//! Between groups it writes what the [`Vigil`] has to say, and what checkers and the operator order.
+//! Between groups it writes what the [`Vigil`] has to say, what checkers and the operator order, and who enrols.
 //! Knows device records, who has paused or is revoked, and order; must not know connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
 //! The map of device records holds one record per device that the certificate authority has admitted, and
-//! [`Holders`] a few bytes for each user who has paused or erased everything.
+//! [`Holders`] a few bytes for each user who has paused or erased everything. Those of [`Invitations`] are bounded there.
 //! What waits for a commit is bounded by [`crate::handoff`].
 
 use std::{
@@ -47,13 +47,14 @@ use crate::{
     clock::Clock,
     deadlines::{Contact, Said, Standing, TooMany},
     disk::Pulse,
+    enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
     erase::{EraseHandle, Erasure, Place},
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{self, Order, Orders, Revoke, Revoked, SetDeadlines},
+    orders::{self, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition},
@@ -133,6 +134,7 @@ pub struct Committer {
     /// What may still be logged of losses.
     losses_said: Bucket,
     vigil: Vigil,
+    invitations: Invitations,
     orders: Orders,
     erase: EraseHandle,
     audit: Audit,
@@ -166,7 +168,9 @@ pub struct CommitParts {
     pub retention: Duration,
     /// What it keeps beside pings.
     pub vigil: Vigil,
-    /// What checkers and the operator have it write.
+    /// Who may enrol.
+    pub invitations: Invitations,
+    /// What others than devices have it write.
     pub orders: Orders,
     /// Who erases what a fence was made around.
     pub erase: EraseHandle,
@@ -187,6 +191,8 @@ impl Committer {
         );
         let paused = &parts.metrics.freshness.paused;
         paused.set(parts.holders.paused() as f64);
+        let open = &parts.metrics.enrolment.open_invitations;
+        open.set(parts.invitations.len() as f64);
         let committer = Self {
             requests,
             policy: config.policy(parts.retention),
@@ -204,6 +210,7 @@ impl Committer {
             taken: Arc::default(),
             losses_said: Bucket::default(),
             vigil: parts.vigil,
+            invitations: parts.invitations,
             orders: parts.orders,
             erase: parts.erase,
             audit: parts.audit,
@@ -319,12 +326,22 @@ impl Committer {
         self.say(&news)
     }
 
-    /// Does what a checker or the operator wants, and answers when it is on disk.
+    /// Does what somebody wants, and answers when it is on disk.
     fn obey(&mut self, order: Order) -> Result<(), CommitError> {
         let _waiting = self.pulse.wait();
         match order {
             Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
             Order::Revoke(order, reply) => self.revoke(order, reply),
+            Order::Invite(wanted, reply) => {
+                if let Some(answer) = self.invite(&wanted)? {
+                    reply.answer(answer);
+                }
+                Ok(())
+            }
+            Order::Redeem(wanted, reply) => {
+                reply.answer(self.redeem(&wanted)?);
+                Ok(())
+            }
         }
     }
 
@@ -348,6 +365,67 @@ impl Committer {
             Err(too_many) => Err(too_many),
         };
         reply.answer(answer);
+        Ok(())
+    }
+
+    /// `None` when the store does not say which numbers the user's devices have.
+    fn invite(
+        &mut self,
+        wanted: &Invite,
+    ) -> Result<Option<Result<Invitation, NotInvited>>, CommitError> {
+        if self.holders.sharing(&wanted.invitee.user()) == Sharing::Erased {
+            return Ok(Some(Err(NotInvited::UnknownUser)));
+        }
+        let last_device = match self.store.last_device(wanted.invitee.user()) {
+            Ok(last_device) => last_device,
+            Err(error) => {
+                error!(%error, "nobody is invited");
+                return Ok(None);
+            }
+        };
+        let now_ms = self.clock.now_ms();
+        let expires_ms = now_ms.saturating_add(wanted.valid_for_ms);
+        let invited =
+            self.invitations
+                .invite(wanted.code, wanted.invitee, last_device, expires_ms, now_ms);
+        match invited {
+            Ok((invitation, change)) => {
+                self.write_invitations(&change)?;
+                Ok(Some(Ok(invitation)))
+            }
+            Err(not_invited) => Ok(Some(Err(not_invited))),
+        }
+    }
+
+    fn redeem(&mut self, wanted: &Redeem) -> Result<Result<DeviceId, NotValid>, CommitError> {
+        // A certificate would be of no use, and the code is kept in case that a revocation is lifted.
+        let device = self.invitations.device_of(wanted.code);
+        let is_shut_out = |device: DeviceId| {
+            self.revocations.holds(&device) || self.holders.sharing(&device.user) == Sharing::Erased
+        };
+        if device.is_some_and(is_shut_out) {
+            return Ok(Err(NotValid));
+        }
+        let now_ms = self.clock.now_ms();
+        match self.invitations.redeem(wanted.code, wanted.key, now_ms) {
+            Ok((device, change)) => {
+                if let Some(change) = change {
+                    self.write_invitations(&change)?;
+                }
+                Ok(Ok(device))
+            }
+            Err(not_valid) => Ok(Err(not_valid)),
+        }
+    }
+
+    /// At a position of its own, so that a store that has lost it is noticed like any other that is behind.
+    fn write_invitations(&mut self, change: &Change) -> Result<(), CommitError> {
+        let mut batch = self.store.batch();
+        batch.put_invitations(change);
+        let position = self.write(batch)?;
+        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        let open = &self.metrics.enrolment.open_invitations;
+        open.set(self.invitations.len() as f64);
         Ok(())
     }
 

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Spanned, Table, Value, de::DeTable};
 
 use crate::{
-    admin::AdminConfig, commit::CommitConfig, feed::FreshnessConfig, logging::LogConfig,
-    store::StoreConfig, tls::TlsConfig, worker::DevicesConfig,
+    admin::AdminConfig, commit::CommitConfig, enrol::EnrolmentConfig, feed::FreshnessConfig,
+    logging::LogConfig, store::StoreConfig, tls::TlsConfig, worker::DevicesConfig,
 };
 
 /// Everything that can be set.
@@ -35,6 +35,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// Where checkers connect, and which may.
     pub freshness: FreshnessConfig,
+    /// How devices come by their certificates.
+    pub enrolment: EnrolmentConfig,
     /// Where operators look.
     pub admin: AdminConfig,
     /// The log.
@@ -50,6 +52,7 @@ impl Default for Config {
             commit: CommitConfig::default(),
             store: StoreConfig::default(),
             freshness: FreshnessConfig::default(),
+            enrolment: EnrolmentConfig::default(),
             admin: AdminConfig::default(),
             log: LogConfig::default(),
         }
@@ -158,6 +161,7 @@ impl Config {
             config.data_dir = data_dir;
         }
         config.tls = config.tls.under(&config.data_dir);
+        config.enrolment = config.enrolment.under(&config.data_dir);
         Ok(config)
     }
 }

@@ -1,4 +1,5 @@
-//! The freshness service: tells checkers how fresh users are, over gRPC.
+//! The freshness service: tells checkers how fresh users are, over gRPC. Operators find [`crate::enrol`] at the same
+//! port.
 //!
 //! Knows the port, its bounds and who may call; `service` knows the calls and `watcher` the stream, `notices` what is
 //! told on it beside entries, and `discovery` what tools ask. Must not know devices or commits: it reads
@@ -45,14 +46,23 @@ use tonic::transport::Server;
 use tracing::{error, info};
 use waypost_proto::id::is_checker_name;
 
+pub(crate) use self::listener::Peer;
 pub use self::message::Message;
 use self::{
     listener::Door, notices::Notices, rpc::freshness_server::FreshnessServer, service::Service,
     token::Tokens,
 };
 use crate::{
-    admin::Readiness, audit::Audit, bulletin::Bulletin, clock::Clock, freshness::Freshness,
-    metrics::Metrics, orders::OrderHandle, revocation::Revocations, store::Store,
+    admin::Readiness,
+    audit::Audit,
+    bulletin::Bulletin,
+    clock::Clock,
+    enrol::{Inviter, rpc::enrolment_server::EnrolmentServer},
+    freshness::Freshness,
+    metrics::Metrics,
+    orders::OrderHandle,
+    revocation::Revocations,
+    store::Store,
 };
 
 /// The generated server of `waypost.v1.Freshness`.
@@ -166,6 +176,8 @@ pub struct FeedParts {
     pub store: Weak<Store>,
     /// What checkers set goes there.
     pub order: OrderHandle,
+    /// What operators call at the same port, if anybody can enrol.
+    pub inviter: Option<Inviter>,
     /// Whose certificates are revoked.
     pub revocations: Arc<Revocations>,
     /// The store's name.
@@ -265,6 +277,9 @@ impl Feed {
         let mut server = Server::builder().max_concurrent_streams(MAX_CALLS_PER_CONNECTION);
         let serving = server
             .add_service(FreshnessServer::new(service).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_optional_service(self.parts.inviter.map(|inviter| {
+                EnrolmentServer::new(inviter).max_decoding_message_size(MAX_INVITE_BYTES)
+            }))
             .add_service(health)
             .add_service(reflection)
             .add_service(older_reflection)
@@ -304,6 +319,9 @@ const MAX_LISTS: usize = 2;
 
 /// Holds a Watch of 10,000 users, some 180 KB, and a little more.
 const MAX_REQUEST_BYTES: usize = 256 << 10;
+
+/// Holds an Invite, which names one user, and what later versions may add.
+const MAX_INVITE_BYTES: usize = 4 << 10;
 
 /// How long streams have to say that the gateway is shutting down.
 const FAREWELL: Duration = Duration::from_secs(1);

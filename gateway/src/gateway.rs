@@ -30,6 +30,7 @@ use crate::{
     config::Config,
     control::{ControlError, Door, DoorParts},
     disk::DiskWatch,
+    enrol::{Enrolment, EnrolmentError, EnrolmentParts, Renewals, invitations::Invitations},
     erase::{self, Eraser},
     export::stream::{ExportParts, Exports},
     feed::{Feed, FeedError, FeedParts},
@@ -64,6 +65,8 @@ pub enum BindError {
     Worker(#[from] WorkerError),
     #[error(transparent)]
     Feed(#[from] FeedError),
+    #[error(transparent)]
+    Enrolment(#[from] EnrolmentError),
     #[error(transparent)]
     Admin(#[from] AdminError),
     #[error(transparent)]
@@ -115,6 +118,8 @@ pub struct Addresses {
     pub freshness: SocketAddr,
     /// TCP, for operators.
     pub admin: SocketAddr,
+    /// UDP, for newcomers; none where nobody can enrol.
+    pub enrolment: Option<SocketAddr>,
 }
 
 /// A gateway that holds its sockets and its store, and serves nobody yet.
@@ -130,6 +135,7 @@ pub struct Gateway {
     committer: Committer,
     workers: Workers,
     accept: AcceptParts,
+    enrolment: Option<Enrolment>,
     feed: Feed,
     admin: Admin,
     audit: Audit,
@@ -239,6 +245,10 @@ impl Gateway {
                 position: recovered.position,
                 retention: config.store.retention,
                 vigil,
+                invitations: Invitations::restore(
+                    store.load_invitations()?,
+                    config.enrolment.max_invitations,
+                ),
                 orders: ordered,
                 erase,
                 audit: audit.clone(),
@@ -246,6 +256,20 @@ impl Gateway {
             },
         );
         let workers = Workers::bind(&config.devices, tls.devices.server, &store.secret())?;
+        let draining = CancellationToken::new();
+        let devices = workers.local_addr()?;
+        let enrolment = Enrolment::bind(
+            &config.enrolment,
+            EnrolmentParts {
+                tls: &config.tls,
+                check: &tls.devices.check,
+                devices,
+                order: orders.clone(),
+                metrics: metrics.clone(),
+                draining: draining.clone(),
+            },
+        )?;
+        let registrar = enrolment.as_ref().map(|one| Arc::clone(&one.registrar));
         let (device_servers, device_server) = watch::channel(None);
         let (checker_servers, checker_server) = watch::channel(tls.checkers);
         let feed = Feed::bind(
@@ -257,6 +281,7 @@ impl Gateway {
                 bulletin,
                 store: Arc::downgrade(&store),
                 order: orders.clone(),
+                inviter: enrolment.as_ref().map(|one| one.inviter.clone()),
                 revocations: Arc::clone(&revocations),
                 incarnation: store.incarnation(),
                 token_key: store.secret(),
@@ -278,6 +303,7 @@ impl Gateway {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             admission,
+            renewals: Renewals::new(registrar),
             restored_check: RwLock::new(tls.devices.check),
             revocations,
             connected: Arc::default(),
@@ -290,7 +316,7 @@ impl Gateway {
             metrics: metrics.clone(),
             clock,
             incarnation: Bytes::copy_from_slice(&store.incarnation()),
-            draining: CancellationToken::new(),
+            draining,
         };
         let sessions = Arc::new(sessions);
         let door = DoorParts {
@@ -318,9 +344,10 @@ impl Gateway {
             .queue_capacity
             .set(config.commit.queue_requests.get() as f64);
         let addresses = Addresses {
-            devices: workers.local_addr()?,
+            devices,
             freshness: feed.local_addr(),
             admin: admin.local_addr(),
+            enrolment: enrolment.as_ref().map(Enrolment::local_addr),
         };
         write_addresses(&config.data_dir, &addresses)?;
         Ok(Self {
@@ -334,6 +361,7 @@ impl Gateway {
             committer,
             workers,
             accept,
+            enrolment,
             feed,
             admin,
             audit,
@@ -367,6 +395,7 @@ impl Gateway {
             committer,
             workers,
             accept,
+            enrolment,
             feed,
             admin,
             audit,
@@ -382,6 +411,9 @@ impl Gateway {
         let mut parts = JoinSet::new();
         parts.spawn(named("admin endpoint", admin.run(closing.clone())));
         parts.spawn(named("freshness service", feed.run(closing.clone())));
+        if let Some(enrolment) = enrolment {
+            parts.spawn(named("port of enrolment", enrolment.run()));
+        }
         // Who comes to it while the gateway stops writes to the store when it has.
         parts.spawn(named("operator's door", door.run(draining.clone())));
         // It holds what sessions hold, so it goes when they do.

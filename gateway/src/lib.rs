@@ -11,6 +11,7 @@
 //! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`]. So does the operator, at the door of
 //! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
 //! Certificates and revocation lists that change are taken into use by `reload`.
+//! Devices come by their certificates through [`enrol`], at a port of its own, if they are [invited](mod@invite).
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -22,8 +23,8 @@
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
 //! 5. Only [`store`] knows RocksDB, and it gives it no ping unsealed. Only [`worker`], [`transport`], `steer`,
-//!    [`newcomers`], `accept`, `handshake`, [`session`] and [`connected`] speak QUIC, and only [`tls`] and [`pki`] read
-//!    and make certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
+//!    [`newcomers`], `accept`, `handshake`, [`session`], [`connected`] and the door of [`enrol`] speak QUIC, and only
+//!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
 
 mod accept;
@@ -42,6 +43,7 @@ pub mod coverage;
 pub mod deadlines;
 pub mod disk;
 mod durable;
+pub mod enrol;
 pub mod erase;
 pub mod export;
 pub mod feed;
@@ -51,6 +53,7 @@ pub mod gather;
 pub mod handoff;
 mod handshake;
 pub mod inspect;
+pub mod invite;
 pub mod logging;
 pub mod lookout;
 pub mod metrics;

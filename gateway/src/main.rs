@@ -7,6 +7,7 @@ use waypost_gateway::{
     audit::command::{self as audit, AuditArgs},
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     inspect::{self, InspectArgs},
+    invite::InviteArgs,
     pki::command::{self as pki, PkiArgs},
     revoke::{self, RevokeArgs},
     seal::command::{self as keys, KeysArgs},
@@ -40,8 +41,10 @@ enum Command {
     Serve(ServeArgs),
     /// Check the configuration and print what is in effect
     CheckConfig(CheckConfigArgs),
-    /// Make certificates for the gateway, devices and checkers
+    /// Make certificates for the gateway, devices, checkers and operators
     Pki(PkiArgs),
+    /// Invite a device: a code that it redeems for a certificate, also as a QR code
+    Invite(InviteArgs),
     /// Make the master key that everything stored is sealed with, or go over to another
     Keys(KeysArgs),
     /// Serve a device or user no more
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => cli::serve(&args),
         Command::CheckConfig(args) => cli::check_config(&args),
         Command::Pki(args) => pki::run(args).map_err(Failure::from),
+        Command::Invite(args) => cli::invite(args),
         Command::Keys(args) => keys::run(args).map_err(Failure::from),
         Command::Revoke(args) => {
             revoke::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

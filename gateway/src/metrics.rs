@@ -19,6 +19,7 @@
 //! - `commits`: the committer's queues, its commits, and how often the disk stalled them.
 //! - `store` and `disk`: what the store says of itself; room, and whether the disk answers.
 //! - `freshness`: users, those who watch them, and the lag.
+//! - `enrolment`: who was invited, who has come, who was turned away.
 //! - `trust`: who is revoked, and certificate files that were read again.
 //! - `vigil`: when the gateway could not hear, and who is late by a deadline.
 //! - `process`: what the system says of the process.
@@ -30,6 +31,7 @@ mod audit;
 mod commits;
 mod connections;
 mod disk;
+mod enrolment;
 mod erasures;
 mod exports;
 mod fates;
@@ -67,6 +69,7 @@ pub use self::{
     commits::CommitMetrics,
     connections::{CLOSES, ConnectionMetrics, REFUSALS},
     disk::DiskFigures,
+    enrolment::{ENROLMENTS, EnrolmentMetrics, INVITATIONS},
     erasures::ErasureMetrics,
     exports::ExportMetrics,
     fates::{Fates, REJECTS},
@@ -98,6 +101,7 @@ pub struct Handles {
     pub resumption: ResumptionMetrics,
     pub trust: TrustMetrics,
     pub vigil: VigilMetrics,
+    pub enrolment: EnrolmentMetrics,
     pub audit: AuditMetrics,
     pub erasures: ErasureMetrics,
     pub exports: ExportMetrics,
@@ -240,6 +244,7 @@ impl Handles {
             resumption: ResumptionMetrics::register(),
             trust: TrustMetrics::register(),
             vigil: VigilMetrics::register(),
+            enrolment: EnrolmentMetrics::register(),
             audit: AuditMetrics::register(),
             erasures: ErasureMetrics::register(),
             exports: ExportMetrics::register(),
@@ -361,6 +366,7 @@ mod tests {
             Refusal::NotAnIdentity,
             Refusal::NotADevice,
             Refusal::NotAChecker,
+            Refusal::NotAnOperator,
         ] {
             assert!(REFUSALS.contains(&refusal.as_label()), "{refusal:?}");
         }

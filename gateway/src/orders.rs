@@ -1,17 +1,18 @@
-//! What checkers and the operator have the committer write: a queue of its own, beside those of the devices.
+//! What checkers, operators and newcomers have the committer write: a queue of its own, beside those of the devices.
 //!
 //! Knows how an order gets to the committer and its answer back. Must not know what the committer does with it.
 //!
 //! # Bounds
 //!
 //! `QUEUE_ORDERS` wait, each of at most as many settings as one call may name; further calls wait for a place,
-//! as many as the freshness service and the operator's door have connections for. The committer takes one between
-//! two groups of pings.
+//! as many as the freshness service and the operator's door have connections for, and enrolment has newcomers. The
+//! committer takes one between two groups of pings.
 
-use waypost_proto::id::UserId;
+use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
     deadlines::{Checker, Setting, TooMany},
+    enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
     revocation::{NoRoom, Subject},
     sync::{mpsc, oneshot},
 };
@@ -26,6 +27,10 @@ pub enum Order {
     SetDeadlines(SetDeadlines, Reply<u64, TooMany>),
     /// Of the operator.
     Revoke(Revoke, Reply<Revoked, NoRoom>),
+    /// Of an operator's backend: invite a device.
+    Invite(Invite, Reply<Invitation, NotInvited>),
+    /// Of a newcomer: redeem an invitation.
+    Redeem(Redeem, Reply<DeviceId, NotValid>),
 }
 
 /// Deadlines that a checker sets or, where there is no setting, removes.
@@ -53,6 +58,26 @@ pub struct Revoked {
     pub before_ms: Option<u64>,
     /// Since when it is revoked now; none if it is not.
     pub now_ms: Option<u64>,
+}
+
+/// An invitation that an operator makes.
+#[derive(Debug)]
+pub struct Invite {
+    /// What redeems it.
+    pub code: CodeHash,
+    /// Whose device it is for.
+    pub invitee: Invitee,
+    /// For how long it works, in milliseconds.
+    pub valid_for_ms: u64,
+}
+
+/// A newcomer with a code.
+#[derive(Debug)]
+pub struct Redeem {
+    /// The code.
+    pub code: CodeHash,
+    /// The newcomer's key.
+    pub key: KeyHash,
 }
 
 /// The right to answer one order.
@@ -124,6 +149,22 @@ impl OrderHandle {
     /// When it is not.
     pub async fn revoke(&self, order: Revoke) -> Result<Revoked, OrderError<NoRoom>> {
         self.give(|reply| Order::Revoke(order, reply)).await
+    }
+
+    /// Makes an invitation, and returns when it is on disk.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn invite(&self, wanted: Invite) -> Result<Invitation, OrderError<NotInvited>> {
+        self.give(|reply| Order::Invite(wanted, reply)).await
+    }
+
+    /// Redeems an invitation, and returns when that is on disk, with the device that is enrolled.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn redeem(&self, wanted: Redeem) -> Result<DeviceId, OrderError<NotValid>> {
+        self.give(|reply| Order::Redeem(wanted, reply)).await
     }
 
     async fn give<Done, Refused>(

@@ -5,6 +5,7 @@
 //! [`waypost_proto::id`] reads.
 
 pub mod command;
+pub mod request;
 
 use std::{
     fs, io,
@@ -14,14 +15,15 @@ use std::{
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyUsagePurpose, PublicKeyData, SerialNumber,
+    BasicConstraints, Certificate, CertificateParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyUsagePurpose, PublicKeyData, SerialNumber,
 };
 pub use rcgen::{KeyPair, SanType};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
 use waypost_proto::id::{DeviceId, Identity, is_checker_name};
 use x509_parser::{extensions::GeneralName, parse_x509_certificate};
 
+use self::request::RequestedKey;
 use crate::{clock, durable, tls::is_trust_domain};
 
 /// How long an authority lives: replacing it means visiting every device.
@@ -39,6 +41,9 @@ pub const DEFAULT_TRUST_DOMAIN: &str = "waypost.local";
 
 /// The checker that has a certificate in a development folder.
 pub const DEVELOPMENT_CHECKER: &str = "dev";
+
+/// The operator that has one.
+pub const DEVELOPMENT_OPERATOR: &str = "dev";
 
 /// Why a certificate was not made.
 #[derive(Debug, thiserror::Error)]
@@ -88,9 +93,11 @@ pub enum PkiError {
     /// The host name cannot stand in a certificate.
     #[error("{0:?} is neither a host name nor an IP address")]
     BadHostName(String),
-    /// The checker's name cannot stand in a URI.
-    #[error("{0:?} cannot name a checker: use 1 to 64 of a-z, 0-9, '-', '_' and '.'")]
-    BadCheckerName(String),
+    /// The checker's or operator's name cannot stand in a URI.
+    #[error(
+        "{0:?} cannot name a checker or an operator: use 1 to 64 of a-z, 0-9, '-', '_' and '.'"
+    )]
+    BadName(String),
     /// The dates cannot stand in a certificate.
     #[error(
         "a certificate cannot be valid from {not_before_s} to {not_after_s} (seconds since 1970)"
@@ -302,43 +309,39 @@ impl Authority {
         if !files.certificate.exists() {
             return Err(PkiError::NoAuthority(dir.to_owned()));
         }
-        let damaged = |path: &Path, problem| PkiError::Damaged {
-            path: path.to_owned(),
-            problem,
-        };
-        let certificate_pem = read(&files.certificate)?;
-        let key = read_key(&files.private_key)?;
-        let der = CertificateDer::from_pem_slice(certificate_pem.as_bytes())
-            .map_err(|_| damaged(&files.certificate, "is no certificate"))?;
-        let (_, certificate) = parse_x509_certificate(&der)
-            .map_err(|_| damaged(&files.certificate, "is no certificate"))?;
-        if certificate.public_key().raw != key.subject_public_key_info() {
-            return Err(damaged(
-                &files.private_key,
-                "is not the key of the certificate beside it",
-            ));
-        }
-        let trust_domain = certificate
-            .subject_alternative_name()
-            .ok()
-            .flatten()
-            .and_then(|names| {
-                names
-                    .value
-                    .general_names
-                    .iter()
-                    .find_map(|name| match name {
-                        GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
-                        _ => None,
-                    })
-            })
-            .filter(|text| is_trust_domain(text))
-            .ok_or_else(|| damaged(&files.certificate, "does not name its trust domain"))?
-            .to_owned();
+        let (issuer, certificate_pem) = issuer(&files)?;
+        let trust_domain = trust_domain_of(certificate_pem.as_bytes())
+            .ok_or_else(|| damaged(&files.certificate, "does not name its trust domain"))?;
         Ok(Self {
-            issuer: Issuer::from_ca_cert_der(&der, key)?,
+            issuer,
             certificate_pem,
             trust_domain,
+        })
+    }
+
+    /// Opens an authority that signs for a trust domain, and may have been made elsewhere: the first certificate of its
+    /// file is that of the key.
+    ///
+    /// # Errors
+    /// When the files cannot be used, or the authority is one of another trust domain.
+    pub fn open_files(
+        certificate: &Path,
+        private_key: &Path,
+        trust_domain: &str,
+    ) -> Result<Self, PkiError> {
+        let files = Written {
+            certificate: certificate.to_owned(),
+            private_key: private_key.to_owned(),
+        };
+        let (issuer, certificate_pem) = issuer(&files)?;
+        let named = trust_domain_of(certificate_pem.as_bytes());
+        if named.is_some_and(|named| named != trust_domain) {
+            return Err(damaged(certificate, "is one of another trust domain"));
+        }
+        Ok(Self {
+            issuer,
+            certificate_pem,
+            trust_domain: trust_domain.to_owned(),
         })
     }
 
@@ -352,6 +355,15 @@ impl Authority {
     #[must_use]
     pub fn certificate_pem(&self) -> &str {
         &self.certificate_pem
+    }
+
+    /// All certificates of its file, its own first.
+    #[must_use]
+    pub fn certificates(&self) -> Vec<CertificateDer<'static>> {
+        // They could be read when it was opened.
+        CertificateDer::pem_slice_iter(self.certificate_pem.as_bytes())
+            .flatten()
+            .collect()
     }
 
     /// A certificate for a gateway that is reached by these host names and addresses.
@@ -408,15 +420,44 @@ impl Authority {
         )
     }
 
+    /// A certificate for an operator's backend.
+    ///
+    /// # Errors
+    /// When the name cannot be an operator's.
+    pub fn issue_operator(&self, name: &str) -> Result<Credentials, PkiError> {
+        let names = self.names_of(&Identity::Operator(name.to_owned()))?;
+        self.issue(
+            names,
+            Purpose::Client,
+            Validity::days(CERTIFICATE_DAYS),
+            &KeyPair::generate()?,
+        )
+    }
+
+    /// A certificate for a device that keeps its private key to itself.
+    ///
+    /// # Errors
+    /// When the dates are not dates, or the signature fails.
+    pub fn certify_device(
+        &self,
+        device: DeviceId,
+        key: &RequestedKey,
+        validity: Validity,
+    ) -> Result<CertificateDer<'static>, PkiError> {
+        let names = self.names_of(&Identity::Device(device))?;
+        let certificate = self.sign(names, Purpose::Client, validity, &key.key)?;
+        Ok(certificate.der().clone())
+    }
+
     /// The name that an identity has in its certificate.
     ///
     /// # Errors
-    /// When a checker's name is not one.
+    /// When a checker's or operator's name is not one.
     pub fn names_of(&self, identity: &Identity) -> Result<Vec<SanType>, PkiError> {
-        if let Identity::Checker(name) = identity
+        if let Identity::Checker(name) | Identity::Operator(name) = identity
             && !is_checker_name(name)
         {
-            return Err(PkiError::BadCheckerName(name.clone()));
+            return Err(PkiError::BadName(name.clone()));
         }
         Ok(vec![uri(&identity.to_uri(&self.trust_domain))?])
     }
@@ -432,6 +473,22 @@ impl Authority {
         validity: Validity,
         key: &KeyPair,
     ) -> Result<Credentials, PkiError> {
+        let certificate = self.sign(names, purpose, validity, key)?;
+        Ok(Credentials {
+            certificate_pem: certificate.pem(),
+            private_key_pem: key.serialize_pem(),
+            certificate: certificate.der().clone(),
+            private_key: key.serialize_der(),
+        })
+    }
+
+    fn sign(
+        &self,
+        names: Vec<SanType>,
+        purpose: Purpose,
+        validity: Validity,
+        key: &impl PublicKeyData,
+    ) -> Result<Certificate, PkiError> {
         let mut params = CertificateParams::default();
         let (name, usage) = match purpose {
             Purpose::Server => ("Waypost gateway", ExtendedKeyUsagePurpose::ServerAuth),
@@ -445,18 +502,55 @@ impl Authority {
         params.subject_alt_names = names;
         params.use_authority_key_identifier_extension = true;
         validity.apply(&mut params)?;
-        let certificate = params.signed_by(key, &self.issuer)?;
-        Ok(Credentials {
-            certificate_pem: certificate.pem(),
-            private_key_pem: key.serialize_pem(),
-            certificate: certificate.der().clone(),
-            private_key: key.serialize_der(),
+        Ok(params.signed_by(key, &self.issuer)?)
+    }
+}
+
+/// An authority's key, and the text of the certificate that goes with it.
+fn issuer(files: &Written) -> Result<(Issuer<'static, KeyPair>, String), PkiError> {
+    let certificate_pem = read(&files.certificate)?;
+    let key = read_key(&files.private_key)?;
+    let no_certificate = || damaged(&files.certificate, "is no certificate");
+    let all: Vec<_> = CertificateDer::pem_slice_iter(certificate_pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|_| no_certificate())?;
+    let der = all.first().ok_or_else(no_certificate)?;
+    let (_, certificate) = parse_x509_certificate(der).map_err(|_| no_certificate())?;
+    if certificate.public_key().raw != key.subject_public_key_info() {
+        return Err(damaged(
+            &files.private_key,
+            "is not the key of the certificate beside it",
+        ));
+    }
+    Ok((Issuer::from_ca_cert_der(der, key)?, certificate_pem))
+}
+
+/// The trust domain that the certificate of an authority names, as `waypost pki init` has it do.
+fn trust_domain_of(certificate_pem: &[u8]) -> Option<String> {
+    let der = CertificateDer::from_pem_slice(certificate_pem).ok()?;
+    let (_, certificate) = parse_x509_certificate(&der).ok()?;
+    let names = certificate.subject_alternative_name().ok()??;
+    names
+        .value
+        .general_names
+        .iter()
+        .find_map(|name| match name {
+            GeneralName::URI(uri) => uri.strip_prefix("spiffe://"),
+            _ => None,
         })
+        .filter(|text| is_trust_domain(text))
+        .map(ToOwned::to_owned)
+}
+
+fn damaged(path: &Path, problem: &'static str) -> PkiError {
+    PkiError::Damaged {
+        path: path.to_owned(),
+        problem,
     }
 }
 
 /// Makes sure that a folder has all that a development gateway needs: an authority, the gateway's
-/// certificate for this machine, and a checker's. What is there is used as it is; a key without its
+/// certificate for this machine, and those of a checker and an operator. What is there is used as it is; a key without its
 /// certificate is of an earlier start that was cut short, and gets one.
 ///
 /// # Errors
@@ -477,6 +571,7 @@ pub fn prepare_development(dir: &Path) -> Result<Authority, PkiError> {
     // As long as the authority: a development folder should not stop working one day.
     let validity = Validity::days(AUTHORITY_DAYS);
     let checker = Identity::Checker(DEVELOPMENT_CHECKER.to_owned());
+    let operator = Identity::Operator(DEVELOPMENT_OPERATOR.to_owned());
     for (stem, names, purpose) in [
         (
             "server".to_owned(),
@@ -486,6 +581,11 @@ pub fn prepare_development(dir: &Path) -> Result<Authority, PkiError> {
         (
             stem_of(&checker),
             authority.names_of(&checker)?,
+            Purpose::Client,
+        ),
+        (
+            stem_of(&operator),
+            authority.names_of(&operator)?,
             Purpose::Client,
         ),
     ] {
@@ -513,6 +613,7 @@ pub fn stem_of(identity: &Identity) -> String {
     match identity {
         Identity::Device(DeviceId { user, device }) => format!("device-{user}-{device}"),
         Identity::Checker(name) => format!("checker-{name}"),
+        Identity::Operator(name) => format!("operator-{name}"),
     }
 }
 
@@ -730,7 +831,7 @@ mod tests {
         ));
         assert!(matches!(
             authority.issue_checker("a/b"),
-            Err(PkiError::BadCheckerName(_))
+            Err(PkiError::BadName(_))
         ));
         for (not_before_s, not_after_s) in [(2, 1), (0, u64::MAX)] {
             let validity = Validity {

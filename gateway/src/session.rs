@@ -29,6 +29,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use parking_lot::RwLock;
 use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
@@ -42,14 +43,16 @@ use waypost_proto::{
         CloseCode, Grant, Granted, Lane, Limits, Request, Session, Settled, Step, Violation,
         Welcomed, Wish, batch_len,
     },
-    v1,
+    v1::{self, enrolment_refusal::Code::TryLater},
 };
 
 use crate::{
     admission::Admission,
     allowance::{Allowance, Allowances},
+    clock::system_now_ms,
     commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
     connected::Connected,
+    enrol::{Renewals, outcome_label, refused},
     export::stream::Exports,
     metrics::Metrics,
     revocation::{CertificateId, Revocations},
@@ -107,6 +110,8 @@ pub struct SessionParts {
     pub commit: CommitHandle,
     /// Who may begin a connection, and how many have one.
     pub admission: Admission,
+    /// Signs the next certificates of devices.
+    pub renewals: Renewals,
     /// Checks who resumes a TLS session; another when the files behind it have changed.
     pub restored_check: RwLock<RestoredCheck>,
     /// Who is let in no more.
@@ -269,6 +274,8 @@ struct Shell<'a> {
     /// A request of BACKFILL that waits for a place at the committer. Nothing more of that lane is read
     /// meanwhile, and LIVE goes on: its pings are the news.
     waiting_backfill: Option<Submitting>,
+    /// When it has asked for a certificate last.
+    renewed_at: Option<Instant>,
     /// Waits for the next stream, from one turn to the next: it costs more to begin waiting than to go on.
     accepting: Pin<Box<AcceptBi<'a>>>,
     /// The batch of early data, until Hello is answered. Boxed, for most sessions have none.
@@ -321,6 +328,7 @@ impl<'a> Shell<'a> {
             is_draining: false,
             held_until: None,
             waiting_backfill: None,
+            renewed_at: None,
             accepting: Box::pin(connection.accept_bi()),
             early: None,
         }
@@ -613,6 +621,42 @@ impl<'a> Shell<'a> {
                 self.bind(at, lane);
                 Ok(None)
             }
+            Step::Renew(lane, request) => Ok(Some(Box::pin(self.renew(lane, request)))),
+        }
+    }
+
+    /// Answers with the device's next certificate. The signatures that are checked and made take its worker
+    /// some half a millisecond, so a connection gets one only so often.
+    async fn renew(&mut self, lane: Lane, request: Bytes) -> Result<(), End> {
+        let now = Instant::now();
+        let wait = self.renewed_at.map_or(Duration::ZERO, |renewed_at| {
+            (renewed_at + RENEWAL_PAUSE).saturating_duration_since(now)
+        });
+        let response = if wait.is_zero() {
+            self.renewed_at = Some(now);
+            let chain = chain_of(self.connection);
+            let holds = match self.parts.revocations.holds(&self.device) {
+                true => Err(Refusal::Revoked),
+                false => self.parts.restored_check.read().check(&chain),
+            };
+            let renewals = &self.parts.renewals;
+            renewals.renew(self.device, holds, &request, system_now_ms())
+        } else {
+            let wait_ms = u32::try_from(wait.as_millis()).unwrap_or(u32::MAX);
+            refused(TryLater, wait_ms.saturating_add(1))
+        };
+        let outcome = outcome_label(&response, "renewed");
+        let requests = &self.parts.metrics.enrolment.requests;
+        requests.of(outcome).increment(1);
+        debug!(device = %self.device, outcome, "asked for its next certificate");
+        let frame = v1::GatewayFrame {
+            kind: Some(v1::gateway_frame::Kind::Renewed(response)),
+        };
+        self.write(lane, encoded(&frame)).await?;
+        // To ask for it is to be heard.
+        match self.ask(lane, Request::Heartbeat, None)? {
+            Some(rest) => rest.await,
+            None => Ok(()),
         }
     }
 
@@ -904,6 +948,13 @@ fn encoded(frame: &v1::GatewayFrame) -> Bytes {
     bytes.freeze()
 }
 
+/// What the device has shown, in this handshake or in the one that it has resumed.
+fn chain_of(connection: &Connection) -> Vec<CertificateDer<'static>> {
+    let identity = connection.peer_identity();
+    let chain = identity.and_then(|identity| identity.downcast::<Vec<_>>().ok());
+    chain.map(|chain| *chain).unwrap_or_default()
+}
+
 fn new_session(parts: &SessionParts) -> Session {
     let limits = Limits {
         frame_bytes: parts.config.frame_bytes.get(),
@@ -925,6 +976,7 @@ fn count(metrics: &Metrics, frame: &v1::DeviceFrame) {
         }
         Some(Kind::Heartbeat(_)) => "heartbeat",
         Some(Kind::Control(_)) => "control",
+        Some(Kind::Renew(_)) => "renew",
         None => "unknown",
     };
     metrics.frames_received.of(kind).increment(1);
@@ -983,6 +1035,9 @@ const SHORTEST_HOLD: Duration = Duration::from_millis(100);
 /// How long a device that sends too many pings is not read, at most: whoever waits as long as it was told
 /// may have other things to say meanwhile.
 const LONGEST_HOLD: Duration = Duration::from_secs(1);
+
+/// How long a device waits between two certificates on one connection, of which it needs one in days.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(10);
 
 /// How long a device may take to receive its last acks when the gateway stops. It gets them again as
 /// ranges in its next Welcome.

@@ -9,6 +9,7 @@
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
+//! - `invitations` and `enrolled`: who may enrol, and the numbers of their devices (`enrolment`).
 //! - `revocations`: who is let in no more (`revocations`).
 //! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), sealed with their
 //!   user's key (`sealed`), dropped as a whole when retention is over.
@@ -42,6 +43,7 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
+mod enrolment;
 mod folder;
 mod holders;
 mod keys;
@@ -54,6 +56,7 @@ mod space;
 mod view;
 mod watermark;
 
+use enrolment::{ENROLLED, INVITATIONS};
 use folder::{Folder, Lock};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
@@ -140,7 +143,7 @@ enum Operation {
 enum Family {
     Devices,
     Day(Day),
-    /// One of [`notices`], [`holders`] or [`revocations`], by its name.
+    /// One of [`notices`], [`holders`], [`enrolment`] or [`revocations`], by its name.
     Notices(&'static str),
 }
 
@@ -356,7 +359,7 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 8] = [
+const PERMANENT: [&str; 10] = [
     META,
     DEVICES,
     COVERAGE,
@@ -364,6 +367,8 @@ const PERMANENT: [&str; 8] = [
     EVENTS,
     USERS,
     TRANSITIONS,
+    INVITATIONS,
+    ENROLLED,
     REVOCATIONS,
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
@@ -1027,8 +1032,17 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
     families.extend(
-        [COVERAGE, DEADLINES, EVENTS, USERS, TRANSITIONS, REVOCATIONS]
-            .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
+        [
+            COVERAGE,
+            DEADLINES,
+            EVENTS,
+            USERS,
+            TRANSITIONS,
+            INVITATIONS,
+            ENROLLED,
+            REVOCATIONS,
+        ]
+        .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
     families.extend(
         days.iter()

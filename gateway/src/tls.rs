@@ -1,11 +1,13 @@
 //! Who may speak to the gateway: TLS 1.3 with a client certificate, and the identity in it.
 //!
-//! Here are the settings of both ports and the files behind them. `verifier` says whether a peer's certificate
+//! Here are the settings of both ports and the files behind them; that of newcomers, who have no certificate yet, is in
+//! [`enrolment`]. `verifier` says whether a peer's certificate
 //! holds, with the lists of `revocation`; `identity` whom it speaks for; `refusal` why a peer is turned away;
 //! [`sessions`] keeps what devices resume; and `reload` reads the files again when they have changed.
 //!
 //! Knows certificate files and rustls. Must not know connections or what an identity may do.
 
+pub mod enrolment;
 #[cfg(test)]
 mod fixture;
 mod identity;
@@ -33,7 +35,7 @@ use waypost_proto::ALPN;
 use self::{sessions::Sessions, verifier::ClientVerifier};
 
 pub use self::{
-    identity::{certificate_ids, checker_of, device_of, identity_of},
+    identity::{certificate_ids, checker_of, device_of, identity_of, operator_of},
     refusal::Refusal,
     reload::{Loaded, TlsFiles},
     verifier::RestoredCheck,
@@ -296,11 +298,11 @@ impl Files {
         })
     }
 
-    fn server_config(
+    /// What the gateway proves itself with.
+    fn own(
         &self,
         config: &TlsConfig,
-        verifier: Arc<ClientVerifier>,
-    ) -> Result<rustls::ServerConfig, TlsError> {
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), TlsError> {
         let chain = certificates(&self.certificate_pem, &config.certificate, "certificate")?;
         let key = PrivateKeyDer::from_pem_slice(&self.private_key_pem).map_err(|_| {
             TlsError::Malformed {
@@ -309,17 +311,30 @@ impl Files {
                 expected: "private key",
             }
         })?;
-        let unusable = |source| TlsError::Unusable {
-            certificate: config.certificate.clone(),
-            private_key: config.private_key.clone(),
-            source,
-        };
+        Ok((chain, key))
+    }
+
+    fn server_config(
+        &self,
+        config: &TlsConfig,
+        verifier: Arc<ClientVerifier>,
+    ) -> Result<rustls::ServerConfig, TlsError> {
+        let (chain, key) = self.own(config)?;
+        let unusable = |source| unusable(config, source);
         rustls::ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(unusable)?
             .with_client_cert_verifier(verifier)
             .with_single_cert(chain, key)
             .map_err(unusable)
+    }
+}
+
+fn unusable(config: &TlsConfig, source: rustls::Error) -> TlsError {
+    TlsError::Unusable {
+        certificate: config.certificate.clone(),
+        private_key: config.private_key.clone(),
+        source,
     }
 }
 

@@ -155,6 +155,8 @@ async fn launch(folder: &Path, wished: Addresses) -> anyhow::Result<(Child, Addr
         .env("WAYPOST_DEVICES_LISTEN", wished.devices.to_string())
         .env("WAYPOST_FRESHNESS_LISTEN", wished.freshness.to_string())
         .env("WAYPOST_ADMIN_LISTEN", wished.admin.to_string())
+        // Nobody enrols in a load test, and another gateway may have the usual port.
+        .env("WAYPOST_ENROLMENT_LISTEN", "127.0.0.1:0")
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

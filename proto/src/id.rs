@@ -24,6 +24,8 @@ pub enum Identity {
     Device(DeviceId),
     /// `spiffe://<trust-domain>/checker/<name>`
     Checker(String),
+    /// `spiffe://<trust-domain>/operator/<name>`
+    Operator(String),
 }
 
 /// Why a URI names nobody here.
@@ -32,8 +34,8 @@ pub enum IdentityError {
     /// The URI is not one of this trust domain.
     #[error("the certificate belongs to another trust domain")]
     OtherTrustDomain,
-    /// The path has not the form of a device or a checker.
-    #[error("the certificate's URI names neither a device nor a checker")]
+    /// The path has not the form of a device, a checker or an operator.
+    #[error("the certificate's URI names neither a device nor a checker nor an operator")]
     NotAnIdentity,
 }
 
@@ -41,7 +43,7 @@ impl Identity {
     /// Reads a URI of the given trust domain.
     ///
     /// # Errors
-    /// When the URI belongs to another trust domain, or its path names neither device nor checker.
+    /// When the URI belongs to another trust domain, or its path names nobody.
     pub fn from_uri(uri: &str, trust_domain: &str) -> Result<Self, IdentityError> {
         let path = uri
             .strip_prefix("spiffe://")
@@ -56,6 +58,7 @@ impl Identity {
                 Ok(Self::Device(DeviceId { user, device }))
             }
             ["checker", name] if is_checker_name(name) => Ok(Self::Checker((*name).to_owned())),
+            ["operator", name] if is_checker_name(name) => Ok(Self::Operator((*name).to_owned())),
             _ => Err(IdentityError::NotAnIdentity),
         }
     }
@@ -71,11 +74,12 @@ impl Identity {
                 )
             }
             Self::Checker(name) => format!("spiffe://{trust_domain}/checker/{name}"),
+            Self::Operator(name) => format!("spiffe://{trust_domain}/operator/{name}"),
         }
     }
 }
 
-/// Whether a text can name a checker: 1 to 64 of `a-z`, `0-9`, `-`, `_` and `.`.
+/// Whether a text can name a checker or an operator: 1 to 64 of `a-z`, `0-9`, `-`, `_` and `.`.
 #[must_use]
 pub fn is_checker_name(name: &str) -> bool {
     (1..=64).contains(&name.len())
@@ -153,6 +157,7 @@ mod tests {
         for uri in [
             format!("spiffe://example.org/user/{USER}/device/7"),
             "spiffe://example.org/checker/night-watch.2".to_owned(),
+            "spiffe://example.org/operator/crew-office".to_owned(),
         ] {
             let identity = Identity::from_uri(&uri, "example.org").unwrap();
             assert_eq!(identity.to_uri("example.org"), uri);
@@ -200,6 +205,10 @@ mod tests {
             ),
             (
                 "spiffe://example.org/checker/Ops".to_owned(),
+                IdentityError::NotAnIdentity,
+            ),
+            (
+                "spiffe://example.org/operator/".to_owned(),
                 IdentityError::NotAnIdentity,
             ),
         ] {

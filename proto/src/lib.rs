@@ -10,6 +10,7 @@
 
 pub mod batch;
 pub mod device;
+pub mod enrol;
 pub mod frame;
 pub mod id;
 pub mod outbox;

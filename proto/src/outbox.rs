@@ -357,8 +357,8 @@ impl Outbox {
                 });
             }
             Some(v1::gateway_frame::Kind::Flow(flow)) => self.obey(flow, now_ms, &mut events),
-            // A kind that this side does not know yet.
-            None => {}
+            // A certificate is whoever keeps the key's; and a kind that this side does not know yet.
+            Some(v1::gateway_frame::Kind::Renewed(_)) | None => {}
         }
         events
     }

@@ -220,6 +220,9 @@ pub enum Step {
     Export(Lane, u64),
     /// Hello is kept until the other lane's has been answered; nothing to do.
     Wait(Lane),
+    /// Answer the device on this lane with its next certificate, for the key of this request (PKCS #10, DER), then
+    /// ask the committer for [`Request::Heartbeat`].
+    Renew(Lane, Bytes),
 }
 
 /// The committer's answer to [`Request::Hello`].
@@ -376,6 +379,9 @@ impl Session {
             // A kind of frame from the future says at least that somebody is there.
             (Some(lane), Some(Kind::Heartbeat(_)) | None) => {
                 Ok(Step::Ask(lane, Request::Heartbeat))
+            }
+            (Some(lane), Some(Kind::Renew(renew))) => {
+                Ok(Step::Renew(lane, renew.certificate_request))
             }
             (Some(lane), Some(Kind::Control(v1::Control { id, action }))) => {
                 use v1::control::Action;
@@ -721,6 +727,27 @@ mod tests {
         assert!(
             session.handle_frame(None, hello(v1::Lane::Live, 1)).is_ok(),
             "a closed lane is free"
+        );
+    }
+
+    #[test]
+    fn a_renewal_comes_after_hello_and_brings_its_request_unread() {
+        let renew = || v1::DeviceFrame {
+            kind: Some(v1::device_frame::Kind::Renew(v1::Renew {
+                certificate_request: Bytes::from_static(b"request"),
+            })),
+        };
+        let mut session = session();
+        assert_eq!(
+            session.handle_frame(None, renew()),
+            Err(Violation::HelloExpected)
+        );
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), renew()),
+            Ok(Step::Renew(Lane::Live, Bytes::from_static(b"request")))
         );
     }
 

@@ -14,14 +14,15 @@ use prost::Message as _;
 fn generated_code_matches_the_schema() {
     let proto = Path::new(env!("CARGO_MANIFEST_DIR"));
     let freshness = "waypost/v1/freshness.proto";
-    let descriptors = protox::compile(["waypost/v1/device.proto", freshness], [proto])
-        .expect("the schema compiles");
+    let enrolment = "waypost/v1/enrolment.proto";
+    let compile = |files: &[&str]| protox::compile(files, [proto]).expect("the schema compiles");
+    let descriptors = compile(&["waypost/v1/device.proto", freshness, enrolment]);
 
     let messages = tempfile_dir("messages");
     prost_build::Config::new()
         .bytes(["."])
         .out_dir(&messages)
-        .compile_fds(descriptors.clone())
+        .compile_fds(descriptors)
         .expect("messages generate");
 
     // Each half of the service lies with who speaks it: a checker is built without the gateway.
@@ -30,7 +31,7 @@ fn generated_code_matches_the_schema() {
         .extern_path(".waypost.v1", "::waypost_proto::v1")
         .build_server(false)
         .out_dir(&client)
-        .compile_fds(descriptors.clone())
+        .compile_fds(compile(&[freshness]))
         .expect("the client generates");
 
     let server = tempfile_dir("server");
@@ -40,19 +41,26 @@ fn generated_code_matches_the_schema() {
         .extern_path(".waypost.v1.WatchResponse", "crate::feed::Message")
         .build_client(false)
         .out_dir(&server)
-        .compile_fds(descriptors)
+        .compile_fds(compile(&[freshness]))
         .expect("the server generates");
 
+    // Both halves of this one are the gateway's: `waypost invite` asks, and the gateway answers.
+    let both = tempfile_dir("enrolment");
+    tonic_prost_build::configure()
+        .extern_path(".waypost.v1", "::waypost_proto::v1")
+        .out_dir(&both)
+        .compile_fds(compile(&[enrolment]))
+        .expect("client and server generate");
+
     // What the gateway tells grpcurl and its like, comments included.
-    let described = protox::compile([freshness], [proto])
-        .expect("the schema compiles")
-        .encode_to_vec();
+    let described = compile(&[freshness, enrolment]).encode_to_vec();
 
     let changed: Vec<_> = [
         ("src/gen/waypost.v1.rs", generated(&messages)),
         ("../checker/src/gen/waypost.v1.rs", generated(&client)),
         ("../gateway/src/gen/waypost.v1.rs", generated(&server)),
-        ("../gateway/src/gen/freshness.bin", described),
+        ("../gateway/src/gen/enrolment.rs", generated(&both)),
+        ("../gateway/src/gen/services.bin", described),
     ]
     .into_iter()
     .map(|(committed, fresh)| (proto.join(committed), fresh))

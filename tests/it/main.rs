@@ -7,6 +7,7 @@ mod crash;
 mod discovery;
 mod disk;
 mod early;
+mod enrol;
 mod erase;
 mod export;
 mod freshness;

@@ -1,7 +1,8 @@
 //! Another language: a device and a checker in Python, written from the `.proto` files alone.
 //!
 //! What they prove is in `tests/python/test_client.py`; here is the gateway it runs against, and the
-//! look into the store that no client has. And a checker to start from, `checker_example.py`.
+//! look into the store that no client has. `test_enrolment.py` is a device that has no certificate yet. And a
+//! checker to start from, `checker_example.py`.
 
 use std::{
     env,
@@ -105,6 +106,26 @@ async fn a_python_client_that_knows_only_the_schema_sends_pings_reads_acks_and_w
         .collect();
     stored.sort_unstable_by_key(|line| line["seq"].as_u64());
     assert_eq!(stored, told);
+}
+
+/// A device that knows an invitation and the schema gets a certificate, pings with it, and renews it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_python_device_enrols_with_nothing_but_an_invitation() {
+    let address = "127.0.0.1"; // which of its addresses localhost is, not all systems agree on
+    let world = World::start_enrolling(|config| config.public_host = address.to_owned()).await;
+    let invited = world.invite(v1::InviteRequest::default()).await.unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("python/test_enrolment.py");
+    let output = Command::new(python())
+        .arg("-B") // no __pycache__ in the checkout
+        .arg(script)
+        .arg(&invited.uri)
+        .output()
+        .await
+        .unwrap();
+    let proved = String::from_utf8_lossy(&output.stdout);
+    let failed = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{proved}{failed}");
+    assert_eq!(proved.lines().count(), 5, "{proved}");
 }
 
 /// The example as a process, and what it says.

@@ -9,6 +9,7 @@ use waypost_gateway::{
     clock::{Clock, system_now_ms},
     commit::{Answer, Bell, CommitConfig, CommitParts, Committer, Mailbox},
     control::{Command, Outcome},
+    enrol::invitations::Invitations,
     erase,
     freshness::Freshness,
     metrics::Metrics,
@@ -345,6 +346,7 @@ async fn once_a_revocation_is_on_disk_nothing_of_its_subject_is_stored_whatever_
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
         CommitParts {
+            invitations: Invitations::default(),
             store: Arc::clone(&store),
             freshness: Arc::clone(&freshness),
             metrics: metrics.clone(),

@@ -41,6 +41,7 @@ async fn readiness_and_exit_codes_say_what_happened() {
         .env("WAYPOST_ADMIN_LISTEN", "127.0.0.1:0")
         .env("WAYPOST_DEVICES_LISTEN", "127.0.0.1:0")
         .env("WAYPOST_FRESHNESS_LISTEN", "127.0.0.1:0")
+        .env("WAYPOST_ENROLMENT_LISTEN", "127.0.0.1:0")
         .output()
         .unwrap();
     assert_eq!(second.status.code(), Some(1), "a store has one gateway");

@@ -43,6 +43,7 @@ macro_rules! control {
             missing_docs,
             unnameable_types,
             unreachable_pub,
+            unused_imports,
             unused_qualifications,
             clippy::all,
             clippy::restriction,

@@ -32,6 +32,7 @@ use waypost_gateway::{
     commit::{Bell, CommitConfig, CommitHandle, CommitParts, Committer},
     coverage::Span,
     deadlines::{Checker, Event},
+    enrol::invitations::Invitations,
     erase,
     freshness::{Freshness, Head},
     metrics::Metrics,
@@ -92,6 +93,7 @@ macro_rules! open_feed {
                     clock: parts.clock,
                     readiness: parts.readiness,
                     audit: parts.audit,
+                    inviter: None,
                     metrics: parts.metrics,
                 },
             )
@@ -333,6 +335,7 @@ impl World {
                 vigil,
                 orders,
                 revocations: Arc::default(),
+                invitations: Invitations::default(),
                 erase,
                 audit: audit.clone(),
                 turned_away: Arc::new(AtomicU64::new(0)),

@@ -12,6 +12,7 @@ use waypost_proto::{
 use waypost_gateway::{
     bulletin::News,
     deadlines::{Change, Checker, Registration, Setting},
+    enrol::invitations,
     revocation::Subject,
 };
 
@@ -114,6 +115,10 @@ impl Store {
         Ok(None)
     }
 
+    pub(crate) fn last_device(&self, _user: UserId) -> Result<Option<u32>, CommitError> {
+        Ok(None)
+    }
+
     pub(crate) fn note_heard(&self, _until_ms: u64) {}
 
     pub(crate) fn durable_position(&self) -> u64 {
@@ -191,6 +196,10 @@ impl Batch {
 
     pub(crate) fn put_revocation(&mut self, subject: Subject, _since_ms: Option<u64>) {
         panic!("{subject} is not revoked in a schedule");
+    }
+
+    pub(crate) fn put_invitations(&mut self, _change: &invitations::Change) {
+        panic!("nobody enrols in a schedule");
     }
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}

@@ -3,7 +3,7 @@
 //! [`World`] runs a gateway inside the test process; [`Process`] runs the real binary, to be signalled
 //! and killed. Both have their own data folder and ports. [`Relay`] is a bad network on the way to either.
 //! [`link`] is a device without manners: it is written against the wire alone, so that it does not share
-//! a mistake with the load test's device.
+//! a mistake with the load test's device. A [`newcomer`] is one that has no certificate yet.
 //!
 //! For crashes, a [`fleet`] of [`Survivor`]s keeps a [`ledger`], which an [`audit`] compares with the store;
 //! [`power_cut`] and [`FailingDisk`] stand between a process and its disk, and [`Mount`] is a small disk that
@@ -19,6 +19,7 @@ pub mod ledger;
 pub mod link;
 mod metrics_page;
 mod mounts;
+pub mod newcomer;
 pub mod packets;
 pub mod power_cut;
 mod preload;

@@ -6,10 +6,10 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
 use quinn::{ConnectionError, Endpoint, TransportConfig, VarInt, crypto::rustls::QuicClientConfig};
-use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use waypost_gateway::{pki::Credentials, tls};
 use waypost_proto::{batch, ping::Ping, session::CloseCode, v1};
 
@@ -90,6 +90,22 @@ pub fn client_config(
     credentials: Option<&Credentials>,
     transport: TransportConfig,
 ) -> quinn::ClientConfig {
+    let shown = credentials.map(|credentials| {
+        (
+            vec![credentials.certificate_der()],
+            credentials.private_key_der(),
+        )
+    });
+    client_config_with(ca_pem, shown, waypost_proto::ALPN, transport)
+}
+
+/// The same for any chain and its key, and any protocol.
+pub(crate) fn client_config_with(
+    ca_pem: &str,
+    shown: Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>,
+    alpn: &[u8],
+    transport: TransportConfig,
+) -> quinn::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots
         .add(CertificateDer::from_pem_slice(ca_pem.as_bytes()).unwrap())
@@ -98,16 +114,11 @@ pub fn client_config(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .with_root_certificates(roots);
-    let mut config = match credentials {
-        Some(credentials) => builder
-            .with_client_auth_cert(
-                vec![credentials.certificate_der()],
-                credentials.private_key_der(),
-            )
-            .unwrap(),
+    let mut config = match shown {
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key).unwrap(),
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![waypost_proto::ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     // Used only by whoever has a ticket and asks for it.
     config.enable_early_data = true;
     let mut config =
@@ -358,6 +369,18 @@ impl Stream {
                 self.link.connection.close_reason()
             )
         })
+    }
+
+    /// Asks for the next certificate; what comes of it, and the ack that says that the device was heard.
+    pub async fn renew(&mut self, certificate_request: Bytes) -> (v1::EnrollResponse, v1::Ack) {
+        let renew = v1::Renew {
+            certificate_request,
+        };
+        self.send(v1::device_frame::Kind::Renew(renew)).await;
+        match self.next().await {
+            Some(v1::gateway_frame::Kind::Renewed(response)) => (response, self.ack().await),
+            other => panic!("no answer to a renewal but {other:?}"),
+        }
     }
 
     /// Asks for what the holder wants; what comes of it.

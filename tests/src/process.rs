@@ -28,6 +28,7 @@ pub struct Addresses {
     pub devices: SocketAddr,
     pub freshness: SocketAddr,
     pub admin: SocketAddr,
+    pub enrolment: SocketAddr,
 }
 
 /// A `waypost serve --dev` and its folder. Killed when it is dropped.
@@ -41,10 +42,11 @@ pub struct Process {
 }
 
 /// The settings that say where it listens.
-const LISTEN: [&str; 3] = [
+const LISTEN: [&str; 4] = [
     "WAYPOST_DEVICES_LISTEN",
     "WAYPOST_FRESHNESS_LISTEN",
     "WAYPOST_ADMIN_LISTEN",
+    "WAYPOST_ENROLMENT_LISTEN",
 ];
 
 impl Process {
@@ -339,7 +341,7 @@ impl Drop for Process {
 /// A port that was free a moment ago.
 fn free_address(name: &str) -> SocketAddr {
     let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
-    if name.contains("DEVICES") {
+    if name.contains("DEVICES") || name.contains("ENROLMENT") {
         std::net::UdpSocket::bind(loopback)
             .unwrap()
             .local_addr()

@@ -290,7 +290,8 @@ impl Survivor {
                     }
                 }
                 other @ (v1::gateway_frame::Kind::ControlResult(_)
-                | v1::gateway_frame::Kind::Flow(_)) => {
+                | v1::gateway_frame::Kind::Flow(_)
+                | v1::gateway_frame::Kind::Renewed(_)) => {
                     return self.unexpected(&other);
                 }
             }

@@ -69,6 +69,7 @@ impl World {
         config.freshness.listen = any_port;
         config.freshness.checkers = vec!["dev".to_owned()];
         config.admin.listen = any_port;
+        config.enrolment.listen = any_port;
         // How much room the temporary folder has is not what most tests are about.
         config.store.free_space_floor_mib = 0;
         config.tls.certificate = pki.join("server.pem");

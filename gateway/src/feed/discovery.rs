@@ -22,8 +22,8 @@ use tonic_reflection::server::{Builder, v1, v1alpha};
 use super::{rpc::freshness_server::FreshnessServer, service::Service};
 use crate::admin::Stage;
 
-/// `freshness.proto` with its comments, as `proto/tests/bootstrap.rs` compiles it.
-const SCHEMA: &[u8] = include_bytes!("../gen/freshness.bin");
+/// `freshness.proto` and `enrolment.proto` with their comments, as `proto/tests/bootstrap.rs` compiles them.
+const SCHEMA: &[u8] = include_bytes!("../gen/services.bin");
 
 /// A question is a name.
 const MAX_QUESTION_BYTES: usize = 4 << 10;

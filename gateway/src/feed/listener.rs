@@ -47,10 +47,10 @@ use crate::{
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
-pub(super) struct Peer {
-    pub(super) address: SocketAddr,
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
     /// Its certificates, its own first: signed by a known authority and within their time.
-    pub(super) chain: Arc<[CertificateDer<'static>]>,
+    pub(crate) chain: Arc<[CertificateDer<'static>]>,
     /// The same, as revocation lists name them.
     pub(super) certificates: Arc<[CertificateId]>,
 }

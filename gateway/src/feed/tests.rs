@@ -28,6 +28,7 @@ use crate::{
     commit::{CommitConfig, CommitParts, Committer},
     coverage::{Reason, Span},
     deadlines::{self, Checker, Event, Late, Registration, Setting},
+    enrol::invitations::Invitations,
     erase,
     orders::{self, Order, Orders},
     revocation::Revocations,
@@ -134,6 +135,7 @@ impl Harness {
             bulletin: Arc::clone(&bulletin),
             store: Arc::downgrade(&store),
             order,
+            inviter: None,
             revocations: Arc::clone(&revocations),
             incarnation: INCARNATION,
             token_key: [9; 32],
@@ -586,6 +588,7 @@ async fn events_whose_retention_is_over_go_when_the_day_ends_and_tokens_from_bef
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
         CommitParts {
+            invitations: Invitations::default(),
             store: Arc::clone(&harness.store),
             freshness: Arc::clone(&harness.freshness),
             metrics: harness.metrics.clone(),

@@ -63,7 +63,7 @@ impl ConnectionMetrics {
 }
 
 /// Why a peer was refused before it was served: by TLS, by its certificate, or for want of room.
-pub const REFUSALS: [&str; 17] = [
+pub const REFUSALS: [&str; 18] = [
     "no_certificate",
     "bad_certificate",
     "unknown_issuer",
@@ -74,6 +74,7 @@ pub const REFUSALS: [&str; 17] = [
     "bad_identity",
     "not_a_device",
     "not_a_checker",
+    "not_an_operator",
     "other_trust_domain",
     "not_allowed",
     "no_shared_protocol",

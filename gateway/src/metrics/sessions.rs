@@ -50,7 +50,7 @@ impl SessionMetrics {
 }
 
 /// The kinds of frame that a device sends.
-pub const FRAME_KINDS: [&str; 4] = ["hello", "batch", "heartbeat", "control"];
+pub const FRAME_KINDS: [&str; 5] = ["hello", "batch", "heartbeat", "control", "renew"];
 
 /// What became of a Hello: the epoch went on, a new one was asked for, a new one was needed because the
 /// store remembers less than the device was told, or the epoch was an old one.

@@ -73,6 +73,14 @@ enum PkiCommand {
         #[command(flatten)]
         issue: IssueArgs,
     },
+    /// Make an operator's certificate, which invites devices
+    Operator {
+        /// The operator's name: a-z, 0-9, '-', '_' and '.'
+        #[arg(value_parser = checker)]
+        name: String,
+        #[command(flatten)]
+        issue: IssueArgs,
+    },
 }
 
 #[derive(Args, Debug)]
@@ -136,6 +144,7 @@ impl PkiCommand {
                 client(dir, &Identity::Device(DeviceId { user, device }), issue)
             }
             Self::Checker { name, issue } => client(dir, &Identity::Checker(name), issue),
+            Self::Operator { name, issue } => client(dir, &Identity::Operator(name), issue),
         }
     }
 }
@@ -211,6 +220,7 @@ fn client(dir: &Path, identity: &Identity, issue: IssueArgs) -> Result<Made, Pki
             Some(*device),
         ),
         Identity::Checker(_) => ("checker", "Made a checker's certificate", None, None),
+        Identity::Operator(_) => ("operator", "Made an operator's certificate", None, None),
     };
     Ok(Made {
         kind,
@@ -325,6 +335,8 @@ mod tests {
         assert_eq!(device.uri, Some(uri(&device)));
         let checker = made(dir.path(), "checker night-watch").unwrap();
         assert_eq!(uri(&checker), "spiffe://example.org/checker/night-watch");
+        let operator = made(dir.path(), "operator crew-office").unwrap();
+        assert_eq!(uri(&operator), "spiffe://example.org/operator/crew-office");
     }
 
     #[test]

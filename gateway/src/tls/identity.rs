@@ -42,22 +42,33 @@ pub fn identity_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<I
 /// The device that a certificate chain speaks for.
 ///
 /// # Errors
-/// When it speaks for nobody, or for a checker.
+/// When it speaks for nobody, or for somebody else than a device.
 pub fn device_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<DeviceId, Refusal> {
     match identity_of(chain, trust_domain)? {
         Identity::Device(device) => Ok(device),
-        Identity::Checker(_) => Err(Refusal::NotADevice),
+        Identity::Checker(_) | Identity::Operator(_) => Err(Refusal::NotADevice),
     }
 }
 
 /// The checker that a certificate chain speaks for.
 ///
 /// # Errors
-/// When it speaks for nobody, or for a device.
+/// When it speaks for nobody, or for somebody else than a checker.
 pub fn checker_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<String, Refusal> {
     match identity_of(chain, trust_domain)? {
         Identity::Checker(name) => Ok(name),
-        Identity::Device(_) => Err(Refusal::NotAChecker),
+        Identity::Device(_) | Identity::Operator(_) => Err(Refusal::NotAChecker),
+    }
+}
+
+/// The operator that a certificate chain speaks for.
+///
+/// # Errors
+/// When it speaks for nobody, or for somebody else than an operator.
+pub fn operator_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<String, Refusal> {
+    match identity_of(chain, trust_domain)? {
+        Identity::Operator(name) => Ok(name),
+        Identity::Device(_) | Identity::Checker(_) => Err(Refusal::NotAnOperator),
     }
 }
 
@@ -104,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_checker_is_not_a_device_and_a_device_no_checker() {
+    fn a_device_a_checker_and_an_operator_are_none_of_the_others() {
         let fixture = Fixture::new();
         let checker = [fixture
             .authority
@@ -118,6 +129,24 @@ mod tests {
             .unwrap()
             .certificate_der()];
         assert_eq!(checker_of(&device, TRUST_DOMAIN), Err(Refusal::NotAChecker));
+        let operator = [fixture
+            .authority
+            .issue_operator("office")
+            .unwrap()
+            .certificate_der()];
+        assert_eq!(
+            operator_of(&operator, TRUST_DOMAIN),
+            Ok("office".to_owned())
+        );
+        assert_eq!(device_of(&operator, TRUST_DOMAIN), Err(Refusal::NotADevice));
+        assert_eq!(
+            checker_of(&operator, TRUST_DOMAIN),
+            Err(Refusal::NotAChecker)
+        );
+        for other in [&checker, &device] {
+            let refused = operator_of(other, TRUST_DOMAIN);
+            assert_eq!(refused, Err(Refusal::NotAnOperator));
+        }
         assert_eq!(identity_of(&[], TRUST_DOMAIN), Err(Refusal::NoCertificate));
         assert_eq!(
             identity_of(&[vec![0x30].into()], TRUST_DOMAIN),

@@ -30,12 +30,14 @@ pub enum Refusal {
     NoUri,
     /// Its URI belongs to another trust domain.
     OtherTrustDomain,
-    /// Its URI names neither a device nor a checker.
+    /// Its URI names neither a device nor a checker nor an operator.
     NotAnIdentity,
     /// It came to the device port and is not a device.
     NotADevice,
     /// It came to the freshness port and is not a checker.
     NotAChecker,
+    /// It made a call for operators and is not one.
+    NotAnOperator,
 }
 
 impl Refusal {
@@ -56,6 +58,7 @@ impl Refusal {
             Self::NotAnIdentity => "bad_identity",
             Self::NotADevice => "not_a_device",
             Self::NotAChecker => "not_a_checker",
+            Self::NotAnOperator => "not_an_operator",
         }
     }
 
@@ -138,9 +141,12 @@ impl fmt::Display for Refusal {
             Self::OtherTls => "the TLS handshake failed",
             Self::NoUri => "its certificate has not exactly one URI to name it",
             Self::OtherTrustDomain => "its certificate belongs to another trust domain",
-            Self::NotAnIdentity => "its certificate's URI names neither a device nor a checker",
+            Self::NotAnIdentity => {
+                "its certificate's URI names neither a device nor a checker nor an operator"
+            }
             Self::NotADevice => "its certificate is not one of a device",
             Self::NotAChecker => "its certificate is not one of a checker",
+            Self::NotAnOperator => "its certificate is not one of an operator",
         })
     }
 }

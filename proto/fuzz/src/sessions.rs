@@ -225,6 +225,10 @@ impl Gateway {
                 self.waiting
                     .push((at, connection.generation, lane, request));
             }
+            Ok(Step::Renew(lane, _)) => {
+                self.waiting
+                    .push((at, connection.generation, lane, Request::Heartbeat));
+            }
             Ok(Step::Answer(..) | Step::Export(..) | Step::Wait(_)) => {}
             Err(_) => self.reconnect(at),
         }

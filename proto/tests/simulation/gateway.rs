@@ -558,6 +558,10 @@ impl Gateway {
                 }
                 Ok(Step::Answer(lane, frame)) => self.write_frame(link, lane, frame),
                 Ok(Step::Wait(lane)) => self.bind(link, at, lane),
+                // No device of the simulation has a certificate. What is left of it is a contact.
+                Ok(Step::Renew(lane, _)) => {
+                    self.submit(link, lane, Request::Heartbeat, None, now_ms);
+                }
                 Ok(Step::Export(..)) => unreachable!("no device of this world wants one"),
                 Err(violation) => return self.close(link, violation.close_code()),
             }

@@ -391,7 +391,9 @@ impl World {
             }
             Some(Kind::Ack(ack)) => &mut ack.flow,
             Some(Kind::Welcome(welcome)) => &mut welcome.flow,
-            Some(Kind::ControlResult(_) | Kind::Flow(_)) | None => return Some(frame),
+            Some(Kind::ControlResult(_) | Kind::Flow(_) | Kind::Renewed(_)) | None => {
+                return Some(frame);
+            }
         };
         if self.dice.hits(self.weather.flow_per_mille) {
             *flow = Some(v1::Flow {
