@@ -6,7 +6,7 @@
 use std::{
     fmt,
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     thread,
     time::Duration,
 };
@@ -17,6 +17,7 @@ use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
     clock::system_now_ms,
+    config::{self, Config, ConfigError},
     control::{self, Answer, Command, ControlError, Outcome},
     inspect::{Moment, parse_user},
     revocation::{MOST_REVOKED, NoRoom, Revocation, Subject},
@@ -39,6 +40,10 @@ pub struct RevokeArgs {
     /// The gateway's data folder. The gateway may be running
     #[arg(long = "data", value_name = "DIR")]
     data_dir: PathBuf,
+    /// The gateway's configuration file, which says where the master key is. Without a running gateway the store is
+    /// opened, and not without that key
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// The user, a UUID in lower case: all devices, also later ones
     #[arg(long, value_name = "UUID", value_parser = parse_user, required_unless_present = "list")]
     user: Option<UserId>,
@@ -63,6 +68,8 @@ pub struct RevokeArgs {
     reason = "each variant is the part that failed, and says the rest itself"
 )]
 pub enum RevokeError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
@@ -131,7 +138,7 @@ pub fn run(args: &RevokeArgs, out: &mut impl Write) -> Result<(), RevokeError> {
         let revocations = Store::open_read_only(data_dir)?.load_revocations()?;
         return print(&List::new(&revocations), *json, out);
     };
-    let (outcome, is_running) = carry_out(data_dir, subject, args.lift)?;
+    let (outcome, is_running) = carry_out(args, subject)?;
     let report = Report {
         of: subject.into(),
         revoked_since_ms: outcome.now_ms,
@@ -144,23 +151,19 @@ pub fn run(args: &RevokeArgs, out: &mut impl Write) -> Result<(), RevokeError> {
 }
 
 /// Asks the gateway, or writes to its store if there is none. Says which.
-fn carry_out(
-    data_dir: &Path,
-    subject: Subject,
-    is_lifted: bool,
-) -> Result<(Outcome, bool), RevokeError> {
-    let command = match is_lifted {
+fn carry_out(args: &RevokeArgs, subject: Subject) -> Result<(Outcome, bool), RevokeError> {
+    let command = match args.lift {
         false => Command::Revoke(subject.into()),
         true => Command::Lift(subject.into()),
     };
     let mut attempt = 1;
     loop {
-        match control::ask(data_dir, &command)? {
+        match control::ask(&args.data_dir, &command)? {
             Some(Answer::Done(outcome)) => return Ok((outcome, true)),
             Some(Answer::Refused(reason)) => return Err(RevokeError::Refused(reason)),
             None => {}
         }
-        match write(data_dir, subject, is_lifted) {
+        match write(args, subject) {
             Ok(outcome) => return Ok((outcome, false)),
             // A gateway that starts or stops has the store, and does not listen yet or any more.
             Err(RevokeError::Open(OpenError::Locked { .. })) if attempt < ATTEMPTS => {
@@ -173,13 +176,25 @@ fn carry_out(
 }
 
 /// Does what the committer would, in a store that nobody else has open.
-fn write(data_dir: &Path, subject: Subject, is_lifted: bool) -> Result<Outcome, RevokeError> {
+fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
+    let RevokeArgs {
+        data_dir,
+        config,
+        lift: is_lifted,
+        ..
+    } = args;
+    let is_lifted = *is_lifted;
     // To open it for writing would make one where there is none.
     drop(Store::open_read_only(data_dir)?);
-    // How long pings are kept is for the gateway's configuration to say: none go by this.
+    let config = Config::load(
+        config.as_deref(),
+        config::environment(),
+        Some(data_dir.clone()),
+    )?;
+    // No ping goes by this, also if this is not the gateway's configuration.
     let config = StoreConfig {
         retention: Duration::MAX,
-        ..StoreConfig::default()
+        ..config.store
     };
     let now_ms = system_now_ms();
     let store = Store::open(data_dir, &config, now_ms)?;
@@ -298,10 +313,18 @@ const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(200);
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use clap::Parser;
+    use prost::Message;
     use tempfile::TempDir;
+    use waypost_proto::{batch, ping::Ping};
 
     use super::*;
+    use crate::{
+        seal::master::{self, SealingConfig},
+        store::{Day, PingKey, record},
+    };
 
     #[derive(Parser)]
     struct Cli {
@@ -382,6 +405,48 @@ mod tests {
             "days are the gateway's to drop"
         );
         assert_eq!(store.load_devices().unwrap().1.position, 3, "a commit each");
+    }
+
+    #[test]
+    fn a_store_whose_master_key_is_elsewhere_is_opened_with_the_configuration_that_says_where() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("waypost.toml");
+        fs::write(
+            &file,
+            "[store.sealing]\nmaster_key_file = \"elsewhere.key\"\n",
+        )
+        .unwrap();
+        master::make_file(&folder.path().join("elsewhere.key")).unwrap();
+        let sealing = SealingConfig {
+            master_key_file: Some("elsewhere.key".into()),
+            ..SealingConfig::default()
+        };
+        let config = StoreConfig {
+            sealing,
+            ..StoreConfig::default()
+        };
+        let now_ms = system_now_ms();
+        let store = Store::open(folder.path(), &config, now_ms).unwrap();
+        let key = PingKey {
+            device: DeviceId {
+                user: UserId([1; 16]),
+                device: 1,
+            },
+            epoch: 1,
+            first_seq: 1,
+        };
+        let columns = batch::encode(1, &[Ping::at(1, now_ms, 0, 0)]).encode_to_vec();
+        let mut batch = store.batch();
+        let row = record::encode_pings(now_ms, 1, &columns);
+        batch.put_pings(Day::of_ms(now_ms), &key, &row);
+        store.commit(batch).unwrap();
+        drop(store);
+
+        let error = revoke(&folder, &["--user", USER]).unwrap_err();
+        assert!(error.contains("master key"), "{error}");
+        let file = file.to_str().unwrap();
+        let said = revoke(&folder, &["--user", USER, "--config", file]).unwrap();
+        assert!(said.starts_with("Revoked"), "{said}");
     }
 
     #[test]
