@@ -37,7 +37,8 @@ fn all_bytes(folder: &Path) -> Vec<u8> {
         let path = entry.unwrap().path();
         if path.is_dir() {
             bytes.extend(all_bytes(&path));
-        } else {
+        } else if path.is_file() {
+            // The operator's door is a socket, and holds nothing.
             bytes.extend(fs::read(path).unwrap());
         }
     }
