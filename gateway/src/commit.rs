@@ -391,6 +391,12 @@ impl Committer {
         match invited {
             Ok((invitation, change)) => {
                 self.write_invitations(&change)?;
+                self.audit.tell(Deed {
+                    at_ms: now_ms,
+                    who: Who::Operator,
+                    what: What::Invited,
+                    whose: Whose::of(&[invitation.device.user]),
+                });
                 Ok(Some(Ok(invitation)))
             }
             Err(not_invited) => Ok(Some(Err(not_invited))),
@@ -409,8 +415,15 @@ impl Committer {
         let now_ms = self.clock.now_ms();
         match self.invitations.redeem(wanted.code, wanted.key, now_ms) {
             Ok((device, change)) => {
+                // None for a device that asks again.
                 if let Some(change) = change {
                     self.write_invitations(&change)?;
+                    self.audit.tell(Deed {
+                        at_ms: now_ms,
+                        who: Who::Holder(device.to_string()),
+                        what: What::Enrolled,
+                        whose: Whose::of(&[device.user]),
+                    });
                 }
                 Ok(Ok(device))
             }

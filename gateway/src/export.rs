@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// How it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// One object a line; everything, with nothing rounded
     Jsonl,

@@ -609,8 +609,9 @@ impl<'a> Shell<'a> {
                 self.ask(lane, request, deferral)
             }
             Step::Answer(lane, frame) => Ok(Some(Box::pin(self.write(lane, encoded(&frame))))),
-            Step::Export(lane, id) => {
-                if self.parts.exports.begin(self.connection, self.device, id) {
+            Step::Export(lane, id, format) => {
+                let exports = &self.parts.exports;
+                if exports.begin(self.connection, self.device, id, format) {
                     return Ok(None);
                 }
                 let grant = Grant::TryLater;

@@ -216,8 +216,8 @@ pub enum Step {
     Ask(Lane, Request),
     /// Answer the device on this lane.
     Answer(Lane, v1::GatewayFrame),
-    /// Send everything that is held on the user, on a stream of its own; the device's name for it.
-    Export(Lane, u64),
+    /// Send everything that is held on the user, on a stream of its own; the device's name for it, and how it is written.
+    Export(Lane, u64, v1::control::Format),
     /// Hello is kept until the other lane's has been answered; nothing to do.
     Wait(Lane),
     /// Answer the device on this lane with its next certificate, for the key of this request (PKCS #10, DER), then
@@ -389,7 +389,12 @@ impl Session {
                     Some(Action::Pause(_)) => Wish::Pause,
                     Some(Action::Resume(_)) => Wish::Resume,
                     Some(Action::Erase(_)) => Wish::Erase,
-                    Some(Action::Export(_)) => return Ok(Step::Export(lane, id)),
+                    Some(Action::Export(v1::control::Export { format })) => {
+                        return Ok(match v1::control::Format::try_from(format) {
+                            Ok(format) => Step::Export(lane, id, format),
+                            Err(_) => Step::Answer(lane, result(id, Outcome::NotSupported, None)),
+                        });
+                    }
                     None => {
                         let frame = result(id, Outcome::NotSupported, None);
                         return Ok(Step::Answer(lane, frame));
@@ -965,10 +970,21 @@ mod tests {
             .handle_frame(None, hello(v1::Lane::Live, 1))
             .unwrap();
         let erase = control(6, v1::control::Action::Erase(v1::control::Erase {}));
-        let export = control(7, v1::control::Action::Export(v1::control::Export {}));
+        let export = |format| {
+            control(
+                7,
+                v1::control::Action::Export(v1::control::Export { format }),
+            )
+        };
+        let map = v1::control::Format::Geojson;
         assert_eq!(
-            session.handle_frame(Some(Lane::Live), export),
-            Ok(Step::Export(Lane::Live, 7))
+            session.handle_frame(Some(Lane::Live), export(map.into())),
+            Ok(Step::Export(Lane::Live, 7, map))
+        );
+        let unknown = Step::Answer(Lane::Live, result(7, Outcome::NotSupported, None));
+        assert_eq!(
+            session.handle_frame(Some(Lane::Live), export(99)),
+            Ok(unknown)
         );
         for (frame, id, wish) in [
             (pause, 4, Wish::Pause),

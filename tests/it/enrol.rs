@@ -55,6 +55,16 @@ async fn an_invited_device_pings_with_its_certificate_and_with_the_one_that_it_r
     let epoch = live.welcome().await.epoch;
     live.send_pings(epoch, &[ping(1)]).await;
     assert_eq!(live.ack().await.durable_upto, 1);
+    world
+        .metrics_until(|page| page.value("waypost_audit_entries_total") == 3.0)
+        .await;
+    let audit = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    let enrolled = format!(r#""who":{{"holder":"{}"}},"what":"enrolled""#, first.id);
+    assert!(
+        audit.contains(r#""who":"operator","what":"invited""#),
+        "{audit}"
+    );
+    assert!(audit.contains(&enrolled), "{audit}");
 
     // With a new key, and while the holder has paused.
     let outcome = live

@@ -10,7 +10,7 @@ use waypost_tests::{Stream, World, hello, ping};
 
 /// Asks, and reads the stream that the gateway opens: the answer, and the lines behind it.
 async fn exported(stream: &mut Stream, id: u64) -> (Outcome, Vec<Value>) {
-    let action = Some(control::Action::Export(control::Export {}));
+    let action = Some(control::Action::Export(control::Export::default()));
     let control = v1::Control { id, action };
     stream.send(device_frame::Kind::Control(control)).await;
     let (frame, text) = stream.link().read_uni().await;
@@ -110,6 +110,17 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     let log = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
     let recorded = format!(r#""who":{{"holder":"{}"}},"what":"exported""#, device.id);
     assert!(log.contains(&recorded), "{log}");
+    let map = control::Export {
+        format: control::Format::Geojson.into(),
+    };
+    let action = Some(control::Action::Export(map));
+    let control = v1::Control { id: 7, action };
+    live.send(device_frame::Kind::Control(control)).await;
+    let (_, text) = live.link().read_uni().await;
+    let map: Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(map["features"].as_array().unwrap().len(), 901);
+    let place = &map["features"][0]["geometry"]["coordinates"];
+    assert_eq!(place[1], json!(latitude), "longitude first");
     live.send_pings(epoch, &[ping(901)]).await;
     assert_eq!(live.ack().await.accepted, 901);
     let (_, again) = exported(&mut live, 6).await;
@@ -128,11 +139,11 @@ async fn more_exports_than_are_made_at_a_time_are_put_off_and_a_device_that_goes
     live.ack().await;
     // None of these is read, so none of them ends.
     for id in 1..=4 {
-        let action = Some(control::Action::Export(control::Export {}));
+        let action = Some(control::Action::Export(control::Export::default()));
         let control = v1::Control { id, action };
         live.send(device_frame::Kind::Control(control)).await;
     }
-    let action = control::Action::Export(control::Export {});
+    let action = control::Action::Export(control::Export::default());
     assert_eq!(live.control(5, action).await, Outcome::TryLater);
     link.close();
     world

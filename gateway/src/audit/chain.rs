@@ -48,6 +48,10 @@ pub enum What {
     Started,
     /// A checker began to be told how fresh users are.
     WatchStarted,
+    /// A code was made that lets a device in.
+    Invited,
+    /// A device was let in by its code.
+    Enrolled,
     /// Everything that is held was given to the holder.
     Exported,
     /// Everything that was held was erased, or is from then on.

@@ -26,7 +26,7 @@ use tracing::{info, warn};
 use waypost_proto::{
     frame::encode_frame,
     id::{DeviceId, UserId},
-    v1::{self, control_result::Outcome},
+    v1::{self, control, control_result::Outcome},
 };
 
 use super::{Exporter, Format, Subject};
@@ -113,13 +113,23 @@ impl Exports {
 
     /// Begins to send a device everything that is held on its user, on a stream that the gateway opens. False if too
     /// many are under way.
-    pub(crate) fn begin(&self, connection: &Connection, device: DeviceId, id: u64) -> bool {
+    pub(crate) fn begin(
+        &self,
+        connection: &Connection,
+        device: DeviceId,
+        id: u64,
+        format: control::Format,
+    ) -> bool {
+        let format = match format {
+            control::Format::JsonLines => Format::Jsonl,
+            control::Format::Geojson => Format::Geojson,
+        };
         let Ok(room) = Arc::clone(&self.room).try_acquire_owned() else {
             return false;
         };
         let (exports, connection) = (self.clone(), connection.clone());
         self.under_way.spawn(async move {
-            let exported = exports.export(connection, device, id, room).await;
+            let exported = exports.export(connection, device, id, format, room).await;
             let metrics = &exports.metrics.exports;
             match exported {
                 Ok(()) => {
@@ -146,6 +156,7 @@ impl Exports {
         connection: Connection,
         device: DeviceId,
         id: u64,
+        format: Format,
         room: OwnedSemaphorePermit,
     ) -> Result<(), ExportError> {
         let broken = |error: &dyn std::fmt::Display| ExportError::Broken(error.to_string());
@@ -175,7 +186,7 @@ impl Exports {
             tokio::task::spawn_blocking(move || {
                 // As long as it reads, also when the device has gone meanwhile.
                 let _room = room;
-                exports.write(device.user, Chunks::new(chunks))
+                exports.write(device.user, format, Chunks::new(chunks))
             })
         });
         while let Some(chunk) = read.recv().await {
@@ -193,7 +204,7 @@ impl Exports {
     }
 
     /// Writes what is held on a user, as it was at one moment.
-    fn write(&self, user: UserId, out: Chunks) -> Result<(), ExportError> {
+    fn write(&self, user: UserId, format: Format, out: Chunks) -> Result<(), ExportError> {
         let view = self.store.view_of(user);
         let subject = Subject {
             user,
@@ -204,7 +215,7 @@ impl Exports {
             recipients: audit::recipients(&self.audit_log, user)?,
         };
         let (devices, transitions) = (view.devices()?, view.transitions()?);
-        let mut exporter = Exporter::begin(out, Format::Jsonl, &subject, &devices, &transitions)?;
+        let mut exporter = Exporter::begin(out, format, &subject, &devices, &transitions)?;
         for row in view.rows() {
             let row = row?;
             for ping in &row.record.pings {

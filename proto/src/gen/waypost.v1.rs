@@ -335,7 +335,7 @@ pub struct Heartbeat {}
 ///
 /// Export sends the device everything that is held on its user, as it is at one moment. For that the gateway opens a
 /// unidirectional stream, which the device has to allow; on it come one frame, with the ControlResult, and if that is DONE
-/// JSON Lines up to the end of the stream: each an object with its `kind`, first `user`, then `device`, `transition` and
+/// text up to the end of the stream. JSON Lines are each an object with its `kind`, first `user`, then `device`, `transition` and
 /// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Only TRY_LATER comes on
 /// the lane: as many exports are under way as the gateway makes at a time.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -355,7 +355,48 @@ pub mod control {
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct Erase {}
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-    pub struct Export {}
+    pub struct Export {
+        #[prost(enumeration = "Format", tag = "1")]
+        pub format: i32,
+    }
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Format {
+        /// everything, with nothing rounded
+        JsonLines = 0,
+        /// for maps: the pings are points, and the rest is beside them under `waypost`
+        Geojson = 1,
+    }
+    impl Format {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::JsonLines => "FORMAT_JSON_LINES",
+                Self::Geojson => "FORMAT_GEOJSON",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "FORMAT_JSON_LINES" => Some(Self::JsonLines),
+                "FORMAT_GEOJSON" => Some(Self::Geojson),
+                _ => None,
+            }
+        }
+    }
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Action {
         #[prost(message, tag = "2")]
