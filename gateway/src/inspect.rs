@@ -19,6 +19,7 @@ use waypost_proto::{
 
 use crate::{
     config::{self, Config, ConfigError},
+    console::{parse_user, print},
     sharing::Sharing,
     store::{Day, OpenError, PingKey, PingRow, ReadError, Store},
 };
@@ -139,21 +140,8 @@ pub fn run(args: &InspectArgs, out: &mut impl Write) -> Result<(), InspectError>
     let config = Config::load(args.config.as_deref(), config::environment(), data_dir)?;
     let store = Store::open_sealed_read_only(&args.data_dir, &config.store.sealing)?;
     match args.user {
-        None => print(&store_report(&store)?, args.json, out),
-        Some(user) => print(&user_report(&store, user)?, args.json, out),
-    }
-}
-
-fn print(
-    report: &(impl Serialize + fmt::Display),
-    json: bool,
-    out: &mut impl Write,
-) -> Result<(), InspectError> {
-    if json {
-        serde_json::to_writer_pretty(&mut *out, report).map_err(io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        write!(out, "{report}")?;
+        None => print(&store_report(&store)?, args.json, out)?,
+        Some(user) => print(&user_report(&store, user)?, args.json, out)?,
     }
     Ok(())
 }
@@ -387,12 +375,6 @@ impl fmt::Display for Moment {
             seconds % 60
         )
     }
-}
-
-/// Reads a user's id as people write it.
-pub(crate) fn parse_user(text: &str) -> Result<UserId, &'static str> {
-    UserId::parse(text)
-        .ok_or("a user is a UUID in lower case, as in 6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 }
 
 #[cfg(test)]

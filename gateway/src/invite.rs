@@ -21,7 +21,9 @@ use waypost_proto::{
     v1::{InviteRequest, InviteResponse},
 };
 
-use crate::{clock::system_now_ms, enrol::rpc::enrolment_client::EnrolmentClient};
+use crate::{
+    clock::system_now_ms, console::parse_user, enrol::rpc::enrolment_client::EnrolmentClient,
+};
 
 /// Arguments of `waypost invite`.
 #[derive(Args, Debug)]
@@ -213,11 +215,6 @@ fn show(
         format_duration(left),
     )?;
     Ok(())
-}
-
-fn parse_user(text: &str) -> Result<UserId, &'static str> {
-    UserId::parse(text)
-        .ok_or("a user is a UUID in lower case, such as 6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 }
 
 #[cfg(test)]

@@ -38,6 +38,7 @@ pub mod clock;
 pub mod commit;
 pub mod config;
 pub mod connected;
+mod console;
 pub mod control;
 pub mod coverage;
 pub mod deadlines;

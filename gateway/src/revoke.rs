@@ -18,8 +18,9 @@ use waypost_proto::id::{DeviceId, UserId};
 use crate::{
     clock::system_now_ms,
     config::{self, Config, ConfigError},
+    console::{parse_user, print},
     control::{self, Answer, Command, ControlError, Outcome},
-    inspect::{Moment, parse_user},
+    inspect::Moment,
     revocation::{MOST_REVOKED, NoRoom, Revocation, Subject},
     store::{CommitError, OpenError, ReadError, Store, StoreConfig},
 };
@@ -136,7 +137,7 @@ pub fn run(args: &RevokeArgs, out: &mut impl Write) -> Result<(), RevokeError> {
     });
     let Some(subject) = subject else {
         let revocations = Store::open_read_only(data_dir)?.load_revocations()?;
-        return print(&List::new(&revocations), *json, out);
+        return Ok(print(&List::new(&revocations), *json, out)?);
     };
     let (outcome, is_running) = carry_out(args, subject)?;
     let report = Report {
@@ -147,7 +148,7 @@ pub fn run(args: &RevokeArgs, out: &mut impl Write) -> Result<(), RevokeError> {
         is_running,
         is_lifted: args.lift,
     };
-    print(&report, *json, out)
+    Ok(print(&report, *json, out)?)
 }
 
 /// Asks the gateway, or writes to its store if there is none. Says which.
@@ -224,20 +225,6 @@ fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
         now_ms,
         ended: 0,
     })
-}
-
-fn print(
-    report: &(impl Serialize + fmt::Display),
-    json: bool,
-    out: &mut impl Write,
-) -> Result<(), RevokeError> {
-    if json {
-        serde_json::to_writer_pretty(&mut *out, report).map_err(io::Error::from)?;
-        writeln!(out)?;
-    } else {
-        write!(out, "{report}")?;
-    }
-    Ok(())
 }
 
 impl From<Subject> for Named {

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use waypost_checker::{CheckerError, Config, Selector, UserId, Watch};
 
 use self::view::{Report, View};
-use crate::clock::system_now_ms;
+use crate::{clock::system_now_ms, console::parse_user};
 
 /// Watch how fresh users are.
 #[derive(Clone, Debug, clap::Args)]
@@ -176,9 +176,4 @@ impl Screen {
         }
         out.flush()
     }
-}
-
-fn parse_user(text: &str) -> Result<UserId, &'static str> {
-    UserId::parse(text)
-        .ok_or("a user is a UUID in lower case, such as 6ba7b810-9dad-11d1-80b4-00c04fd430c8")
 }
