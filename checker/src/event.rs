@@ -56,7 +56,7 @@ pub enum Event {
     Coverage(Gap),
     /// A registered deadline passed, or the user came back. In a snapshot, the LATE that holds.
     Deadline(Deadline),
-    /// A holder has paused or resumed.
+    /// A holder has paused, resumed, erased everything, or withdrawn this checker's grant.
     Transition(Transition),
     /// For some time nothing was learned of anybody: what is after `resolved_ms` is unknown.
     Stale {
@@ -128,12 +128,13 @@ pub struct Deadline {
     pub due_ms: u64,
 }
 
-/// A holder has paused sharing, or resumed. The user's entry says what holds now; this is each change.
+/// A holder has paused sharing, resumed, erased everything, or withdrawn this checker's grant. The user's entry says what
+/// holds now; this is each change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     /// Whose holder.
     pub user: UserId,
-    /// What holds since: [`State::Paused`] or [`State::Active`].
+    /// What holds since: [`State::Paused`], [`State::Active`], [`State::Erased`] or [`State::Withdrawn`].
     pub state: State,
     /// When the commit was made that says so.
     pub at_ms: u64,

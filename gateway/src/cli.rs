@@ -181,6 +181,7 @@ fn prepare_development(config: &mut Config) -> Result<(), Failure> {
     if !config.freshness.checkers.contains(&checker) {
         config.freshness.checkers.push(checker);
     }
+    config.freshness.are_checkers_granted = true;
     Ok(())
 }
 

@@ -35,7 +35,7 @@ use waypost_proto::{
     id::{DeviceId, UserId},
     ping::{Ping, RejectCode},
     ranges::RangeSet,
-    session::{Grant, Granted, Request, Settled, Welcomed, Wish, batch_len},
+    session::{CheckerWish, Grant, Granted, Request, Settled, Welcomed, Wish, batch_len},
 };
 
 use crate::{
@@ -45,19 +45,20 @@ use crate::{
     },
     bulletin::News,
     clock::Clock,
-    deadlines::{Contact, Said, Standing, TooMany},
+    deadlines::{Checker, Contact, NotSet, Said, Standing},
     disk::Pulse,
     enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
     erase::{EraseHandle, Erasure, Place},
     freshness::Freshness,
     gather::GatherRequests,
+    grants::{CheckerSet, Checkers, Decisions},
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{self, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
+    orders::{self, Invite, Order, Orders, Redeem, Redeemed, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
-    sharing::{Holders, Sharing, Transition},
+    sharing::{Holders, Sharing, Transition, Turn},
     store::{Batch, CommitError, Day, PingKey, Store, record},
     vigil::Vigil,
 };
@@ -122,6 +123,7 @@ pub struct Committer {
     clock: Clock,
     devices: FxHashMap<DeviceId, DeviceRecord>,
     holders: Holders,
+    checkers: Arc<Checkers>,
     revocations: Arc<Revocations>,
     /// What the thinning rule compares with; empty while neither the operator nor a holder thins. Not kept on disk: after a
     /// restart one ping more is stored per device, and no coordinate lies in a device row.
@@ -160,6 +162,8 @@ pub struct CommitParts {
     pub devices: FxHashMap<DeviceId, DeviceRecord>,
     /// Who does not share.
     pub holders: Holders,
+    /// The store's checkers, whom holders grant.
+    pub checkers: Arc<Checkers>,
     /// Who is let in no more, which it writes and others read.
     pub revocations: Arc<Revocations>,
     /// The last position that the store holds.
@@ -202,6 +206,7 @@ impl Committer {
             clock: parts.clock,
             devices: parts.devices,
             holders: parts.holders,
+            checkers: parts.checkers,
             revocations: parts.revocations,
             last_stored: FxHashMap::default(),
             position: parts.position,
@@ -339,7 +344,9 @@ impl Committer {
                 Ok(())
             }
             Order::Redeem(wanted, reply) => {
-                reply.answer(self.redeem(&wanted)?);
+                if let Some(answer) = self.redeem(&wanted)? {
+                    reply.answer(answer);
+                }
                 Ok(())
             }
         }
@@ -348,8 +355,17 @@ impl Committer {
     fn set_deadlines(
         &mut self,
         order: &SetDeadlines,
-        reply: orders::Reply<u64, TooMany>,
+        reply: orders::Reply<u64, NotSet>,
     ) -> Result<(), CommitError> {
+        let is_granted = |user: &UserId| {
+            let granted = self.freshness.visibility(user).granted;
+            granted.contains(order.number)
+        };
+        let set = order.settings.iter().filter(|(_, set)| set.is_some());
+        if let Some(&(user, _)) = set.clone().find(|(user, _)| !is_granted(user)) {
+            reply.answer(Err(NotSet::NotGranted(user)));
+            return Ok(());
+        }
         let said = self.said_next();
         let (freshness, holders) = (&self.freshness, &self.holders);
         let news = self
@@ -362,7 +378,7 @@ impl Committer {
                 self.say(&news)?;
                 Ok(self.position)
             }
-            Err(too_many) => Err(too_many),
+            Err(too_many) => Err(too_many.into()),
         };
         reply.answer(answer);
         Ok(())
@@ -385,12 +401,18 @@ impl Committer {
         };
         let now_ms = self.clock.now_ms();
         let expires_ms = now_ms.saturating_add(wanted.valid_for_ms);
-        let invited =
-            self.invitations
-                .invite(wanted.code, wanted.invitee, last_device, expires_ms, now_ms);
+        let invited = self.invitations.invite(
+            wanted.code,
+            wanted.invitee,
+            wanted.checkers,
+            last_device,
+            expires_ms,
+            now_ms,
+        );
         match invited {
             Ok((invitation, change)) => {
-                self.write_invitations(&change)?;
+                let batch = self.store.batch();
+                self.write_invitations(&change, batch, &News::default())?;
                 self.audit.tell(Deed {
                     at_ms: now_ms,
                     who: Who::Operator,
@@ -403,40 +425,74 @@ impl Committer {
         }
     }
 
-    fn redeem(&mut self, wanted: &Redeem) -> Result<Result<DeviceId, NotValid>, CommitError> {
-        // A certificate would be of no use, and the code is kept in case that a revocation is lifted.
-        let device = self.invitations.device_of(wanted.code);
-        let is_shut_out = |device: DeviceId| {
-            self.revocations.holds(&device) || self.holders.sharing(&device.user) == Sharing::Erased
+    /// `None` when the store does not say what the holder has decided before.
+    fn redeem(
+        &mut self,
+        wanted: &Redeem,
+    ) -> Result<Option<Result<Redeemed, NotValid>>, CommitError> {
+        let Some(invitation) = self.invitations.find(wanted.code) else {
+            return Ok(Some(Err(NotValid)));
         };
-        if device.is_some_and(is_shut_out) {
-            return Ok(Err(NotValid));
+        let (device, user) = (invitation.device, invitation.device.user);
+        // A certificate would be of no use, and the code is kept in case that a revocation is lifted.
+        if self.revocations.holds(&device) || self.holders.sharing(&user) == Sharing::Erased {
+            return Ok(Some(Err(NotValid)));
         }
-        let now_ms = self.clock.now_ms();
-        match self.invitations.redeem(wanted.code, wanted.key, now_ms) {
-            Ok((device, change)) => {
-                // None for a device that asks again.
-                if let Some(change) = change {
-                    self.write_invitations(&change)?;
-                    self.audit.tell(Deed {
-                        at_ms: now_ms,
-                        who: Who::Holder(device.to_string()),
-                        what: What::Enrolled,
-                        whose: Whose::of(&[device.user]),
-                    });
-                }
-                Ok(Ok(device))
+        let mut decisions = match self.store.decisions_of(user) {
+            Ok(decisions) => decisions,
+            Err(error) => {
+                error!(%error, "nobody is enrolled");
+                return Ok(None);
             }
-            Err(not_valid) => Ok(Err(not_valid)),
+        };
+        let said = self.said_next();
+        let redeemed = self.invitations.redeem(wanted.code, wanted.key, said.at_ms);
+        let Ok((_, change)) = redeemed else {
+            return Ok(Some(Err(NotValid)));
+        };
+        let by_all = self.checkers.are_granted_by_all();
+        // None for a device that asks again.
+        if let Some(change) = change {
+            let agreed = decisions.agree(invitation.checkers, by_all, said.at_ms);
+            let (mut batch, mut news) = (self.store.batch(), News::default());
+            if !agreed.is_empty() {
+                batch.put_decisions(user, &decisions);
+                news.transitions.push(Transition {
+                    user,
+                    turn: Turn::Granted,
+                    checkers: agreed,
+                    at_ms: said.at_ms,
+                    position: said.position,
+                    number: 0,
+                });
+            }
+            self.write_invitations(&change, batch, &news)?;
+            self.record(device, What::Enrolled, said.at_ms);
+            self.record_turn(device, Turn::Granted, agreed, said.at_ms);
         }
+        let granted = decisions.visibility(by_all).granted;
+        let checkers = self
+            .checkers
+            .names(granted.intersection(invitation.checkers));
+        let mut checkers: Vec<_> = checkers.map(str::to_owned).collect();
+        checkers.sort_unstable();
+        Ok(Some(Ok(Redeemed { device, checkers })))
     }
 
     /// At a position of its own, so that a store that has lost it is noticed like any other that is behind.
-    fn write_invitations(&mut self, change: &Change) -> Result<(), CommitError> {
-        let mut batch = self.store.batch();
+    fn write_invitations(
+        &mut self,
+        change: &Change,
+        mut batch: Batch,
+        news: &News,
+    ) -> Result<(), CommitError> {
         batch.put_invitations(change);
+        batch.put_news(news);
         let position = self.write(batch)?;
-        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.vigil.publish(news);
+        let turned = &news.transitions;
+        self.freshness
+            .publish(position, self.resolved_ms, &[], turned);
         let open = &self.metrics.enrolment.open_invitations;
         open.set(self.invitations.len() as f64);
         Ok(())
@@ -477,6 +533,28 @@ impl Committer {
         });
         reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
+    }
+
+    /// Has it recorded what a holder has done.
+    fn record(&self, device: DeviceId, what: What, at_ms: u64) {
+        self.audit.tell(Deed {
+            at_ms,
+            who: Who::Holder(device.to_string()),
+            what,
+            whose: Whose::of(&[device.user]),
+        });
+    }
+
+    /// And what it was of checkers, if it was that.
+    fn record_turn(&self, device: DeviceId, turn: Turn, checkers: CheckerSet, at_ms: u64) {
+        let what = match turn {
+            Turn::Sharing(_) => return,
+            Turn::Granted => What::Granted,
+            Turn::Withdrawn => What::Withdrawn,
+        };
+        for name in self.checkers.names(checkers) {
+            self.record(device, what(name.to_owned()), at_ms);
+        }
     }
 
     fn said_next(&self) -> Said {
@@ -526,7 +604,11 @@ impl Committer {
         let commit_ms = self.clock.now_ms();
         self.rotate(commit_ms)?;
         let position = self.position + 1;
-        let mut judged = Judged::new(self.store.batch());
+        let said = Said {
+            position,
+            at_ms: commit_ms,
+        };
+        let mut judged = Judged::new(self.store.batch(), said);
         // Also when nothing else is written, as when all wait for their Hello: it is announced, and a position that is
         // not on disk would be used again after a restart.
         judged.batch.put_position(position);
@@ -558,7 +640,7 @@ impl Committer {
                 wish: Wish::Erase,
             } = request
             {
-                self.fence(device, id, reply, moment, &mut judged);
+                self.fence(device, id, reply, &mut judged);
                 continue;
             }
             let answer = match early {
@@ -583,7 +665,7 @@ impl Committer {
             judged.batch.put_device(&device, record.get());
             // A position that moved would tell of a contact as well as a clock.
             let is_visible = self.holders.sharing(&device.user) == Sharing::Active
-                || judged.has_transition_of(&device.user);
+                || judged.has_turned(&device.user);
             if is_visible {
                 judged.changes.push((device.user, record.get().clocks));
             }
@@ -592,15 +674,22 @@ impl Committer {
         let contacts = judged.changes.iter();
         let mut news = self.vigil.heard(
             contacts.map(|(user, clocks)| (*user, clocks.last_contact_ms)),
-            Said {
-                position,
-                at_ms: commit_ms,
-            },
+            said,
         );
         for device in &judged.fenced {
             news.deadlines.extend(self.vigil.forget_user(device.user));
         }
         news.transitions = std::mem::take(&mut judged.transitions);
+        for transition in &news.transitions {
+            if transition.turn == Turn::Withdrawn {
+                let names = self.checkers.names(transition.checkers);
+                for checker in names.map(Checker::named) {
+                    let (user, said) = (transition.user, judged.said);
+                    let forgotten = self.vigil.forget(checker, user, said);
+                    news.deadlines.extend(forgotten);
+                }
+            }
+        }
         judged.batch.put_news(&news);
 
         let bytes = judged.batch.size_bytes();
@@ -624,13 +713,11 @@ impl Committer {
         for (reply, answer) in judged.answers {
             reply.answer(answer, &mut rings);
         }
-        for device in &judged.fenced {
-            self.audit.tell(Deed {
-                at_ms: commit_ms,
-                who: Who::Holder(device.to_string()),
-                what: What::Erased,
-                whose: Whose::of(&[device.user]),
-            });
+        for &device in &judged.fenced {
+            self.record(device, What::Erased, commit_ms);
+        }
+        for &(device, turn, checkers) in &judged.decided {
+            self.record_turn(device, turn, checkers, commit_ms);
         }
         for wanted in judged.erasures {
             wanted.hand_over();
@@ -640,14 +727,7 @@ impl Committer {
 
     /// A holder wants everything erased: from this commit on nothing more is taken of the user. What is held is then
     /// erased in its own time, and the answer comes after that.
-    fn fence(
-        &mut self,
-        device: DeviceId,
-        id: u64,
-        reply: Reply,
-        moment: Moment,
-        judged: &mut Judged,
-    ) {
+    fn fence(&mut self, device: DeviceId, id: u64, reply: Reply, judged: &mut Judged) {
         let Some(place) = self.erase.place() else {
             let grant = Grant::TryLater;
             let answer = Answer::Granted(Granted { id, grant });
@@ -655,17 +735,14 @@ impl Committer {
             return;
         };
         let user = device.user;
-        let said = Said {
-            position: moment.position,
-            at_ms: moment.commit_ms,
-        };
+        let told = self.visible_to(user, judged);
         let begun = self.holders.grant(user, Wish::Erase).map(|to| {
-            judged.turn(user, to, said);
+            let fence = judged.turn(user, Turn::Sharing(to), told);
             judged.fenced.push(device);
             // Rare enough to look at all of them.
             self.devices.retain(|device, _| device.user != user);
             self.last_stored.retain(|device, _| device.user != user);
-            Erasure::begun(said.position, said.at_ms)
+            Erasure::begun_by(&fence)
         });
         judged.erasures.push(Wanted {
             place,
@@ -679,7 +756,9 @@ impl Committer {
     /// Answers a device whose user is erased. Nothing of it is kept.
     fn turn_away(request: &Request, moment: Moment, judged: &mut Judged) -> Answer {
         let (epoch, pings, rejects) = match request {
-            Request::Hello(_) | Request::Control { .. } => return Answer::Erased,
+            Request::Hello(_) | Request::Control { .. } | Request::Checkers { .. } => {
+                return Answer::Erased;
+            }
             Request::Heartbeat => (0, 0, Vec::new()),
             Request::Batch { batch, .. } => {
                 let seqs = batch.pings.iter().map(|ping| ping.seq);
@@ -725,14 +804,11 @@ impl Committer {
         if was == Sharing::Erased {
             return Self::turn_away(&request, moment, judged);
         }
-        if let Request::Control { wish, .. } = request {
-            let said = Said {
-                position,
-                at_ms: commit_ms,
-            };
-            if let Some(to) = self.holders.grant(device.user, wish) {
-                judged.turn(device.user, to, said);
-            }
+        if let Request::Control { wish, .. } = request
+            && let Some(to) = self.holders.grant(device.user, wish)
+        {
+            let told = self.visible_to(device.user, judged);
+            judged.turn(device.user, Turn::Sharing(to), told);
         }
         let is_paused = self.holders.sharing(&device.user) == Sharing::Paused;
         let record = self.devices.entry(device).or_default();
@@ -815,6 +891,10 @@ impl Committer {
                 id,
                 grant: Grant::Holds,
             }),
+            Request::Checkers { id, wish } => Answer::Granted(Granted {
+                id,
+                grant: self.decide(device, wish, judged),
+            }),
             Request::Heartbeat => Answer::Settled(Settled {
                 epoch: record.epoch,
                 pings: 0,
@@ -829,6 +909,51 @@ impl Committer {
                 retry_after_ms: 0,
                 is_paused,
             }),
+        }
+    }
+
+    /// Does what a holder wants of who is told of the user, and says who is then.
+    fn decide(&mut self, device: DeviceId, wish: CheckerWish, judged: &mut Judged) -> Grant {
+        let (user, at_ms) = (device.user, judged.said.at_ms);
+        let known = judged.decisions.get(&user).cloned();
+        let mut decisions = match known.map_or_else(|| self.store.decisions_of(user), Ok) {
+            Ok(decisions) => decisions,
+            Err(error) => {
+                error!(%error, "a holder can neither be told which checkers may be told, nor change it");
+                return Grant::Unreadable;
+            }
+        };
+        let (name, turn) = match wish {
+            CheckerWish::Show => return Grant::Checkers(decisions.shown(&self.checkers)),
+            CheckerWish::Grant(name) => (name, Turn::Granted),
+            CheckerWish::Withdraw(name) => (name, Turn::Withdrawn),
+        };
+        let Some(checker) = self.checkers.number(&name) else {
+            return Grant::UnknownChecker;
+        };
+        let by_all = self.checkers.are_granted_by_all();
+        let has_changed = match turn {
+            Turn::Withdrawn => decisions.withdraw(checker, by_all, at_ms),
+            _ => decisions.grant(checker, by_all, at_ms),
+        };
+        let shown = decisions.shown(&self.checkers);
+        if has_changed {
+            judged.batch.put_decisions(user, &decisions);
+            judged.turn(user, turn, checker.into());
+            judged.decided.push((device, turn, checker.into()));
+            judged.decisions.insert(user, decisions);
+        }
+        Grant::Checkers(shown)
+    }
+
+    /// Who may be told of a user, with what this commit has changed so far.
+    fn visible_to(&self, user: UserId, judged: &Judged) -> CheckerSet {
+        match judged.decisions.get(&user) {
+            Some(decisions) => {
+                let by_all = self.checkers.are_granted_by_all();
+                decisions.visibility(by_all).granted
+            }
+            None => self.freshness.visibility(&user).granted,
         }
     }
 
@@ -921,7 +1046,7 @@ impl Committer {
         let mut batch = self.store.batch();
         // Told first: no reader may take what is gone for what never was.
         for (checker, position) in events {
-            self.vigil.forget(checker, position);
+            self.vigil.forget_events(checker, position);
             batch.forget_events(checker, position);
         }
         if let Some(position) = transition {
@@ -948,6 +1073,7 @@ fn contact(freshness: &Freshness, holders: &Holders, user: &UserId) -> Contact {
 #[derive(Debug)]
 struct Judged {
     batch: Batch,
+    said: Said,
     /// Devices whose record changed, each once.
     touched: Vec<DeviceId>,
     /// Devices whose record was changed by early data.
@@ -957,6 +1083,9 @@ struct Judged {
     transitions: Vec<Transition>,
     /// The devices whose holders have had everything erased.
     fenced: Vec<DeviceId>,
+    /// What holders have decided of checkers in this commit, and by which device.
+    decisions: FxHashMap<UserId, Decisions>,
+    decided: Vec<(DeviceId, Turn, CheckerSet)>,
     erasures: Vec<Wanted>,
     answers: Vec<(Reply, Answer)>,
     fates: Fates,
@@ -964,14 +1093,17 @@ struct Judged {
 }
 
 impl Judged {
-    fn new(batch: Batch) -> Self {
+    fn new(batch: Batch, said: Said) -> Self {
         Self {
             batch,
+            said,
             touched: Vec::new(),
             touched_early: Vec::new(),
             changes: Vec::new(),
             transitions: Vec::new(),
             fenced: Vec::new(),
+            decisions: FxHashMap::default(),
+            decided: Vec::new(),
             erasures: Vec::new(),
             answers: Vec::new(),
             fates: Fates::default(),
@@ -979,21 +1111,25 @@ impl Judged {
         }
     }
 
-    /// Notes that a holder has paused or resumed.
-    fn turn(&mut self, user: UserId, to: Sharing, said: Said) {
-        self.transitions.push(Transition {
+    /// Notes what a holder has turned, and whom it concerns.
+    fn turn(&mut self, user: UserId, turn: Turn, checkers: CheckerSet) -> Transition {
+        let transition = Transition {
             user,
-            to,
-            at_ms: said.at_ms,
-            position: said.position,
+            turn,
+            checkers,
+            at_ms: self.said.at_ms,
+            position: self.said.position,
             number: u32::try_from(self.transitions.len()).unwrap_or(u32::MAX),
-        });
+        };
+        self.transitions.push(transition);
+        transition
     }
 
-    fn has_transition_of(&self, user: &UserId) -> bool {
-        self.transitions
-            .iter()
-            .any(|transition| transition.user == *user)
+    /// Whether a holder has paused or resumed.
+    fn has_turned(&self, user: &UserId) -> bool {
+        self.transitions.iter().any(|transition| {
+            transition.user == *user && matches!(transition.turn, Turn::Sharing(_))
+        })
     }
 
     /// Writes down and counts what became of a batch.

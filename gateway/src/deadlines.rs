@@ -189,6 +189,17 @@ pub struct TooMany {
     pub most: usize,
 }
 
+/// Why a call sets no deadlines. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotSet {
+    /// There would be too many.
+    #[error(transparent)]
+    TooMany(#[from] TooMany),
+    /// The checker is not told of a user, so a deadline for it would never pass.
+    #[error("user {0} has not granted this checker")]
+    NotGranted(UserId),
+}
+
 /// All deadlines, their timers and who is late.
 #[derive(Debug)]
 pub struct Deadlines {
@@ -324,6 +335,34 @@ impl Deadlines {
             }
         }
         Ok(())
+    }
+
+    /// Removes a checker's deadline for a user of whom it may be told no more. If the user is late, that is called off: the
+    /// checker is told so if it may be told of the user again before it has heard of the withdrawal.
+    pub fn forget(
+        &mut self,
+        checker: Checker,
+        user: UserId,
+        said: Said,
+        changes: &mut Vec<Change>,
+    ) {
+        let number = self.number(checker);
+        let Some(&index) = self.by_user.get(&(number, user)) else {
+            return;
+        };
+        if let Some(late) = self.no_longer_late(index) {
+            changes.push(Change::Event(Event {
+                checker,
+                user,
+                kind: Kind::Recovered,
+                position: said.position,
+                at_ms: said.at_ms,
+                last_contact_ms: late.last_contact_ms,
+                due_ms: late.due_ms,
+            }));
+        }
+        self.remove(index);
+        changes.push(Change::Removed(checker, user));
     }
 
     /// Removes all deadlines for a user, of whichever checker.

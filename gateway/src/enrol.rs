@@ -13,6 +13,7 @@ mod registrar;
 mod service;
 
 use std::{
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     num::NonZeroU32,
@@ -26,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use waypost_proto::id::is_checker_name;
 
 use crate::{
+    grants::CheckerNumber,
     metrics::Metrics,
     orders::OrderHandle,
     pki::{PkiError, host_names},
@@ -215,6 +217,8 @@ pub struct EnrolmentParts<'a> {
     pub check: &'a RestoredCheck,
     /// Where devices connect.
     pub devices: SocketAddr,
+    /// Whom an invitation may name.
+    pub checkers: &'a BTreeMap<String, CheckerNumber>,
     /// The way to the committer.
     pub order: OrderHandle,
     /// What is counted with.

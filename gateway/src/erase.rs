@@ -21,7 +21,9 @@ use waypost_proto::{id::UserId, v1};
 
 use crate::{
     clock::Clock,
+    grants::CheckerSet,
     metrics::Metrics,
+    sharing::Transition,
     store::{CommitError, ReadError, Store},
 };
 
@@ -39,6 +41,8 @@ pub struct Erasure {
     pub counts: Option<Counts>,
     /// When nothing was left.
     pub finished_ms: Option<u64>,
+    /// The checkers that could be told of the user at the fence, and so may know that this was erased.
+    pub told: CheckerSet,
 }
 
 /// What was held on a user.
@@ -53,14 +57,15 @@ pub struct Counts {
 }
 
 impl Erasure {
-    /// One whose fence is this commit.
+    /// One whose fence is this transition.
     #[must_use]
-    pub fn begun(position: u64, fenced_ms: u64) -> Self {
+    pub fn begun_by(fence: &Transition) -> Self {
         Self {
-            position,
-            fenced_ms,
+            position: fence.position,
+            fenced_ms: fence.at_ms,
             counts: None,
             finished_ms: None,
+            told: fence.checkers,
         }
     }
 
@@ -326,7 +331,8 @@ mod tests {
         bulletin::News,
         clock::system_now_ms,
         deadlines::{self, Checker, Event, Kind},
-        sharing::{Sharing, Transition},
+        grants::{CheckerNumber, Decisions},
+        sharing::{Sharing, Turn},
         store::{Day, PingKey, StoreConfig, record},
     };
 
@@ -340,14 +346,15 @@ mod tests {
     fn turned(user: UserId, position: u64, to: Sharing) -> Transition {
         Transition {
             user,
-            to,
+            turn: Turn::Sharing(to),
+            checkers: CheckerSet::ALL,
             at_ms: system_now_ms(),
             position,
             number: 0,
         }
     }
 
-    /// Two users with two devices each, pings on two days, a pause and a call.
+    /// Two users with two devices each, pings on two days, a pause, a call and a grant.
     fn filled(folder: &Path) -> Arc<Store> {
         let store = open(folder);
         let today = Day::of_ms(system_now_ms());
@@ -371,6 +378,10 @@ mod tests {
                 batch.put_pings(today.next(), &key, &value);
                 batch.put_device(&device, &DeviceRecord::default());
             }
+            let mut decisions = Decisions::default();
+            let checker = CheckerNumber::new(3).unwrap();
+            assert!(decisions.grant(checker, CheckerSet::default(), 2));
+            batch.put_decisions(user, &decisions);
             batch.put_news(&News {
                 deadlines: vec![deadlines::Change::Event(Event {
                     checker: Checker([7; 16]),
@@ -401,7 +412,7 @@ mod tests {
     const EACH: Counts = Counts {
         devices: 2,
         pings: 8,
-        events: 2,
+        events: 3,
     };
 
     fn fence(store: &Store) {
@@ -474,7 +485,9 @@ mod tests {
             drop(store);
             let kept = open(folder.path()).load_holders().unwrap();
             let alice = kept.erasures.iter().find(|(user, _)| *user == ALICE);
-            assert_eq!(alice.unwrap().1.receipt(), Some(receipt));
+            let alice = alice.unwrap().1;
+            assert_eq!(alice.receipt(), Some(receipt));
+            assert_eq!(alice.told, CheckerSet::ALL, "who is told that it was");
         }
     }
 

@@ -3,8 +3,8 @@
 //! Takes what a store holds, in one order, and writes text. Must not know where it comes from, who may have it, or
 //! where it goes.
 //!
-//! JSON Lines hold one object a line, each with its `kind`: first the user, then each device, each pause and its end,
-//! each ping, and at last `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON
+//! JSON Lines hold one object a line, each with its `kind`: first the user, then each checker, each device, each pause and
+//! its end and what was granted or withdrawn, each ping, and at last `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON
 //! holds the pings as points, and the rest beside them under `waypost`.
 
 pub mod stream;
@@ -12,6 +12,7 @@ pub mod stream;
 use std::{
     fmt,
     io::{self, Write},
+    sync::Arc,
 };
 
 use serde::{Serialize, Serializer};
@@ -19,11 +20,13 @@ use waypost_proto::{
     device::DeviceRecord,
     id::{DeviceId, UserId},
     ping::{Ping, Source},
+    v1::CheckerGrant,
 };
 
 use crate::{
     audit::Recipient,
-    sharing::{Sharing, Transition},
+    grants::{CheckerSet, Checkers, Decisions},
+    sharing::{Sharing, Transition, Turn},
     store::Day,
 };
 
@@ -49,8 +52,12 @@ pub struct Subject {
     pub sharing: Sharing,
     /// How long pings are kept, in days.
     pub retention_days: u64,
-    /// Who has been told of the user's signs of life.
+    /// Who has watched those whom they may be told of.
     pub recipients: Vec<Recipient>,
+    /// Whom the holder has let be told of the user.
+    pub decisions: Decisions,
+    /// The store's checkers.
+    pub checkers: Arc<Checkers>,
 }
 
 /// Writes one user's data.
@@ -63,6 +70,7 @@ pub struct Exporter<Out> {
 
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 struct Counts {
+    checkers: u64,
     devices: u64,
     transitions: u64,
     pings: u64,
@@ -80,6 +88,11 @@ enum Line {
         kept_days: u64,
         told: Vec<Told>,
     },
+    Checker {
+        checker: String,
+        granted: Moment,
+        withdrawn: Moment,
+    },
     Device {
         device: u32,
         epoch: u32,
@@ -91,6 +104,8 @@ enum Line {
     },
     Transition {
         state: &'static str,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        checkers: Vec<String>,
         at: Moment,
     },
     Ping(Box<PingLine>),
@@ -162,11 +177,19 @@ impl<Out: Write> Exporter<Out> {
         transitions: &[Transition],
     ) -> io::Result<Self> {
         let user = std::iter::once(user_line(subject));
+        let shown = subject.decisions.shown(&subject.checkers);
+        let checkers = shown.iter().map(checker_line);
         let devices_lines = devices
             .iter()
             .map(|(device, record)| device_line(*device, record));
-        let transition_lines = transitions.iter().map(transition_line);
-        let lines: Vec<_> = user.chain(devices_lines).chain(transition_lines).collect();
+        let transition_lines = transitions
+            .iter()
+            .map(|transition| transition_line(transition, &subject.checkers));
+        let lines: Vec<_> = user
+            .chain(checkers)
+            .chain(devices_lines)
+            .chain(transition_lines)
+            .collect();
         match format {
             Format::Jsonl => {
                 for line in &lines {
@@ -183,6 +206,7 @@ impl<Out: Write> Exporter<Out> {
             out,
             format,
             counts: Counts {
+                checkers: shown.len() as u64,
                 devices: devices.len() as u64,
                 transitions: transitions.len() as u64,
                 pings: 0,
@@ -234,7 +258,13 @@ fn write_line(out: &mut impl Write, line: &Line) -> io::Result<()> {
 }
 
 fn user_line(subject: &Subject) -> Line {
-    let told = subject.recipients.iter().map(|recipient| Told {
+    // Whoever watches everybody is told of those only who have granted it.
+    let could_be_told = |recipient: &&Recipient| {
+        let shown = subject.decisions.shown(&subject.checkers);
+        shown.iter().any(|grant| grant.name == recipient.checker)
+    };
+    let recipients = subject.recipients.iter().filter(could_be_told);
+    let told = recipients.map(|recipient| Told {
         checker: recipient.checker.clone(),
         first: Moment(recipient.watched_ms.0),
         last: Moment(recipient.watched_ms.1),
@@ -261,9 +291,23 @@ fn device_line(device: DeviceId, record: &DeviceRecord) -> Line {
     }
 }
 
-fn transition_line(transition: &Transition) -> Line {
+fn checker_line(grant: &CheckerGrant) -> Line {
+    Line::Checker {
+        checker: grant.name.clone(),
+        granted: Moment(grant.granted_ms),
+        withdrawn: Moment(grant.withdrawn_ms),
+    }
+}
+
+fn transition_line(transition: &Transition, checkers: &Checkers) -> Line {
+    let concerned = match transition.turn {
+        // All who could be told then.
+        Turn::Sharing(_) => CheckerSet::default(),
+        Turn::Granted | Turn::Withdrawn => transition.checkers,
+    };
     Line::Transition {
-        state: transition.to.as_label(),
+        state: transition.turn.as_label(),
+        checkers: checkers.names(concerned).map(str::to_owned).collect(),
         at: Moment(transition.at_ms),
     }
 }
@@ -352,26 +396,43 @@ mod tests {
             },
             ..DeviceRecord::default()
         };
+        let names = ["somebody-else", "night-watch"];
+        let checkers = Checkers::restore(names.map(str::to_owned).into());
+        let night_watch = checkers.number("night-watch").unwrap();
+        let mut decisions = Decisions::default();
+        decisions.grant(night_watch, CheckerSet::default(), NOON_MS);
+        decisions.withdraw(night_watch, CheckerSet::default(), NOON_MS + 1_000);
         let subject = Subject {
             user: USER,
             at_ms: NOON_MS,
             position: 9,
             sharing: Sharing::Paused,
             retention_days: 30,
-            recipients: vec![Recipient {
-                checker: "night-watch".to_owned(),
-                watched_ms: (NOON_MS, NOON_MS + 1_000),
-            }],
+            recipients: ["night-watch", "somebody-else"]
+                .map(|checker| Recipient {
+                    checker: checker.to_owned(),
+                    watched_ms: (NOON_MS, NOON_MS + 1_000),
+                })
+                .into(),
+            decisions,
+            checkers: Arc::new(checkers),
         };
-        let paused = Transition {
+        let withdrawn = Transition {
             user: USER,
-            to: Sharing::Paused,
-            at_ms: NOON_MS,
+            turn: Turn::Withdrawn,
+            checkers: night_watch.into(),
+            at_ms: NOON_MS + 1_000,
             position: 8,
             number: 0,
         };
+        let paused = Transition {
+            turn: Turn::Sharing(Sharing::Paused),
+            number: 1,
+            ..withdrawn
+        };
+        let (devices, turned) = ([(device, record)], [withdrawn, paused]);
         let mut exporter =
-            Exporter::begin(Vec::new(), format, &subject, &[(device, record)], &[paused]).unwrap();
+            Exporter::begin(Vec::new(), format, &subject, &devices, &turned).unwrap();
         let full = Ping {
             accuracy_dm: Some(35),
             altitude_dm: Some(-123),
@@ -395,16 +456,20 @@ mod tests {
             .lines()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
-        let noon = "2026-08-20T12:34:56.789Z";
+        let (noon, later) = ("2026-08-20T12:34:56.789Z", "2026-08-20T12:34:57.789Z");
         assert_eq!(
             lines,
             [
                 json!({"kind": "user", "user": USER.to_string(), "exported": noon, "position": 9,
                     "state": "paused", "kept_days": 30, "told": [{"checker": "night-watch",
-                    "first": noon, "last": "2026-08-20T12:34:57.789Z"}]}),
+                    "first": noon, "last": later}]}),
+                json!({"kind": "checker", "checker": "night-watch", "granted": noon,
+                    "withdrawn": later}),
                 json!({"kind": "device", "device": 7, "epoch": 3, "last_contact": noon,
                     "last_sample": null, "last_fix": null, "durable": null, "given_up": 0}),
-                json!({"kind": "transition", "state": "paused", "at": noon}),
+                json!({"kind": "transition", "state": "withdrawn", "checkers": ["night-watch"],
+                    "at": later}),
+                json!({"kind": "transition", "state": "paused", "at": later}),
                 json!({"kind": "ping", "device": 7, "epoch": 3, "seq": 1, "sampled": noon,
                     "received": "2026-08-20T12:34:56.794Z", "latitude": 53.512_345_7,
                     "longitude": -10.123_456_7, "accuracy_m": 3.5, "altitude_m": -12.3,
@@ -412,7 +477,7 @@ mod tests {
                     "battery_percent": 55, "source": "gnss"}),
                 json!({"kind": "ping", "device": 7, "epoch": 3, "seq": 2, "sampled": noon,
                     "received": "2026-08-20T12:34:56.795Z", "latitude": -1e-7, "longitude": 0.0}),
-                json!({"kind": "end", "devices": 1, "transitions": 1, "pings": 2}),
+                json!({"kind": "end", "checkers": 1, "devices": 1, "transitions": 2, "pings": 2}),
             ]
         );
     }
@@ -421,7 +486,7 @@ mod tests {
     fn a_map_finds_points_with_longitude_first() {
         let map: Value = serde_json::from_str(&export(Format::Geojson)).unwrap();
         assert_eq!(map["type"], "FeatureCollection");
-        assert_eq!(map["waypost"].as_array().unwrap().len(), 3);
+        assert_eq!(map["waypost"].as_array().unwrap().len(), 5);
         let features = map["features"].as_array().unwrap();
         assert_eq!(features.len(), 2);
         assert_eq!(

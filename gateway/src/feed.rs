@@ -59,6 +59,7 @@ use crate::{
     clock::Clock,
     enrol::{Inviter, rpc::enrolment_server::EnrolmentServer},
     freshness::Freshness,
+    grants::Checkers,
     metrics::Metrics,
     orders::OrderHandle,
     revocation::Revocations,
@@ -86,8 +87,12 @@ pub struct FreshnessConfig {
     /// The TCP address that checkers connect to. Loopback until somebody decides otherwise.
     pub listen: SocketAddr,
     /// The names of the checkers that may call. A certificate alone does not let anybody in, so an
-    /// empty list lets nobody in.
+    /// empty list lets nobody in. Each is told of those users only who have granted it.
     pub checkers: Vec<String>,
+    /// Whether everybody has granted all of these checkers, until a holder withdraws it. It is for holders to say, so only
+    /// a gateway for development has it, and no file can set it.
+    #[serde(skip)]
+    pub are_checkers_granted: bool,
     /// How many connections with a certificate may be open. A checker needs one.
     pub max_connections: usize,
     /// How many streams may be open. One that is read slowly holds some 500 KB, most
@@ -106,6 +111,7 @@ impl Default for FreshnessConfig {
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 4434)),
             checkers: Vec::new(),
+            are_checkers_granted: false,
             max_connections: 512,
             max_watchers: 256,
             progress_interval: Duration::from_millis(500),
@@ -176,6 +182,8 @@ pub struct FeedParts {
     pub store: Weak<Store>,
     /// What checkers set goes there.
     pub order: OrderHandle,
+    /// The numbers by which users have granted checkers: all of [`FreshnessConfig::checkers`] have one.
+    pub checkers: Arc<Checkers>,
     /// What operators call at the same port, if anybody can enrol.
     pub inviter: Option<Inviter>,
     /// Whose certificates are revoked.
@@ -259,7 +267,7 @@ impl Feed {
             revocations: self.parts.revocations,
             clock: self.parts.clock,
             metrics: self.parts.metrics,
-            checkers: self.config.checkers.into_iter().collect(),
+            checkers: self.parts.checkers.numbered(&self.config.checkers),
             progress_interval: self.config.progress_interval,
             room: Arc::new(Semaphore::new(self.config.max_watchers)),
             lists: Arc::new(Semaphore::new(MAX_LISTS)),

@@ -1,6 +1,6 @@
 //! How fresh every user is, in memory: written by the committer, read by the feed.
 //!
-//! Knows users, whether they share, clocks and positions. Must not know where commits come from, who reads, or what the time
+//! Knows users, whether they share and with whom, clocks and positions. Must not know where commits come from, who reads, or what the time
 //! is; has no task of its own. What is published here is durable already.
 //!
 //! # Bounds
@@ -28,7 +28,10 @@ pub use self::{
     index::{Head, LastSeen, Reader, Step, Update},
     recent::{Commit, Encoded},
 };
-use crate::sharing::{Sharing, Transition, Withheld};
+use crate::{
+    grants::{CheckerNumber, CheckerSet, Visibility},
+    sharing::{Sharing, Transition, Withheld},
+};
 
 /// The freshness of every user, and the head that readers wait for.
 #[derive(Debug)]
@@ -37,6 +40,37 @@ pub struct Freshness {
     index: RwLock<Index>,
     /// A copy of the index's head, advanced after it.
     head: watch::Sender<Head>,
+}
+
+/// Who may be told of whom when a store is opened.
+#[derive(Clone, Debug, Default)]
+pub struct Grants {
+    /// Whom everybody has granted who has not decided otherwise.
+    pub by_all: CheckerSet,
+    /// Those who have decided something.
+    pub decided: Vec<(UserId, Visibility)>,
+}
+
+impl Grants {
+    /// Every checker may be told of everybody who has not decided otherwise.
+    #[must_use]
+    pub fn everything() -> Self {
+        Self {
+            by_all: CheckerSet::ALL,
+            decided: Vec::new(),
+        }
+    }
+}
+
+/// What a checker is told of one user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Glimpse {
+    /// Nothing: the user was never seen, or never granted it.
+    NeverSeen,
+    /// Nothing any more.
+    Withdrawn,
+    /// What is known.
+    Seen(LastSeen),
 }
 
 /// Some of the users who have been silent, longest silence first.
@@ -60,18 +94,21 @@ pub struct Silence {
 }
 
 impl Freshness {
-    /// The state of a store: its devices in any order, who does not share, and the moment up to which it holds
-    /// every contact.
+    /// The state of a store: its devices in any order, who does not share, who may be told of whom, and the moment up to
+    /// which it holds every contact.
     #[must_use]
     pub fn restore(
         devices: impl Iterator<Item = (DeviceId, Clocks, u64)>,
         withheld: impl IntoIterator<Item = (UserId, Withheld)>,
+        grants: Grants,
         resolved_ms: u64,
     ) -> Self {
         let mut index = Index::new(BLOCK);
         index.restore(
             devices.map(|(id, clocks, position)| (id.user, clocks, position)),
             withheld.into_iter(),
+            grants.by_all,
+            grants.decided.into_iter(),
             resolved_ms,
         );
         let head = watch::Sender::new(index.head());
@@ -89,7 +126,7 @@ impl Freshness {
         self
     }
 
-    /// Makes a durable commit visible: who was heard, and who paused or resumed, in that order. Called by the
+    /// Makes a durable commit visible: who was heard, and what holders have turned, in that order. Called by the
     /// committer alone, with ascending positions; every contact received up to `resolved_ms` is in this commit or
     /// an earlier one.
     pub fn publish(
@@ -144,6 +181,18 @@ impl Freshness {
             .map_or(0, |seen| seen.clocks.last_contact_ms)
     }
 
+    /// Who may be told of a user, and who could once.
+    #[must_use]
+    pub fn visibility(&self, user: &UserId) -> Visibility {
+        self.index.read().visibility(user)
+    }
+
+    /// What a checker is told of a user, now.
+    #[must_use]
+    pub fn glimpse(&self, checker: CheckerNumber, user: &UserId) -> Glimpse {
+        self.index.read().glimpse(checker, user)
+    }
+
     /// How many users have ever been seen.
     #[must_use]
     pub fn users(&self) -> usize {
@@ -162,20 +211,24 @@ impl Freshness {
         self.index.read().lagging_bytes()
     }
 
-    /// These users as they were at one head; none for a user that was never seen.
+    /// What a checker is told of these users, at one head.
     #[must_use]
-    pub fn get(&self, users: &[UserId]) -> (Vec<Option<LastSeen>>, Head) {
+    pub fn get(&self, checker: CheckerNumber, users: &[UserId]) -> (Vec<Glimpse>, Head) {
         let index = self.index.read();
-        (
-            users.iter().map(|user| index.find(user).copied()).collect(),
-            index.head(),
-        )
+        let glimpses = users.iter().map(|user| index.glimpse(checker, user));
+        (glimpses.collect(), index.head())
     }
 
-    /// Up to `limit` users who share and were not heard since `older_than_ms`, from `after` on, longest silence
-    /// first. Looks at every user, a block at a time.
+    /// Up to `limit` users who share, with this checker too, and were not heard since `older_than_ms`, from `after` on,
+    /// longest silence first. Looks at every user, a block at a time.
     #[must_use]
-    pub fn stale(&self, older_than_ms: u64, after: Option<Silence>, limit: usize) -> StalePage {
+    pub fn stale(
+        &self,
+        checker: CheckerNumber,
+        older_than_ms: u64,
+        after: Option<Silence>,
+        limit: usize,
+    ) -> StalePage {
         let head = self.head();
         let mut longest = BTreeMap::new();
         for first in (0..self.users()).step_by(BLOCK) {
@@ -187,6 +240,7 @@ impl Freshness {
                     user: seen.user,
                 };
                 if seen.sharing != Sharing::Active
+                    || !seen.granted.contains(checker)
                     || older_than_ms <= last_contact_ms
                     || after.is_some_and(|after| silence <= after)
                 {
@@ -264,6 +318,9 @@ impl Freshness {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sharing::Turn;
+
+    const OPS: CheckerNumber = CheckerNumber::FIRST;
 
     fn user(n: u8) -> UserId {
         UserId([n; 16])
@@ -278,7 +335,14 @@ mod tests {
     }
 
     fn empty() -> Freshness {
-        Freshness::restore(std::iter::empty(), [], 0)
+        Freshness::restore(std::iter::empty(), [], Grants::everything(), 0)
+    }
+
+    fn seen(freshness: &Freshness, n: u8) -> LastSeen {
+        match freshness.glimpse(OPS, &user(n)) {
+            Glimpse::Seen(seen) => seen,
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]
@@ -307,10 +371,11 @@ mod tests {
             ]
             .into_iter(),
             [],
+            Grants::everything(),
             40,
         );
         assert_eq!(freshness.users(), 2);
-        let (found, head) = freshness.get(&[user(1), user(9)]);
+        let (found, head) = freshness.get(OPS, &[user(1), user(9)]);
         let clocks = Clocks {
             last_contact_ms: 20,
             last_sample_ms: 9,
@@ -320,13 +385,14 @@ mod tests {
         assert_eq!(
             found,
             [
-                Some(LastSeen {
+                Glimpse::Seen(LastSeen {
                     user: user(1),
                     clocks,
                     sharing: Sharing::Active,
+                    granted: CheckerSet::ALL,
                     position: 5
                 }),
-                None
+                Glimpse::NeverSeen
             ]
         );
         assert_eq!(
@@ -351,11 +417,8 @@ mod tests {
                 resolved_ms: 100
             }
         );
-        let (found, _) = freshness.get(&[user(1)]);
-        assert_eq!(
-            found[0].map(|seen| (seen.clocks, seen.position)),
-            Some((heard(90), 2))
-        );
+        let seen = seen(&freshness, 1);
+        assert_eq!((seen.clocks, seen.position), (heard(90), 2));
     }
 
     /// The bound that the head of this file states, with all the room that tables and blocks may take beside it.
@@ -402,7 +465,8 @@ mod tests {
     fn whoever_has_paused_is_not_silent_and_stands_where_the_pause_began_also_after_a_restart() {
         let pause = |position, to| Transition {
             user: user(1),
-            to,
+            turn: Turn::Sharing(to),
+            checkers: CheckerSet::ALL,
             at_ms: 70,
             position,
             number: 0,
@@ -412,11 +476,11 @@ mod tests {
         let paused = [pause(2, Sharing::Paused)];
         freshness.publish(2, 70, &[(user(1), heard(70))], &paused);
         let listed = |freshness: &Freshness| -> Vec<UserId> {
-            let page = freshness.stale(1_000, None, 9);
+            let page = freshness.stale(OPS, 1_000, None, 9);
             page.users.iter().map(|seen| seen.user).collect()
         };
         assert_eq!(listed(&freshness), [user(2)]);
-        let seen = freshness.get(&[user(1)]).0[0].unwrap();
+        let seen = seen(&freshness, 1);
         assert_eq!((seen.sharing, seen.position), (Sharing::Paused, 2));
 
         // What the device did meanwhile changed its record, at 5, and shows nowhere.
@@ -428,13 +492,15 @@ mod tests {
             sharing: Sharing::Paused,
             position: 2,
             since_ms: 70,
+            told: CheckerSet::ALL,
         };
         let restored = Freshness::restore(
             [(device(1), heard(70), 5), (device(2), heard(50), 1)].into_iter(),
             [(user(1), lasting)],
+            Grants::everything(),
             100,
         );
-        assert_eq!(restored.get(&[user(1)]).0[0], Some(seen));
+        assert_eq!(restored.get(OPS, &[user(1)]).0[0], Glimpse::Seen(seen));
         assert_eq!(restored.head().position, 5);
         assert_eq!(listed(&restored), [user(2)]);
 
@@ -448,7 +514,8 @@ mod tests {
         let freshness = empty();
         let erased = Transition {
             user: user(1),
-            to: Sharing::Erased,
+            turn: Turn::Sharing(Sharing::Erased),
+            checkers: CheckerSet::ALL,
             at_ms: 70,
             position: 2,
             number: 0,
@@ -459,18 +526,25 @@ mod tests {
             user: user(1),
             clocks: Clocks::default(),
             sharing: Sharing::Erased,
+            granted: CheckerSet::ALL,
             position: 2,
         };
-        assert_eq!(freshness.get(&[user(1)]).0, [Some(marker)]);
+        assert_eq!(freshness.get(OPS, &[user(1)]).0, [Glimpse::Seen(marker)]);
         let withheld = Withheld {
             sharing: Sharing::Erased,
             position: 2,
             since_ms: 70,
+            told: CheckerSet::ALL,
         };
-        let restored = Freshness::restore(std::iter::empty(), [(user(1), withheld)], 100);
-        assert_eq!(restored.get(&[user(1)]).0, [Some(marker)]);
+        let restored = Freshness::restore(
+            std::iter::empty(),
+            [(user(1), withheld)],
+            Grants::everything(),
+            100,
+        );
+        assert_eq!(restored.get(OPS, &[user(1)]).0, [Glimpse::Seen(marker)]);
         for freshness in [freshness, restored] {
-            assert_eq!(freshness.stale(1_000, None, 9).users, []);
+            assert_eq!(freshness.stale(OPS, 1_000, None, 9).users, []);
         }
     }
 
@@ -509,7 +583,7 @@ mod tests {
         let mut listed = Vec::new();
         let mut pages = 0;
         loop {
-            let page = freshness.stale(500, after, 2);
+            let page = freshness.stale(OPS, 500, after, 2);
             pages += 1;
             listed.extend(page.users.iter().map(|seen| seen.user));
             assert_eq!(page.head.resolved_ms, 600);
@@ -522,5 +596,55 @@ mod tests {
         }
         assert_eq!(listed, [user(1), user(2), user(7)]);
         assert_eq!(pages, 2);
+    }
+
+    #[test]
+    fn a_checker_is_told_of_those_only_who_granted_it() {
+        let other = CheckerNumber::new(1).unwrap();
+        let visibility = |granted: CheckerNumber, withdrawn: CheckerSet| Visibility {
+            granted: granted.into(),
+            withdrawn,
+        };
+        let grants = Grants {
+            by_all: CheckerSet::default(),
+            decided: vec![
+                (user(1), visibility(OPS, other.into())),
+                (user(2), visibility(other, CheckerSet::default())),
+            ],
+        };
+        let device = |n| DeviceId {
+            user: user(n),
+            device: 1,
+        };
+        let devices = [1, 2, 3].map(|n| (device(n), heard(10), 1));
+        let freshness = Freshness::restore(devices.into_iter(), [], grants, 40);
+        let users = [user(1), user(2), user(3)];
+        let told = |checker| -> Vec<bool> {
+            let (glimpses, _) = freshness.get(checker, &users);
+            let seen = |glimpse: &Glimpse| matches!(glimpse, Glimpse::Seen(_));
+            glimpses.iter().map(seen).collect()
+        };
+        assert_eq!(told(OPS), [true, false, false]);
+        assert_eq!(told(other), [false, true, false]);
+        assert_eq!(freshness.glimpse(other, &user(1)), Glimpse::Withdrawn);
+        assert_eq!(freshness.glimpse(OPS, &user(2)), Glimpse::NeverSeen);
+        let listed = |checker| -> Vec<UserId> {
+            let page = freshness.stale(checker, 1_000, None, 9);
+            page.users.iter().map(|seen| seen.user).collect()
+        };
+        assert_eq!(listed(OPS), [user(1)]);
+        assert_eq!(listed(other), [user(2)]);
+        // Who has erased everything is known as that to those who could be told.
+        let erased = Transition {
+            user: user(1),
+            turn: Turn::Sharing(Sharing::Erased),
+            checkers: OPS.into(),
+            at_ms: 70,
+            position: 2,
+            number: 0,
+        };
+        freshness.publish(2, 70, &[], &[erased]);
+        assert_eq!(seen(&freshness, 1).sharing, Sharing::Erased);
+        assert_eq!(freshness.glimpse(other, &user(1)), Glimpse::NeverSeen);
     }
 }

@@ -33,8 +33,9 @@ use crate::{
     enrol::{Enrolment, EnrolmentError, EnrolmentParts, Renewals, invitations::Invitations},
     erase::{self, Eraser},
     export::stream::{ExportParts, Exports},
-    feed::{Feed, FeedError, FeedParts},
-    freshness::Freshness,
+    feed::{Feed, FeedError, FeedParts, FreshnessConfig},
+    freshness::{Freshness, Grants},
+    grants::{Checkers, TooManyCheckers},
     metrics::Metrics,
     orders::{self, OrderHandle},
     reload::Reload,
@@ -61,6 +62,12 @@ pub enum BindError {
     Open(#[from] OpenError),
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// The settings name more checkers than a store can have.
+    #[error("freshness.checkers: {0}")]
+    Checkers(#[from] TooManyCheckers),
+    /// The numbers of new checkers could not be written.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
     #[error(transparent)]
     Worker(#[from] WorkerError),
     #[error(transparent)]
@@ -169,6 +176,15 @@ impl Gateway {
         let is_known_to_checkers = |(_, withheld): &(UserId, Withheld)| {
             withheld.sharing != Sharing::Erased || oldest_ms <= withheld.since_ms
         };
+        let checkers = Arc::new(number_checkers(&store, &config.freshness)?);
+        let decided = store.load_decisions()?.into_iter();
+        let by_all = checkers.are_granted_by_all();
+        let grants = Grants {
+            by_all,
+            decided: decided
+                .map(|(user, decisions)| (user, decisions.visibility(by_all)))
+                .collect(),
+        };
         let freshness = Freshness::restore(
             devices
                 .iter()
@@ -178,6 +194,7 @@ impl Gateway {
                 .iter()
                 .copied()
                 .filter(is_known_to_checkers),
+            grants,
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -241,6 +258,7 @@ impl Gateway {
                 clock: clock.clone(),
                 devices: FxHashMap::from_iter(devices),
                 holders: Holders::restore(holders.withheld),
+                checkers: Arc::clone(&checkers),
                 revocations: Arc::clone(&revocations),
                 position: recovered.position,
                 retention: config.store.retention,
@@ -264,6 +282,7 @@ impl Gateway {
                 tls: &config.tls,
                 check: &tls.devices.check,
                 devices,
+                checkers: &checkers.numbered(&config.freshness.checkers),
                 order: orders.clone(),
                 metrics: metrics.clone(),
                 draining: draining.clone(),
@@ -281,6 +300,7 @@ impl Gateway {
                 bulletin,
                 store: Arc::downgrade(&store),
                 order: orders.clone(),
+                checkers: Arc::clone(&checkers),
                 inviter: enrolment.as_ref().map(|one| one.inviter.clone()),
                 revocations: Arc::clone(&revocations),
                 incarnation: store.incarnation(),
@@ -295,6 +315,7 @@ impl Gateway {
             store: Arc::clone(&store),
             audit: audit.clone(),
             audit_log: config.data_dir.join(audit::FILE_NAME),
+            checkers,
             clock: clock.clone(),
             metrics: metrics.clone(),
             retention: config.store.retention,
@@ -513,6 +534,27 @@ impl Gateway {
         info!("stopped");
         result
     }
+}
+
+/// The numbers of the store's checkers, those that are new in the settings included. They are on disk before anybody can
+/// grant one.
+fn number_checkers(store: &Store, config: &FreshnessConfig) -> Result<Checkers, BindError> {
+    let mut checkers = store.load_checkers()?;
+    let mut batch = store.batch();
+    let mut is_anything_new = false;
+    for name in &config.checkers {
+        if let Some(number) = checkers.enrol(name)? {
+            batch.put_checker(number, name);
+            is_anything_new = true;
+        }
+    }
+    if is_anything_new {
+        store.commit(batch)?;
+    }
+    if config.are_checkers_granted {
+        checkers.grant_by_all();
+    }
+    Ok(checkers)
 }
 
 async fn named(name: &'static str, part: impl Future<Output = ()>) -> &'static str {

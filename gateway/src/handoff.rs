@@ -554,7 +554,10 @@ fn send(
 
 fn request_len(request: &Request) -> usize {
     match request {
-        Request::Hello(_) | Request::Heartbeat | Request::Control { .. } => 1,
+        Request::Hello(_)
+        | Request::Heartbeat
+        | Request::Control { .. }
+        | Request::Checkers { .. } => 1,
         Request::Batch { batch, .. } => batch_len(batch) as usize,
     }
 }

@@ -391,7 +391,8 @@ mod tests {
     use super::*;
     use crate::{
         bulletin::News,
-        sharing::Transition,
+        grants::CheckerSet,
+        sharing::{Transition, Turn},
         store::{PingKey, StoreConfig, record},
     };
 
@@ -537,7 +538,8 @@ mod tests {
         batch.put_news(&News {
             transitions: vec![Transition {
                 user: UserId::parse(USER).unwrap(),
-                to: Sharing::Paused,
+                turn: Turn::Sharing(Sharing::Paused),
+                checkers: CheckerSet::ALL,
                 at_ms: NOW_MS,
                 position: 9,
                 number: 0,

@@ -32,13 +32,17 @@ The gateway must have an authority under [enrolment], and the name of the operat
 enrolment.operators; `waypost serve --dev` has both.
 
 Examples:
-  waypost invite                      a new user, with a code for a day
-  waypost invite --expires 10m        for somebody who is in the room
-  waypost invite --user UUID          a further device of a user, also when one was lost")]
+  waypost invite --checker night-watch   a new user, whom night-watch may be told of, with a code for a day
+  waypost invite --expires 10m           for somebody who is in the room
+  waypost invite --user UUID             a further device of a user, also when one was lost")]
 pub struct InviteArgs {
     /// The user whose further device it is; a new user if not given
     #[arg(long, value_name = "UUID", value_parser = parse_user)]
     user: Option<UserId>,
+    /// A checker that the holder is asked to let see signs of life, never places; may be given again. Without, nobody is
+    /// told of the user until the holder says so on the device
+    #[arg(long = "checker", value_name = "NAME")]
+    checkers: Vec<String>,
     /// For how long the code works, at most 30 days [default: what the gateway is set to, mostly a day]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     expires: Option<Duration>,
@@ -117,6 +121,8 @@ struct Invited {
     uri: String,
     user: String,
     device: u32,
+    /// Those that it names.
+    checkers: Vec<String>,
     expires_ms: u64,
 }
 
@@ -138,15 +144,21 @@ pub async fn run(args: InviteArgs) -> Result<(), InviteError> {
     let request = InviteRequest {
         user: user.unwrap_or_default(),
         valid_for_ms: u64::try_from(valid_for).unwrap_or(u64::MAX),
+        checkers: args.checkers.clone(),
     };
     let response = EnrolmentClient::new(channel).invite(request).await;
     let response = response.map_err(|status| refusal(&status))?.into_inner();
     let mut out = io::stdout().lock();
     if args.json {
-        writeln!(out, "{}", serde_json::json!(invited(response)))?;
+        writeln!(
+            out,
+            "{}",
+            serde_json::json!(invited(response, args.checkers))
+        )?;
     } else {
         let is_terminal = out.is_terminal();
-        show(&invited(response), system_now_ms(), is_terminal, &mut out)?;
+        let invited = invited(response, args.checkers);
+        show(&invited, system_now_ms(), is_terminal, &mut out)?;
     }
     Ok(())
 }
@@ -177,13 +189,14 @@ fn refusal(status: &Status) -> InviteError {
     }
 }
 
-fn invited(response: InviteResponse) -> Invited {
+fn invited(response: InviteResponse, checkers: Vec<String>) -> Invited {
     let user: Option<[u8; 16]> = response.user[..].try_into().ok();
     Invited {
         code: response.code,
         uri: response.uri,
         user: UserId(user.unwrap_or_default()).to_string(),
         device: response.device,
+        checkers,
         expires_ms: response.expires_ms,
     }
 }
@@ -204,10 +217,14 @@ fn show(
     for line in picture.lines() {
         writeln!(out, "{before}{line}{after}")?;
     }
+    let checkers = match &*invited.checkers {
+        [] => "none that this invitation names".to_owned(),
+        named => named.join(", "),
+    };
     let left = Duration::from_secs(invited.expires_ms.saturating_sub(now_ms) / 1_000);
     writeln!(
         out,
-        "\nCode       {}\nInvitation {}\nUser       {}, device {}\nWorks for  {}, and once",
+        "\nCode       {}\nInvitation {}\nUser       {}, device {}\nCheckers   {checkers}\nWorks for  {}, and once",
         invited.code,
         invited.uri,
         invited.user,
@@ -228,6 +245,7 @@ mod tests {
             uri: "waypost://enroll?server=localhost:4435&code=7K3M-XW9T-0VQF-HN2C".to_owned(),
             user: UserId([7; 16]).to_string(),
             device: 1,
+            checkers: vec!["ops".to_owned(), "night-watch".to_owned()],
             expires_ms: 600_500,
         };
         let mut out = Vec::new();
@@ -238,6 +256,7 @@ mod tests {
             &invited.uri,
             &invited.user,
             "10m",
+            "ops, night-watch",
             "\u{2580}",
         ] {
             assert!(text.contains(told), "{told} is not in:\n{text}");

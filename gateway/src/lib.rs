@@ -51,6 +51,7 @@ pub mod feed;
 pub mod freshness;
 pub mod gateway;
 pub mod gather;
+pub mod grants;
 pub mod handoff;
 mod handshake;
 pub mod inspect;

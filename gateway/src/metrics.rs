@@ -73,7 +73,7 @@ pub use self::{
     erasures::ErasureMetrics,
     exports::ExportMetrics,
     fates::{Fates, REJECTS},
-    freshness::{FreshnessMetrics, RESETS, SHARINGS},
+    freshness::{FreshnessMetrics, RESETS, TURNS},
     limits::{LIMITS, LimitMetrics},
     resumption::{DROPS, HANDSHAKES, ResumptionMetrics},
     series::ByLabel,

@@ -11,8 +11,9 @@
 use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
-    deadlines::{Checker, Setting, TooMany},
+    deadlines::{Checker, NotSet, Setting},
     enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
+    grants::{CheckerNumber, CheckerSet},
     revocation::{NoRoom, Subject},
     sync::{mpsc, oneshot},
 };
@@ -24,13 +25,13 @@ const QUEUE_ORDERS: usize = 16;
 #[derive(Debug)]
 pub enum Order {
     /// Of a checker.
-    SetDeadlines(SetDeadlines, Reply<u64, TooMany>),
+    SetDeadlines(SetDeadlines, Reply<u64, NotSet>),
     /// Of the operator.
     Revoke(Revoke, Reply<Revoked, NoRoom>),
     /// Of an operator's backend: invite a device.
     Invite(Invite, Reply<Invitation, NotInvited>),
     /// Of a newcomer: redeem an invitation.
-    Redeem(Redeem, Reply<DeviceId, NotValid>),
+    Redeem(Redeem, Reply<Redeemed, NotValid>),
 }
 
 /// Deadlines that a checker sets or, where there is no setting, removes.
@@ -38,6 +39,8 @@ pub enum Order {
 pub struct SetDeadlines {
     /// Whose they are.
     pub checker: Checker,
+    /// Its number, by which users have granted it.
+    pub number: CheckerNumber,
     /// Whom they are for.
     pub settings: Vec<(UserId, Option<Setting>)>,
 }
@@ -67,6 +70,8 @@ pub struct Invite {
     pub code: CodeHash,
     /// Whose device it is for.
     pub invitee: Invitee,
+    /// The checkers that the holder grants by redeeming it.
+    pub checkers: CheckerSet,
     /// For how long it works, in milliseconds.
     pub valid_for_ms: u64,
 }
@@ -78,6 +83,15 @@ pub struct Redeem {
     pub code: CodeHash,
     /// The newcomer's key.
     pub key: KeyHash,
+}
+
+/// What a newcomer's code has come to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Redeemed {
+    /// Who is enrolled.
+    pub device: DeviceId,
+    /// The names of the checkers that the holder has granted by it.
+    pub checkers: Vec<String>,
 }
 
 /// The right to answer one order.
@@ -136,9 +150,14 @@ impl OrderHandle {
     pub async fn set_deadlines(
         &self,
         checker: Checker,
+        number: CheckerNumber,
         settings: Vec<(UserId, Option<Setting>)>,
-    ) -> Result<u64, OrderError<TooMany>> {
-        let order = SetDeadlines { checker, settings };
+    ) -> Result<u64, OrderError<NotSet>> {
+        let order = SetDeadlines {
+            checker,
+            number,
+            settings,
+        };
         self.give(|reply| Order::SetDeadlines(order, reply)).await
     }
 
@@ -159,11 +178,11 @@ impl OrderHandle {
         self.give(|reply| Order::Invite(wanted, reply)).await
     }
 
-    /// Redeems an invitation, and returns when that is on disk, with the device that is enrolled.
+    /// Redeems an invitation, and returns when that is on disk, with what it has come to.
     ///
     /// # Errors
     /// When it is not.
-    pub async fn redeem(&self, wanted: Redeem) -> Result<DeviceId, OrderError<NotValid>> {
+    pub async fn redeem(&self, wanted: Redeem) -> Result<Redeemed, OrderError<NotValid>> {
         self.give(|reply| Order::Redeem(wanted, reply)).await
     }
 
@@ -207,14 +226,17 @@ mod tests {
     async fn an_order_is_answered_whatever_becomes_of_the_committer() {
         let (handle, mut orders) = queue();
         let give = |handle: OrderHandle| {
-            tokio::spawn(async move { handle.set_deadlines(Checker([1; 16]), Vec::new()).await })
+            let number = CheckerNumber::FIRST;
+            let checker = Checker([1; 16]);
+            tokio::spawn(async move { handle.set_deadlines(checker, number, Vec::new()).await })
         };
         let (first, second, third) = (
             give(handle.clone()),
             give(handle.clone()),
             give(handle.clone()),
         );
-        for answer in [Ok(7), Err(TooMany { most: 3 })] {
+        let nobody = NotSet::NotGranted(UserId([7; 16]));
+        for answer in [Ok(7), Err(nobody)] {
             match orders.next().await {
                 Order::SetDeadlines(_, reply) => reply.answer(answer),
                 other => panic!("nobody has ordered {other:?}"),
@@ -223,10 +245,7 @@ mod tests {
         // Taken, and never answered.
         drop(orders.next().await);
         assert_eq!(first.await.unwrap(), Ok(7));
-        assert_eq!(
-            second.await.unwrap(),
-            Err(OrderError::Refused(TooMany { most: 3 }))
-        );
+        assert_eq!(second.await.unwrap(), Err(OrderError::Refused(nobody)));
         assert_eq!(third.await.unwrap(), Err(OrderError::Stopped));
         assert_eq!(handle.depth(), 0);
         let waiting = give(handle.clone());

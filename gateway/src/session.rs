@@ -787,9 +787,10 @@ impl<'a> Shell<'a> {
 
     /// Tells what became of the holder's wish. With an erasure the connection ends.
     async fn grant(&mut self, lane: Lane, granted: Granted) -> Result<(), End> {
+        let is_erased = matches!(granted.grant, Grant::Erased(_));
         let frame = self.session.handle_granted(granted);
         self.write(lane, encoded(&frame)).await?;
-        if let Grant::Erased(_) = granted.grant {
+        if is_erased {
             self.flush().await;
             return Err(End::erased());
         }

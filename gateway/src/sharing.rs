@@ -1,4 +1,4 @@
-//! Whether holders share: who has paused, who has erased everything, and each change of that.
+//! Whether holders share: who has paused, who has erased everything, and each change of that and of grants.
 //!
 //! Plain data. Knows users and their wishes; must not know devices, where this is kept, or who is told.
 //!
@@ -8,6 +8,8 @@
 
 use rustc_hash::FxHashMap;
 use waypost_proto::{id::UserId, session::Wish};
+
+use crate::grants::CheckerSet;
 
 /// Whether a user's silence means anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -42,21 +44,49 @@ pub struct Withheld {
     pub position: u64,
     /// When that was, in milliseconds since 1970-01-01 UTC.
     pub since_ms: u64,
+    /// Of one who has erased everything: who could be told of the user then. It is all that is left of grants.
+    pub told: CheckerSet,
 }
 
-/// A user's holder has paused, resumed, or erased everything. Checkers are told of each, once.
+/// A user's holder has paused, resumed, or erased everything, or has let checkers be told or not. Those whom it concerns
+/// are told of each, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transition {
     /// Whose holder.
     pub user: UserId,
-    /// What holds from then on.
-    pub to: Sharing,
+    /// What has turned.
+    pub turn: Turn,
+    /// Whom it concerns: those who could be told of the user then, or whose grant it is.
+    pub checkers: CheckerSet,
     /// When it was said, in milliseconds since 1970-01-01 UTC.
     pub at_ms: u64,
     /// The commit that says so.
     pub position: u64,
     /// Its place among the transitions of that commit, in the order in which they came to be.
     pub number: u32,
+}
+
+/// What has turned with a transition, and holds from then on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// Whether the holder shares.
+    Sharing(Sharing),
+    /// Some checkers may be told of the user.
+    Granted,
+    /// Some may not any more.
+    Withdrawn,
+}
+
+impl Turn {
+    /// Its name in an export.
+    #[must_use]
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::Sharing(sharing) => sharing.as_label(),
+            Self::Granted => "granted",
+            Self::Withdrawn => "withdrawn",
+        }
+    }
 }
 
 /// Who does not share.
@@ -151,6 +181,7 @@ mod tests {
             sharing,
             position: 1,
             since_ms: 1,
+            told: CheckerSet::default(),
         };
         let restored = [
             (ALICE, withheld(Sharing::Erased)),

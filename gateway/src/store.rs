@@ -45,6 +45,7 @@ use waypost_proto::{
 
 mod enrolment;
 mod folder;
+mod grants;
 mod holders;
 mod keys;
 mod notices;
@@ -58,6 +59,7 @@ mod watermark;
 
 use enrolment::{ENROLLED, INVITATIONS};
 use folder::{Folder, Lock};
+use grants::{CHECKERS, GRANTS};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
 use record::{PingRecord, RecordError};
@@ -359,7 +361,7 @@ const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
-const PERMANENT: [&str; 10] = [
+const PERMANENT: [&str; 12] = [
     META,
     DEVICES,
     COVERAGE,
@@ -370,6 +372,8 @@ const PERMANENT: [&str; 10] = [
     INVITATIONS,
     ENROLLED,
     REVOCATIONS,
+    CHECKERS,
+    GRANTS,
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
@@ -1031,18 +1035,12 @@ fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescri
         ColumnFamilyDescriptor::new(META, settings.meta.clone()),
         ColumnFamilyDescriptor::new(DEVICES, settings.devices.clone()),
     ];
+    let has_its_own_settings = |name: &&str| [META, DEVICES].contains(name);
     families.extend(
-        [
-            COVERAGE,
-            DEADLINES,
-            EVENTS,
-            USERS,
-            TRANSITIONS,
-            INVITATIONS,
-            ENROLLED,
-            REVOCATIONS,
-        ]
-        .map(|name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
+        PERMANENT
+            .iter()
+            .filter(|name| !has_its_own_settings(name))
+            .map(|&name| ColumnFamilyDescriptor::new(name, settings.notices.clone())),
     );
     families.extend(
         days.iter()

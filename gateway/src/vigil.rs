@@ -134,6 +134,13 @@ impl Vigil {
         }
     }
 
+    /// A checker may be told of a user no more: it expects nothing of it any more.
+    pub fn forget(&mut self, checker: Checker, user: UserId, said: Said) -> Vec<Change> {
+        let mut changes = Vec::new();
+        self.deadlines.forget(checker, user, said, &mut changes);
+        changes
+    }
+
     /// A user is erased: nobody expects anything of it any more.
     pub fn forget_user(&mut self, user: UserId) -> Vec<Change> {
         let mut changes = Vec::new();
@@ -197,7 +204,7 @@ impl Vigil {
     }
 
     /// A checker's events up to a position are about to be deleted.
-    pub fn forget(&self, checker: Checker, position: u64) {
+    pub fn forget_events(&self, checker: Checker, position: u64) {
         self.bulletin.forget(checker, position);
     }
 
@@ -225,7 +232,7 @@ impl Vigil {
             }
         }
         for transition in &news.transitions {
-            let to = transition.to.as_label();
+            let to = transition.turn.as_label();
             self.metrics.freshness.transitions.of(to).increment(1);
         }
         self.show();

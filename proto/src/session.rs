@@ -11,6 +11,7 @@ use crate::{
     batch::{self, BatchError, DecodedBatch},
     device::{Admission, Claim, is_retryable},
     frame::FrameError,
+    id::is_checker_name,
     ping::RejectCode,
     ranges::{RangeSet, SeqRange},
     terms::{Density, Terms},
@@ -196,6 +197,13 @@ pub enum Request {
         /// What is wanted.
         wish: Wish,
     },
+    /// Which checkers may be told of the user; answered with [`Granted`].
+    Checkers {
+        /// The device's name for it.
+        id: u64,
+        /// What is wanted.
+        wish: CheckerWish,
+    },
 }
 
 /// What a holder may want of the gateway, for all devices of the user.
@@ -207,6 +215,17 @@ pub enum Wish {
     Resume,
     /// Remove everything that is held on the user, for ever.
     Erase,
+}
+
+/// What a holder may want of who is told of the user. Names are such as a checker can have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CheckerWish {
+    /// Only to know who is.
+    Show,
+    /// This one may be told from now on.
+    Grant(String),
+    /// This one may be told no more.
+    Withdraw(String),
 }
 
 /// What follows from a frame.
@@ -242,8 +261,8 @@ pub struct Welcomed {
     pub is_paused: bool,
 }
 
-/// The answer to [`Request::Control`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The answer to [`Request::Control`] and [`Request::Checkers`].
+#[derive(Clone, Debug, PartialEq)]
 pub struct Granted {
     /// The device's name for it.
     pub id: u64,
@@ -252,7 +271,7 @@ pub struct Granted {
 }
 
 /// What became of a holder's wish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Grant {
     /// It holds, durably.
     Holds,
@@ -260,6 +279,12 @@ pub enum Grant {
     Erased(v1::Receipt),
     /// As many erasures are under way as the gateway takes at a time. Nothing has changed.
     TryLater,
+    /// These are the checkers that the holder has ever granted, by name, durably.
+    Checkers(Vec<v1::CheckerGrant>),
+    /// No checker has this name. Nothing has changed.
+    UnknownChecker,
+    /// The gateway cannot read who the checkers are. Nothing has changed.
+    Unreadable,
 }
 
 /// The committer's answer to [`Request::Batch`] and [`Request::Heartbeat`].
@@ -385,18 +410,36 @@ impl Session {
             }
             (Some(lane), Some(Kind::Control(v1::Control { id, action }))) => {
                 use v1::control::Action;
+                let named = |name: String, wish: fn(String) -> CheckerWish| {
+                    if is_checker_name(&name) {
+                        let wish = wish(name);
+                        Step::Ask(lane, Request::Checkers { id, wish })
+                    } else {
+                        Step::Answer(lane, result(id, Outcome::UnknownChecker))
+                    }
+                };
                 let wish = match action {
+                    Some(Action::ShowCheckers(_)) => {
+                        let wish = CheckerWish::Show;
+                        return Ok(Step::Ask(lane, Request::Checkers { id, wish }));
+                    }
+                    Some(Action::GrantChecker(v1::control::GrantChecker { name })) => {
+                        return Ok(named(name, CheckerWish::Grant));
+                    }
+                    Some(Action::WithdrawChecker(v1::control::WithdrawChecker { name })) => {
+                        return Ok(named(name, CheckerWish::Withdraw));
+                    }
                     Some(Action::Pause(_)) => Wish::Pause,
                     Some(Action::Resume(_)) => Wish::Resume,
                     Some(Action::Erase(_)) => Wish::Erase,
                     Some(Action::Export(v1::control::Export { format })) => {
                         return Ok(match v1::control::Format::try_from(format) {
                             Ok(format) => Step::Export(lane, id, format),
-                            Err(_) => Step::Answer(lane, result(id, Outcome::NotSupported, None)),
+                            Err(_) => Step::Answer(lane, result(id, Outcome::NotSupported)),
                         });
                     }
                     None => {
-                        let frame = result(id, Outcome::NotSupported, None);
+                        let frame = result(id, Outcome::NotSupported);
                         return Ok(Step::Answer(lane, frame));
                     }
                 };
@@ -509,10 +552,21 @@ impl Session {
     /// Takes the answer to what the holder wanted.
     #[must_use]
     pub fn handle_granted(&self, granted: Granted) -> v1::GatewayFrame {
+        let id = granted.id;
+        let done = v1::ControlResult {
+            id,
+            outcome: Outcome::Done.into(),
+            ..v1::ControlResult::default()
+        };
         match granted.grant {
-            Grant::Holds => result(granted.id, Outcome::Done, None),
-            Grant::Erased(receipt) => result(granted.id, Outcome::Done, Some(receipt)),
-            Grant::TryLater => result(granted.id, Outcome::TryLater, None),
+            Grant::Holds => answer(done),
+            Grant::Erased(receipt) => answer(v1::ControlResult {
+                receipt: Some(receipt),
+                ..done
+            }),
+            Grant::Checkers(checkers) => answer(v1::ControlResult { checkers, ..done }),
+            Grant::TryLater | Grant::Unreadable => result(id, Outcome::TryLater),
+            Grant::UnknownChecker => result(id, Outcome::UnknownChecker),
         }
     }
 
@@ -621,14 +675,17 @@ pub fn batch_len(batch: &DecodedBatch) -> u32 {
     u32::try_from(batch.pings.len() + batch.malformed.len()).unwrap_or(u32::MAX)
 }
 
-fn result(id: u64, outcome: Outcome, receipt: Option<v1::Receipt>) -> v1::GatewayFrame {
-    let outcome = outcome.into();
+fn result(id: u64, outcome: Outcome) -> v1::GatewayFrame {
+    answer(v1::ControlResult {
+        id,
+        outcome: outcome.into(),
+        ..v1::ControlResult::default()
+    })
+}
+
+fn answer(result: v1::ControlResult) -> v1::GatewayFrame {
     v1::GatewayFrame {
-        kind: Some(v1::gateway_frame::Kind::ControlResult(v1::ControlResult {
-            id,
-            outcome,
-            receipt,
-        })),
+        kind: Some(v1::gateway_frame::Kind::ControlResult(result)),
     }
 }
 
@@ -951,15 +1008,18 @@ mod tests {
         assert_eq!(ack.missing, [v1::SeqRange { first: 1, last: 2 }]);
     }
 
-    #[test]
-    fn what_the_holder_wants_is_asked_of_the_committer_and_granted_when_it_has_answered() {
-        let mut session = session();
-        let control = |id, action| v1::DeviceFrame {
+    fn control(id: u64, action: v1::control::Action) -> v1::DeviceFrame {
+        v1::DeviceFrame {
             kind: Some(v1::device_frame::Kind::Control(v1::Control {
                 id,
                 action: Some(action),
             })),
-        };
+        }
+    }
+
+    #[test]
+    fn what_the_holder_wants_is_asked_of_the_committer_and_granted_when_it_has_answered() {
+        let mut session = session();
         let pause = control(4, v1::control::Action::Pause(v1::control::Pause {}));
         let resume = control(5, v1::control::Action::Resume(v1::control::Resume {}));
         assert_eq!(
@@ -981,7 +1041,7 @@ mod tests {
             session.handle_frame(Some(Lane::Live), export(map.into())),
             Ok(Step::Export(Lane::Live, 7, map))
         );
-        let unknown = Step::Answer(Lane::Live, result(7, Outcome::NotSupported, None));
+        let unknown = Step::Answer(Lane::Live, result(7, Outcome::NotSupported));
         assert_eq!(
             session.handle_frame(Some(Lane::Live), export(99)),
             Ok(unknown)
@@ -996,20 +1056,68 @@ mod tests {
                 Ok(Step::Ask(Lane::Live, Request::Control { id, wish }))
             );
             let granted = |grant| session.handle_granted(Granted { id, grant });
-            assert_eq!(granted(Grant::Holds), result(id, Outcome::Done, None));
+            assert_eq!(granted(Grant::Holds), result(id, Outcome::Done));
             let receipt = v1::Receipt {
                 pings: 7,
                 ..v1::Receipt::default()
             };
             assert_eq!(
                 granted(Grant::Erased(receipt)),
-                result(id, Outcome::Done, Some(receipt))
+                answer(v1::ControlResult {
+                    id,
+                    outcome: Outcome::Done.into(),
+                    receipt: Some(receipt),
+                    ..v1::ControlResult::default()
+                })
             );
+            assert_eq!(granted(Grant::TryLater), result(id, Outcome::TryLater));
+        }
+    }
+
+    #[test]
+    fn checkers_are_asked_for_by_names_that_a_checker_can_have() {
+        use v1::control::{Action, GrantChecker, ShowCheckers, WithdrawChecker};
+        let mut session = session();
+        session
+            .handle_frame(None, hello(v1::Lane::Live, 1))
+            .unwrap();
+        let grant = |name: &str| Action::GrantChecker(GrantChecker { name: name.into() });
+        let withdraw = |name: &str| Action::WithdrawChecker(WithdrawChecker { name: name.into() });
+        for (action, wish) in [
+            (Action::ShowCheckers(ShowCheckers {}), CheckerWish::Show),
+            (grant("ops"), CheckerWish::Grant("ops".into())),
+            (withdraw("ops"), CheckerWish::Withdraw("ops".into())),
+        ] {
+            let request = Request::Checkers { id: 8, wish };
             assert_eq!(
-                granted(Grant::TryLater),
-                result(id, Outcome::TryLater, None)
+                session.handle_frame(Some(Lane::Live), control(8, action)),
+                Ok(Step::Ask(Lane::Live, request))
             );
         }
+        for action in [grant(""), withdraw("no such"), grant(&"a".repeat(65))] {
+            let unknown = Step::Answer(Lane::Live, result(8, Outcome::UnknownChecker));
+            assert_eq!(
+                session.handle_frame(Some(Lane::Live), control(8, action)),
+                Ok(unknown)
+            );
+        }
+        let checkers = vec![v1::CheckerGrant {
+            name: "ops".into(),
+            granted_ms: 7,
+            withdrawn_ms: 0,
+        }];
+        let told = answer(v1::ControlResult {
+            id: 8,
+            outcome: Outcome::Done.into(),
+            checkers: checkers.clone(),
+            ..v1::ControlResult::default()
+        });
+        let granted = |grant| session.handle_granted(Granted { id: 8, grant });
+        assert_eq!(granted(Grant::Checkers(checkers)), told);
+        let unknown = result(8, Outcome::UnknownChecker);
+        assert_eq!(granted(Grant::UnknownChecker), unknown);
+        let later = result(8, Outcome::TryLater);
+        assert_eq!(granted(Grant::Unreadable), later);
     }
 
     #[test]
@@ -1097,10 +1205,7 @@ mod tests {
         };
         assert_eq!(
             session.handle_frame(Some(Lane::Live), frame),
-            Ok(Step::Answer(
-                Lane::Live,
-                result(4, Outcome::NotSupported, None)
-            ))
+            Ok(Step::Answer(Lane::Live, result(4, Outcome::NotSupported)))
         );
         let unknown = v1::DeviceFrame { kind: None };
         assert_eq!(

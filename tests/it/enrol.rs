@@ -483,13 +483,22 @@ async fn waypost_invite_prints_a_code_that_works_and_a_picture_of_it() {
     let link = enrolled.connect(gateway.addresses().devices, ca_pem).await;
     link.open(hello(Lane::Live, 0)).await.welcome().await;
 
-    let text = waypost_invite(&gateway, &["--user", &invited.user, "--expires", "10m"]);
+    let further = [
+        "--user",
+        &invited.user,
+        "--expires",
+        "10m",
+        "--checker",
+        "dev",
+    ];
+    let text = waypost_invite(&gateway, &further);
     assert!(
         text.contains('\u{2580}') && text.contains("waypost://enroll?"),
         "{text}"
     );
     assert!(
-        text.contains(&format!("{}, device 2", invited.user)),
+        text.contains(&format!("{}, device 2\nCheckers   dev\n", invited.user)),
         "{text}"
     );
+    assert!(text.contains("&checkers=dev&code="), "{text}");
 }

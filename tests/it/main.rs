@@ -11,6 +11,7 @@ mod enrol;
 mod erase;
 mod export;
 mod freshness;
+mod grants;
 mod hostile;
 mod identity;
 mod ingest;

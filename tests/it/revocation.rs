@@ -11,7 +11,7 @@ use waypost_gateway::{
     control::{Command, Outcome},
     enrol::invitations::Invitations,
     erase,
-    freshness::Freshness,
+    freshness::{Freshness, Grants},
     metrics::Metrics,
     orders::{self, Revoke},
     pki::{Authority, Credentials},
@@ -341,7 +341,12 @@ async fn once_a_revocation_is_on_disk_nothing_of_its_subject_is_stored_whatever_
     let store = Arc::new(Store::open(folder.path(), &StoreConfig::default(), now_ms).unwrap());
     let metrics = Metrics::new();
     let clock = Clock::starting_at(0);
-    let freshness = Arc::new(Freshness::restore(iter::empty(), [], clock.now_ms()));
+    let freshness = Arc::new(Freshness::restore(
+        iter::empty(),
+        [],
+        Grants::default(),
+        clock.now_ms(),
+    ));
     let (order, ordered) = orders::queue();
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
@@ -353,6 +358,7 @@ async fn once_a_revocation_is_on_disk_nothing_of_its_subject_is_stored_whatever_
             clock,
             devices: iter::empty().collect(),
             holders: Holders::default(),
+            checkers: Arc::default(),
             revocations: Arc::default(),
             position: 0,
             retention: StoreConfig::default().retention,

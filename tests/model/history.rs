@@ -6,7 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use waypost_gateway::sharing::{Sharing, Transition};
+use waypost_gateway::{
+    grants::CheckerSet,
+    sharing::{Sharing, Transition, Turn},
+};
 use waypost_proto::{
     device::is_retryable,
     id::{DeviceId, UserId},
@@ -387,7 +390,9 @@ fn turns(wanted: &[Wanted], transitions: &[Transition]) -> Result<Vec<Fact>, Str
             continue;
         }
         let transition = said.get_mut(&user).and_then(VecDeque::pop_front);
-        let Some(transition) = transition.filter(|transition| transition.to == sharing) else {
+        let Some(transition) =
+            transition.filter(|transition| transition.turn == Turn::Sharing(sharing))
+        else {
             return Err(format!(
                 "{wanted:?} was granted, and the store says {transition:?}"
             ));
@@ -458,7 +463,8 @@ mod tests {
         };
         let transition = Transition {
             user: DEVICE.user,
-            to: Sharing::Paused,
+            turn: Turn::Sharing(Sharing::Paused),
+            checkers: CheckerSet::ALL,
             at_ms: 20,
             position: 2,
             number: 0,

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use waypost_gateway::{
     coverage::{Reason, Span},
     deadlines::{Event, Kind as Lateness},
-    sharing::{Sharing, Transition},
+    sharing::{Sharing, Transition, Turn},
 };
 use waypost_proto::{
     id::UserId,
@@ -677,10 +677,11 @@ fn reason_of(reason: Reason) -> i32 {
 }
 
 fn as_told(transition: &Transition) -> v1::Transition {
-    let state = match transition.to {
-        Sharing::Active => State::Active,
-        Sharing::Paused => State::Paused,
-        Sharing::Erased => State::Erased,
+    let state = match transition.turn {
+        Turn::Sharing(Sharing::Active) => State::Active,
+        Turn::Sharing(Sharing::Paused) => State::Paused,
+        Turn::Sharing(Sharing::Erased) => State::Erased,
+        Turn::Granted | Turn::Withdrawn => panic!("nobody grants anything: {transition:?}"),
     };
     v1::Transition {
         user: Bytes::copy_from_slice(&transition.user.0),

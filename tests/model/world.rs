@@ -34,7 +34,8 @@ use waypost_gateway::{
     deadlines::{Checker, Event},
     enrol::invitations::Invitations,
     erase,
-    freshness::{Freshness, Head},
+    freshness::{Freshness, Grants, Head},
+    grants::Checkers,
     metrics::Metrics,
     orders::{self, OrderHandle},
     pki::{Authority, Credentials},
@@ -58,6 +59,7 @@ pub(crate) struct FeedParts {
     pub(crate) bulletin: Arc<Bulletin>,
     pub(crate) store: std::sync::Weak<Store>,
     pub(crate) order: OrderHandle,
+    pub(crate) numbers: Arc<Checkers>,
     pub(crate) revocations: Arc<Revocations>,
     pub(crate) incarnation: [u8; 16],
     pub(crate) token_key: [u8; 32],
@@ -87,6 +89,7 @@ macro_rules! open_feed {
                     bulletin: parts.bulletin,
                     store: parts.store,
                     order: parts.order,
+                    checkers: parts.numbers,
                     revocations: parts.revocations,
                     incarnation: parts.incarnation,
                     token_key: parts.token_key,
@@ -291,6 +294,7 @@ impl World {
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
             holders.withheld.iter().copied(),
+            Grants::everything(),
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -313,6 +317,7 @@ impl World {
             metrics: metrics.clone(),
         });
         let (order, orders) = orders::queue();
+        let numbers = Arc::new(Checkers::granted_by_all(CHECKERS));
         let (audit, audit_ended) = Audit::start(&data, clock.now_ms(), &metrics).unwrap();
         // Nobody erases anything here.
         let (erase, _) = erase::queue();
@@ -330,6 +335,7 @@ impl World {
                 clock: clock.clone(),
                 devices: devices.into_iter().collect(),
                 holders: Holders::restore(holders.withheld),
+                checkers: Arc::clone(&numbers),
                 position: recovered.position,
                 retention: config.retention,
                 vigil,
@@ -359,6 +365,7 @@ impl World {
                 bulletin: Arc::clone(&bulletin),
                 store: Arc::downgrade(&store),
                 order,
+                numbers,
                 revocations: Arc::default(),
                 incarnation,
                 token_key: store.secret(),

@@ -5,7 +5,10 @@
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use waypost_gateway::sharing::Transition;
+use waypost_gateway::{
+    grants::{CheckerSet, Visibility},
+    sharing::Transition,
+};
 use waypost_proto::{device::Clocks, id::UserId};
 
 use crate::{bulletin::Bulletin, store::Store};
@@ -75,6 +78,14 @@ impl Freshness {
     pub(crate) fn last_contact_ms(&self, user: &UserId) -> u64 {
         let told = self.told.lock();
         told.contacts_ms.get(user).copied().unwrap_or_default()
+    }
+
+    /// Everybody has granted everything in a schedule.
+    pub(crate) fn visibility(&self, _user: &UserId) -> Visibility {
+        Visibility {
+            granted: CheckerSet::ALL,
+            ..Visibility::default()
+        }
     }
 
     pub(crate) fn position(&self) -> u64 {

@@ -28,8 +28,8 @@ mod sync;
 // The watch over the disk only looks on, the rate is one of log lines, requests gather in no schedule, nobody erases
 // anything, is revoked or enrols, and the vigil and those who share have no threads: all of these are used as they are.
 use waypost_gateway::{
-    audit, bulletin, coverage, deadlines, disk, enrol, erase, gather, lookout, rate, revocation,
-    sharing, vigil,
+    audit, bulletin, coverage, deadlines, disk, enrol, erase, gather, grants, lookout, rate,
+    revocation, sharing, vigil,
 };
 
 use std::{panic, sync::Arc, time::Instant};

@@ -43,6 +43,7 @@ use crate::{
     erase,
     enrol::invitations::Invitations,
     freshness::Freshness,
+    grants::CheckerNumber,
     handoff::{Answer, Bell, CommitHandle, Mailbox, NotQueued, Stopped},
     orders::{self, OrderError, OrderHandle},
     plan::{Plan, Tally},
@@ -107,6 +108,7 @@ pub(crate) fn play(plan: Plan, tally: &Arc<Mutex<Tally>>) {
                 .map(|at| (device(at), record.clone()))
                 .collect(),
             holders: Holders::default(),
+            checkers: Arc::default(),
             revocations: Arc::default(),
             position: 0,
             retention: Duration::from_secs(86_400),
@@ -429,7 +431,8 @@ async fn checker(world: Arc<World>, order: OrderHandle, at: usize) {
             };
             (user, random.gen_ratio(3, 4).then_some(setting))
         };
-        let answer = order.set_deadlines(checker, vec![wanted]).await;
+        let number = CheckerNumber::FIRST;
+        let answer = order.set_deadlines(checker, number, vec![wanted]).await;
         let mut tally = world.tally.lock();
         match answer {
             Ok(position) => {

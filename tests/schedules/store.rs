@@ -13,6 +13,7 @@ use waypost_gateway::{
     bulletin::News,
     deadlines::{Change, Checker, Registration, Setting},
     enrol::invitations,
+    grants::Decisions,
     revocation::Subject,
 };
 
@@ -119,6 +120,10 @@ impl Store {
         Ok(None)
     }
 
+    pub(crate) fn decisions_of(&self, user: UserId) -> Result<Decisions, CommitError> {
+        panic!("{user} decides nothing in a schedule");
+    }
+
     pub(crate) fn note_heard(&self, _until_ms: u64) {}
 
     pub(crate) fn durable_position(&self) -> u64 {
@@ -200,6 +205,10 @@ impl Batch {
 
     pub(crate) fn put_invitations(&mut self, _change: &invitations::Change) {
         panic!("nobody enrols in a schedule");
+    }
+
+    pub(crate) fn put_decisions(&mut self, user: UserId, _decisions: &Decisions) {
+        panic!("{user} decides nothing in a schedule");
     }
 
     pub(crate) fn forget_events(&mut self, _checker: Checker, _upto: u64) {}

@@ -389,13 +389,16 @@ impl Stream {
         id: u64,
         action: v1::control::Action,
     ) -> v1::control_result::Outcome {
+        self.asked(id, action).await.outcome()
+    }
+
+    /// The same, with all that is said of it.
+    pub async fn asked(&mut self, id: u64, action: v1::control::Action) -> v1::ControlResult {
         let action = Some(action);
         self.send(v1::device_frame::Kind::Control(v1::Control { id, action }))
             .await;
         match self.next().await {
-            Some(v1::gateway_frame::Kind::ControlResult(result)) if result.id == id => {
-                result.outcome()
-            }
+            Some(v1::gateway_frame::Kind::ControlResult(result)) if result.id == id => result,
             other => panic!("no answer to {id} but {other:?}"),
         }
     }

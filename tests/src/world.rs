@@ -68,6 +68,8 @@ impl World {
         config.devices.listen = any_port;
         config.freshness.listen = any_port;
         config.freshness.checkers = vec!["dev".to_owned()];
+        // As with `--dev`: what most tests look at is not who may look.
+        config.freshness.are_checkers_granted = true;
         config.admin.listen = any_port;
         config.enrolment.listen = any_port;
         // How much room the temporary folder has is not what most tests are about.

@@ -41,7 +41,7 @@ pub enum Who {
 }
 
 /// What was done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum What {
     /// The gateway began to serve.
@@ -52,6 +52,10 @@ pub enum What {
     Invited,
     /// A device was let in by its code.
     Enrolled,
+    /// The checker of this name may be told of signs of life: the holder has agreed to it.
+    Granted(String),
+    /// It may not any more.
+    Withdrawn(String),
     /// Everything that is held was given to the holder.
     Exported,
     /// Everything that was held was erased, or is from then on.

@@ -22,7 +22,7 @@ use waypost_proto::{
     enrol::{Code, ENROLL_FRAME_BYTES},
     frame::{FrameError, FrameReader, encode_frame},
     session::CloseCode,
-    v1::{EnrollRequest, EnrollResponse, enrolment_refusal},
+    v1::{EnrollRequest, EnrollResponse, IssuedCertificate, enrolment_refusal},
 };
 
 use super::{
@@ -34,7 +34,7 @@ use super::{
 use crate::{
     clock::system_now_ms,
     metrics::Metrics,
-    orders::{OrderError, OrderHandle, Redeem},
+    orders::{OrderError, OrderHandle, Redeem, Redeemed},
     pki::request::RequestedKey,
     tls::enrolment::EnrolmentTls,
 };
@@ -194,7 +194,10 @@ impl Desk {
             key: KeyHash::of(key.as_der()),
         };
         match self.order.redeem(redeem).await {
-            Ok(device) => answer(self.registrar.certify(device, &key, system_now_ms())),
+            Ok(Redeemed { device, checkers }) => {
+                let certified = self.registrar.certify(device, &key, system_now_ms());
+                answer(certified.map(|issued| IssuedCertificate { checkers, ..issued }))
+            }
             Err(OrderError::Refused(_)) => refused(enrolment_refusal::Code::NotValid, 0),
             Err(OrderError::Stopped) => refused(enrolment_refusal::Code::TryLater, TRY_LATER_MS),
         }

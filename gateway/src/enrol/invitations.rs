@@ -18,6 +18,8 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
+use crate::grants::CheckerSet;
+
 /// The SHA-256 of a code: what a store or a backup holds of it. A salt would add nothing to 80 random bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CodeHash(pub [u8; 32]);
@@ -31,6 +33,8 @@ pub struct KeyHash(pub [u8; 32]);
 pub struct Invitation {
     /// Who redeems it.
     pub device: DeviceId,
+    /// The checkers that the holder grants by redeeming it.
+    pub checkers: CheckerSet,
     /// From when on it is worth nothing, in milliseconds since 1970-01-01 UTC.
     pub expires_ms: u64,
     /// Who has.
@@ -135,10 +139,10 @@ impl Invitations {
         self.kept.is_empty()
     }
 
-    /// Who redeems a code, valid or not.
+    /// What a code is for, valid or not.
     #[must_use]
-    pub fn device_of(&self, code: CodeHash) -> Option<DeviceId> {
-        Some(self.kept.get(&code)?.device)
+    pub fn find(&self, code: CodeHash) -> Option<Invitation> {
+        self.kept.get(&code).copied()
     }
 
     /// Invites a device until `expires_ms`. `last_device` is the highest number that a device of the user has had, none
@@ -150,6 +154,7 @@ impl Invitations {
         &mut self,
         code: CodeHash,
         invitee: Invitee,
+        checkers: CheckerSet,
         last_device: Option<u32>,
         expires_ms: u64,
         now_ms: u64,
@@ -176,6 +181,7 @@ impl Invitations {
                 user: invitee.user(),
                 device: number,
             },
+            checkers,
             expires_ms,
             redeemed_by: None,
         };
@@ -232,6 +238,7 @@ mod tests {
     const USER: UserId = UserId([7; 16]);
     const KEY: KeyHash = KeyHash([1; 32]);
     const OTHER_KEY: KeyHash = KeyHash([2; 32]);
+    const NAMED: CheckerSet = CheckerSet::ALL;
 
     fn code(n: u8) -> CodeHash {
         CodeHash::of(&Code::new([n; Code::BYTES]))
@@ -240,7 +247,7 @@ mod tests {
     fn invite(kept: &mut Invitations, n: u8, invitee: Invitee, last: Option<u32>) -> Invitation {
         let expires_ms = NOW_MS + HOUR_MS;
         let (invitation, change) = kept
-            .invite(code(n), invitee, last, expires_ms, NOW_MS)
+            .invite(code(n), invitee, NAMED, last, expires_ms, NOW_MS)
             .unwrap();
         assert_eq!(change.kept, Some((code(n), invitation)));
         assert_eq!(change.numbered, Some(invitation.device));
@@ -297,7 +304,7 @@ mod tests {
             (Some(u32::MAX), NotInvited::NoNumberLeft),
         ] {
             let invitee = Invitee::KnownUser(USER);
-            let again = kept.invite(code(2), invitee, last, NOW_MS + 1, NOW_MS);
+            let again = kept.invite(code(2), invitee, NAMED, last, NOW_MS + 1, NOW_MS);
             assert_eq!(again, Err(refused));
         }
         assert_eq!(kept.len(), 1);
@@ -309,10 +316,10 @@ mod tests {
         invite(&mut kept, 1, Invitee::NewUser(USER), None);
         invite(&mut kept, 2, Invitee::NewUser(USER), None);
         let new = Invitee::NewUser(USER);
-        let refused = kept.invite(code(3), new, None, NOW_MS + 1, NOW_MS);
+        let refused = kept.invite(code(3), new, NAMED, None, NOW_MS + 1, NOW_MS);
         assert_eq!(refused, Err(NotInvited::TooMany { most: 2 }));
         let later_ms = NOW_MS + HOUR_MS;
-        let made = kept.invite(code(3), new, None, later_ms + 1, later_ms);
+        let made = kept.invite(code(3), new, NAMED, None, later_ms + 1, later_ms);
         let mut forgotten = made.unwrap().1.forgotten;
         forgotten.sort_by_key(|code| code.0);
         let mut expired = vec![code(1), code(2)];

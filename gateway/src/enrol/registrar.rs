@@ -134,6 +134,7 @@ impl Registrar {
             renew_at_ms: enrol::renew_at_ms(now_ms, expires_ms),
             authorities: self.known_by.clone(),
             gateway: self.gateway.clone(),
+            checkers: Vec::new(),
         })
     }
 }

@@ -7,7 +7,12 @@
 //! A call is one of its connection's, of which the freshness service has so many; a request is small; and no more
 //! invitations are open than are kept.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use ring::{
@@ -29,6 +34,7 @@ use super::{
 };
 use crate::{
     feed::Peer,
+    grants::{CheckerNumber, CheckerSet},
     metrics::Metrics,
     orders::{Invite, OrderError, OrderHandle},
     tls,
@@ -38,6 +44,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Inviter {
     operators: Arc<BTreeSet<String>>,
+    /// Whom an invitation may name.
+    checkers: Arc<BTreeMap<String, CheckerNumber>>,
     trust_domain: String,
     valid_for_ms: u64,
     /// An invitation's text up to its code.
@@ -63,6 +71,7 @@ impl Inviter {
         }
         Self {
             operators: Arc::new(config.operators.iter().cloned().collect()),
+            checkers: Arc::new(parts.checkers.clone()),
             trust_domain: parts.tls.trust_domain.clone(),
             valid_for_ms: milliseconds(config.invitation_lifetime),
             uri_start,
@@ -89,6 +98,18 @@ impl Inviter {
         })
     }
 
+    /// The checkers of these names.
+    fn named(&self, names: &[String]) -> Result<CheckerSet, Status> {
+        let numbers = names.iter().map(|name| {
+            self.checkers.get(name).copied().ok_or_else(|| {
+                Status::invalid_argument(format!(
+                    "{name:?} is not in this gateway's [freshness] checkers, so it can be told of nobody"
+                ))
+            })
+        });
+        numbers.collect()
+    }
+
     fn count(&self, outcome: &str) {
         self.metrics.enrolment.invitations.of(outcome).increment(1);
     }
@@ -113,6 +134,7 @@ impl rpc::enrolment_server::Enrolment for Inviter {
                 Ok(Invite {
                     code: CodeHash::of(&code),
                     invitee,
+                    checkers: self.named(&request.checkers)?,
                     valid_for_ms: valid_for_ms(request.valid_for_ms, self.valid_for_ms)?,
                 })
             })
@@ -141,7 +163,11 @@ impl rpc::enrolment_server::Enrolment for Inviter {
             user: Bytes::copy_from_slice(&invitation.device.user.0),
             device: invitation.device.device,
             expires_ms: invitation.expires_ms,
-            uri: format!("{}code={code}", self.uri_start),
+            uri: format!(
+                "{}{}code={code}",
+                self.uri_start,
+                named_in_uri(&request.checkers)
+            ),
         }))
     }
 }
@@ -156,6 +182,14 @@ fn invitee(user: &[u8]) -> Result<Invitee, Status> {
         Status::invalid_argument("a user is 16 bytes; leave it out to invite a new one")
     })?;
     Ok(Invitee::KnownUser(UserId(user)))
+}
+
+/// What the invitation's text says of checkers. Their names need no escaping.
+fn named_in_uri(names: &[String]) -> String {
+    match names {
+        [] => String::new(),
+        _ => format!("checkers={}&", names.join(",")),
+    }
 }
 
 fn valid_for_ms(wanted_ms: u64, usual_ms: u64) -> Result<u64, Status> {

@@ -36,6 +36,7 @@ use crate::{
         chain::{Deed, What, Who, Whose},
     },
     clock::Clock,
+    grants::Checkers,
     metrics::Metrics,
     store::{ReadError, Store},
 };
@@ -56,6 +57,7 @@ pub struct Exports {
     store: Arc<Store>,
     audit: Audit,
     audit_log: PathBuf,
+    checkers: Arc<Checkers>,
     clock: Clock,
     metrics: Metrics,
     retention: Duration,
@@ -72,6 +74,8 @@ pub struct ExportParts {
     pub audit: Audit,
     /// The audit log's file, which knows who watched.
     pub audit_log: PathBuf,
+    /// The store's checkers.
+    pub checkers: Arc<Checkers>,
     /// The gateway's clock.
     pub clock: Clock,
     /// What is counted.
@@ -103,6 +107,7 @@ impl Exports {
             store: parts.store,
             audit: parts.audit,
             audit_log: parts.audit_log,
+            checkers: parts.checkers,
             clock: parts.clock,
             metrics: parts.metrics,
             retention: parts.retention,
@@ -213,6 +218,8 @@ impl Exports {
             sharing: view.sharing()?,
             retention_days: self.retention.as_secs() / (24 * 60 * 60),
             recipients: audit::recipients(&self.audit_log, user)?,
+            decisions: view.decisions()?,
+            checkers: Arc::clone(&self.checkers),
         };
         let (devices, transitions) = (view.devices()?, view.transitions()?);
         let mut exporter = Exporter::begin(out, format, &subject, &devices, &transitions)?;
@@ -231,7 +238,7 @@ fn first_frame(id: u64, outcome: Outcome) -> Bytes {
     let result = v1::ControlResult {
         id,
         outcome: outcome.into(),
-        receipt: None,
+        ..v1::ControlResult::default()
     };
     let frame = v1::GatewayFrame {
         kind: Some(v1::gateway_frame::Kind::ControlResult(result)),

@@ -1,7 +1,8 @@
-//! What a stream tells beside entries: when the gateway could not hear, who is late, and who paused and resumed.
+//! What a stream tells beside entries: when the gateway could not hear, who is late, and what holders have turned.
 //!
 //! Knows how far a stream has told of each, and how they become messages. Must not know entries or when a stream
-//! announces a position; it is asked to tell up to one before that.
+//! announces a position; it is asked to tell up to one before that. Nor what becomes of what a holder has turned: that
+//! depends on what may be told of the user by now, and so its parent decides.
 //!
 //! Spans and who is late now are on the [`Bulletin`]; events of deadlines and transitions are read from the store, and
 //! only when there is one that the stream has not told. So a stream with nothing to tell costs a look at three numbers.
@@ -83,7 +84,16 @@ pub(super) struct Told {
     beginning_position: u64,
     spans: u64,
     transitions: u64,
+    /// Those that were read last.
+    turns: Vec<Transition>,
     events: u64,
+}
+
+impl Told {
+    /// What holders have turned, as far as it was reached by [`Notices::tell`] and not taken before.
+    pub(super) fn take_turns(&mut self) -> Vec<Transition> {
+        std::mem::take(&mut self.turns)
+    }
 }
 
 impl Notices {
@@ -104,6 +114,7 @@ impl Notices {
             beginning_position: 0,
             spans: position,
             transitions: position,
+            turns: Vec::new(),
             events: position,
         }
     }
@@ -124,12 +135,14 @@ impl Notices {
             beginning_position: now.position,
             spans: now.position,
             transitions: now.position,
+            turns: Vec::new(),
             events: now.position,
         };
         (told, now.position)
     }
 
-    /// Appends to `events` what is to be told up to a position, or the next part of it. True if that was all.
+    /// Appends to `events` what is to be told up to a position of the users that are wanted, or the next part of it. True if
+    /// that was all. What holders have turned is to be taken from `told` each time.
     pub(super) async fn tell(
         &self,
         told: &mut Told,
@@ -156,7 +169,7 @@ impl Notices {
         // snapshot, leaves out whoever is not in a selected state any more, and the position at which that happened may be
         // beyond what it announces next: without the transition the user would seem to be silent in the old state.
         let ahead = self.bulletin.newest_transition().max(upto);
-        if told.transitions < ahead && !self.tell_transitions(told, ahead, &wants, events).await? {
+        if told.transitions < ahead && !self.reach_transitions(told, ahead).await? {
             return Ok(false);
         }
         if upto <= told.events || self.bulletin.newest_event(told.checker) <= told.events {
@@ -181,13 +194,7 @@ impl Notices {
         Ok(is_all)
     }
 
-    async fn tell_transitions(
-        &self,
-        told: &mut Told,
-        upto: u64,
-        wants: impl Fn(&UserId) -> bool,
-        events: &mut Vec<Kind>,
-    ) -> Result<bool, NoticeError> {
+    async fn reach_transitions(&self, told: &mut Told, upto: u64) -> Result<bool, NoticeError> {
         if self.bulletin.newest_transition() <= told.transitions {
             told.transitions = upto;
             return Ok(true);
@@ -205,8 +212,7 @@ impl Notices {
             Some(last) if !is_all => last.position,
             _ => upto,
         };
-        let wanted = read.iter().filter(|transition| wants(&transition.user));
-        events.extend(wanted.map(transition_event));
+        told.turns = read;
         Ok(is_all)
     }
 
@@ -348,10 +354,11 @@ fn deadline_event(event: &Event) -> Kind {
     })
 }
 
-fn transition_event(transition: &Transition) -> Kind {
+/// The event that tells of a transition to a state.
+pub(super) fn transition_event(transition: &Transition, state: v1::State) -> Kind {
     Kind::Transition(v1::Transition {
         user: id(&transition.user),
-        state: wire::state(transition.to).into(),
+        state: state.into(),
         at_ms: transition.at_ms,
         position: transition.position,
         number: transition.number,

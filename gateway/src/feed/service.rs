@@ -3,7 +3,7 @@
 //! Knows who may call and what each call answers. Must not know how a stream goes on; that is
 //! [`super::watcher`].
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -35,8 +35,9 @@ use crate::{
         chain::{Deed, What, Who, Whose},
     },
     clock::Clock,
-    deadlines::Checker,
+    deadlines::{Checker, NotSet},
     freshness::Freshness,
+    grants::CheckerNumber,
     metrics::Metrics,
     orders::{OrderError, OrderHandle},
     revocation::{CertificateId, Revocations},
@@ -56,7 +57,8 @@ pub(super) struct Service {
     pub(super) revocations: Arc<Revocations>,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
-    pub(super) checkers: BTreeSet<String>,
+    /// Those who may call, and their numbers in the store.
+    pub(super) checkers: BTreeMap<String, CheckerNumber>,
     pub(super) progress_interval: Duration,
     /// For the streams that may be open.
     pub(super) room: Arc<Semaphore>,
@@ -71,16 +73,13 @@ impl rpc::freshness_server::Freshness for Service {
     type WatchStream = ReceiverStream<Result<Message, Status>>;
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
-        self.admit(&request)?;
+        let (_, number) = self.admit(&request)?;
         let users: Vec<UserId> = wire::get_users(request.get_ref())?;
-        let (seen, head) = self.freshness.get(&users);
+        let (glimpses, head) = self.freshness.get(number, &users);
         let entries = users
             .iter()
-            .zip(&seen)
-            .map(|(user, seen)| {
-                seen.as_ref()
-                    .map_or_else(|| wire::never_seen(user), wire::entry)
-            })
+            .zip(&glimpses)
+            .map(|(user, glimpse)| wire::glimpse(user, glimpse))
             .collect();
         Ok(Response::new(GetResponse {
             entries,
@@ -93,7 +92,7 @@ impl rpc::freshness_server::Freshness for Service {
         &self,
         request: Request<ListStaleRequest>,
     ) -> Result<Response<ListStaleResponse>, Status> {
-        self.admit(&request)?;
+        let (_, number) = self.admit(&request)?;
         let request = request.get_ref();
         let (older_than_ms, after, limit) = (
             self.older_than_ms(request)?,
@@ -109,7 +108,7 @@ impl rpc::freshness_server::Freshness for Service {
         let page = tokio::task::spawn_blocking(move || {
             // Kept until it is made, also when the caller has given up meanwhile.
             let _turn = turn;
-            freshness.stale(older_than_ms, after, limit)
+            freshness.stale(number, older_than_ms, after, limit)
         })
         .await
         .map_err(|_| Status::internal("the list could not be made"))?;
@@ -130,12 +129,16 @@ impl rpc::freshness_server::Freshness for Service {
         &self,
         request: Request<SetDeadlinesRequest>,
     ) -> Result<Response<SetDeadlinesResponse>, Status> {
-        let checker = Checker::named(&self.admit(&request)?);
+        let (checker, number) = self.admit(&request)?;
+        let checker = Checker::named(&checker);
         let settings = notices::settings(request.get_ref())?;
-        let set = self.order.set_deadlines(checker, settings).await;
+        let set = self.order.set_deadlines(checker, number, settings).await;
         let position = set.map_err(|error| match error {
-            OrderError::Refused(_) => Status::resource_exhausted(format!(
+            OrderError::Refused(NotSet::TooMany(_)) => Status::resource_exhausted(format!(
                 "{error}, and none of this call: remove some, or raise [freshness] max_deadlines"
+            )),
+            OrderError::Refused(NotSet::NotGranted(_)) => Status::permission_denied(format!(
+                "{error}, so none of this call is set: a deadline for one of whom nothing is told would never pass"
             )),
             OrderError::Stopped => Status::unavailable(format!(
                 "{error}: whether these deadlines are set is not known, so set them again"
@@ -148,7 +151,8 @@ impl rpc::freshness_server::Freshness for Service {
         &self,
         request: Request<ListDeadlinesRequest>,
     ) -> Result<Response<ListDeadlinesResponse>, Status> {
-        let checker = Checker::named(&self.admit(&request)?);
+        let (checker, _) = self.admit(&request)?;
+        let checker = Checker::named(&checker);
         let (after, limit) = notices::deadlines_page(request.get_ref())?;
         let page = self.notices.deadlines(checker, after, limit + 1).await?;
         let (page, rest) = page.split_at(limit.min(page.len()));
@@ -166,7 +170,7 @@ impl rpc::freshness_server::Freshness for Service {
         &self,
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let checker = self.admit(&request)?;
+        let (checker, number) = self.admit(&request)?;
         let certificates = certificates_of(&request);
         let request = request.get_ref();
         let selector = Selector::new(request)?;
@@ -188,6 +192,7 @@ impl rpc::freshness_server::Freshness for Service {
             freshness: Arc::clone(&self.freshness),
             notices: self.notices.clone(),
             checker: Checker::named(&checker),
+            number,
             certificates,
             revocations: Arc::clone(&self.revocations),
             clock: self.clock.clone(),
@@ -237,8 +242,8 @@ impl Service {
         }
     }
 
-    /// The name of the checker that calls, if it may.
-    fn admit<T>(&self, request: &Request<T>) -> Result<String, Status> {
+    /// The name of the checker that calls, if it may, and its number.
+    fn admit<T>(&self, request: &Request<T>) -> Result<(String, CheckerNumber), Status> {
         let peer = request.extensions().get::<Peer>();
         let chain = peer.map_or_else(Default::default, |peer| &*peer.chain);
         let address = peer.map(|peer| peer.address);
@@ -259,7 +264,7 @@ impl Service {
                 "only checkers may ask for freshness, and this peer is not one: {refusal}"
             ))
         })?;
-        if !self.checkers.contains(&checker) {
+        let Some(&number) = self.checkers.get(&checker) else {
             self.metrics
                 .freshness
                 .refused
@@ -269,8 +274,8 @@ impl Service {
             return Err(Status::permission_denied(format!(
                 "checker {checker:?} is not in this gateway's [freshness] checkers: ask its operator"
             )));
-        }
-        Ok(checker)
+        };
+        Ok((checker, number))
     }
 }
 

@@ -14,7 +14,7 @@ use waypost_proto::{
     device::Clocks,
     id::UserId,
     v1::{
-        Coverage, Deadline, DeadlineSetting, Entry, GetRequest, Header, ListDeadlinesRequest,
+        self, Coverage, Deadline, DeadlineSetting, Entry, GetRequest, Header, ListDeadlinesRequest,
         ListStaleRequest, Progress, SetDeadlinesRequest, State, WatchEvent, WatchRequest,
         WatchResponse, coverage, deadline, reset, watch_event::Kind,
     },
@@ -30,9 +30,11 @@ use crate::{
     deadlines::{self, Checker, Event, Late, Registration, Setting},
     enrol::invitations::Invitations,
     erase,
+    freshness::Grants,
+    grants::CheckerNumber,
     orders::{self, Order, Orders},
     revocation::Revocations,
-    sharing::Holders,
+    sharing::{Holders, Transition, Turn},
     store::{Batch, StoreConfig},
     tls::{TlsConfig, freshness_server_config},
     vigil::{Vigil, VigilParts},
@@ -122,7 +124,9 @@ impl Harness {
             ..TlsConfig::default()
         })
         .unwrap();
-        let freshness = Arc::new(Freshness::restore(std::iter::empty(), [], 0));
+        let checkers = Checkers::granted_by_all(config.checkers.clone());
+        let grants = Grants::everything();
+        let freshness = Arc::new(Freshness::restore(std::iter::empty(), [], grants, 0));
         let bulletin = Arc::new(Bulletin::default());
         let store = Store::open(files.path(), &StoreConfig::default(), system_now_ms()).unwrap();
         let store = Arc::new(store);
@@ -135,6 +139,7 @@ impl Harness {
             bulletin: Arc::clone(&bulletin),
             store: Arc::downgrade(&store),
             order,
+            checkers: Arc::new(checkers),
             inviter: None,
             revocations: Arc::clone(&revocations),
             incarnation: INCARNATION,
@@ -194,7 +199,8 @@ impl Harness {
         batch.put_news(news);
         self.store.commit(batch).unwrap();
         self.bulletin.publish(news);
-        self.freshness.publish(position, position, &[], &[]);
+        let turned = &news.transitions;
+        self.freshness.publish(position, position, &[], turned);
     }
 
     fn say_span(&self, position: u64, from_ms: u64, until_ms: Option<u64>) {
@@ -219,7 +225,7 @@ impl Harness {
     /// Calls users of a checker late, or lets them recover.
     async fn next_order(
         &mut self,
-    ) -> (orders::SetDeadlines, orders::Reply<u64, deadlines::TooMany>) {
+    ) -> (orders::SetDeadlines, orders::Reply<u64, deadlines::NotSet>) {
         match self.orders.next().await {
             Order::SetDeadlines(order, reply) => (order, reply),
             other => panic!("no checker has ordered {other:?}"),
@@ -604,6 +610,7 @@ async fn events_whose_retention_is_over_go_when_the_day_ends_and_tokens_from_bef
                 metrics: harness.metrics.clone(),
             }),
             holders: Holders::default(),
+            checkers: Arc::default(),
             revocations: Arc::default(),
             orders: orders::queue().1,
             erase: erase::queue().0,
@@ -705,10 +712,19 @@ async fn deadlines_are_handed_to_the_committer_and_read_back_in_pages() {
         let mut ops = ops.clone();
         async move { ops.set_deadlines(SetDeadlinesRequest::default()).await }
     });
-    let too_many = deadlines::TooMany { most: 5 };
+    let too_many = deadlines::TooMany { most: 5 }.into();
     harness.next_order().await.1.answer(Err(too_many));
     let refused = calling.await.unwrap().unwrap_err();
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    let calling = tokio::spawn({
+        let mut ops = ops.clone();
+        let call = request(vec![asked(id(1), 60_000, 30_000)]);
+        async move { ops.set_deadlines(call).await }
+    });
+    let not_granted = deadlines::NotSet::NotGranted(user(1));
+    harness.next_order().await.1.answer(Err(not_granted));
+    let refused = calling.await.unwrap().unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied, "{refused}");
 
     harness.say_late(1, "ops", &[3, 1, 2], deadlines::Kind::Late);
     harness.say_late(2, "ops", &[2], deadlines::Kind::Recovered);
@@ -1521,5 +1537,164 @@ async fn settings_that_break_the_contract_are_refused() {
     ] {
         let error = config.check().unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
+    }
+}
+
+fn turned(n: u8, turn: Turn, position: u64) -> News {
+    let ops = CheckerNumber::FIRST;
+    News {
+        transitions: vec![Transition {
+            user: user(n),
+            turn,
+            checkers: ops.into(),
+            at_ms: position,
+            position,
+            number: 0,
+        }],
+        ..News::default()
+    }
+}
+
+fn withdrawn(n: u8, position: u64) -> [Kind; 2] {
+    [
+        Kind::Transition(v1::Transition {
+            user: id(n),
+            state: State::Withdrawn.into(),
+            at_ms: position,
+            position,
+            number: 0,
+        }),
+        Kind::Entry(Entry {
+            user: id(n),
+            state: State::Withdrawn.into(),
+            position,
+            ..Entry::default()
+        }),
+    ]
+}
+
+#[tokio::test]
+async fn a_withdrawal_is_told_once_on_each_stream_and_then_nothing_until_it_is_granted_again() {
+    let harness = Harness::start();
+    harness.publish(1, &[1, 2]);
+    let mut open = harness.watch(&Bytes::new()).await;
+    let (_, before) = open.all_until(1).await;
+    harness.say(2, &turned(1, Turn::Withdrawn, 2));
+    harness.publish(3, &[1, 2]);
+    let (told, after) = open.all_until(3).await;
+    let mut expected = withdrawn(1, 2).to_vec();
+    expected.push(Kind::Entry(entry(2, 3)));
+    let sorted = |mut told: Vec<Kind>| {
+        told.sort_by_key(|kind| matches!(kind, Kind::Entry(entry) if entry.user == id(2)));
+        told
+    };
+    assert_eq!(sorted(told), expected);
+    // The other checker is not concerned.
+    let night = "spiffe://test.waypost/checker/night";
+    let mut other = Watching::begin(harness.client(night).await, WatchRequest::default())
+        .await
+        .unwrap();
+    let (told, _) = other.all_until(3).await;
+    assert!(told.contains(&Kind::Entry(entry(1, 3))), "{told:?}");
+    // A stream that was away is told as well, one that was told already and one that begins anew are not.
+    let (told, _) = harness.watch(&before).await.all_until(3).await;
+    assert_eq!(sorted(told), expected);
+    let (told, _) = harness.watch(&after).await.all_until(3).await;
+    assert_eq!(told, []);
+    let (told, _) = harness.watch(&Bytes::new()).await.all_until(3).await;
+    assert_eq!(told, [Kind::Entry(entry(2, 3))]);
+
+    // An entry as of the grant, for one who has not changed since; and whoever was away is told of that alone.
+    harness.say(4, &turned(1, Turn::Granted, 4));
+    let granted = Kind::Entry(Entry {
+        position: 4,
+        ..entry(1, 3)
+    });
+    assert_eq!(open.all_until(4).await.0, [granted.clone()]);
+    let (told, _) = harness.watch(&after).await.all_until(4).await;
+    assert_eq!(told, [granted.clone()]);
+    let (told, _) = harness.watch(&before).await.all_until(4).await;
+    assert!(!told.contains(&withdrawn(1, 2)[0]), "{told:?}");
+    // For one who has, the change.
+    harness.publish(5, &[1]);
+    let (told, _) = harness.watch(&after).await.all_until(5).await;
+    assert_eq!(told, [Kind::Entry(entry(1, 5))]);
+    assert_eq!(open.all_until(5).await.0, [Kind::Entry(entry(1, 5))]);
+}
+
+#[tokio::test]
+async fn whoever_selects_states_and_names_is_told_of_a_withdrawal_too() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let request = WatchRequest {
+        user_ids: vec![id(1)],
+        states: vec![State::Active.into()],
+        ..WatchRequest::default()
+    };
+    let watch = async |request: &WatchRequest| {
+        Watching::begin(harness.client(OPS).await, request.clone())
+            .await
+            .unwrap()
+    };
+    let mut open = watch(&request).await;
+    assert_eq!(open.all_until(1).await.0, [Kind::Entry(entry(1, 1))]);
+    harness.say(2, &turned(1, Turn::Withdrawn, 2));
+    // Else the user would seem to be silent.
+    assert_eq!(open.all_until(2).await.0, withdrawn(1, 2)[..1]);
+    let named = WatchRequest {
+        states: Vec::new(),
+        ..request
+    };
+    let known = Kind::Entry(Entry {
+        user: id(1),
+        state: State::Withdrawn.into(),
+        ..Entry::default()
+    });
+    assert_eq!(watch(&named).await.all_until(2).await.0, [known]);
+}
+
+/// On the bulletin, a withdrawal is a moment before it is in the freshness, and its stream must not go on with entries
+/// in between.
+#[tokio::test]
+async fn nothing_of_a_user_comes_after_the_withdrawal_however_commits_and_streams_interleave() {
+    let harness = Harness::start();
+    harness.publish(1, &[1]);
+    let mut open = harness.watch(&Bytes::new()).await;
+    let (_, mut token) = open.all_until(1).await;
+    let mut position = 1;
+    for round in 0..60 {
+        for _ in 0..round % 4 {
+            position += 1;
+            harness.publish(position, &[1]);
+        }
+        position += 1;
+        harness.say(position, &turned(1, Turn::Withdrawn, position));
+        let last = position;
+        for _ in 0..round % 3 {
+            position += 1;
+            harness.publish(position, &[1, 2]);
+        }
+        let mut resumed = harness.watch(&token).await;
+        for watching in [&mut resumed, &mut open] {
+            let (told, _) = watching.all_until(position).await;
+            let of_user = told.iter().filter(|kind| match kind {
+                Kind::Entry(entry) => entry.user == id(1),
+                Kind::Transition(transition) => transition.user == id(1),
+                _ => false,
+            });
+            let of_user: Vec<_> = of_user.cloned().collect();
+            assert!(
+                of_user.ends_with(&withdrawn(1, last)),
+                "round {round}: {told:?}"
+            );
+        }
+        position += 1;
+        harness.say(position, &turned(1, Turn::Granted, position));
+        let (told, after) = open.all_until(position).await;
+        assert!(
+            matches!(&told[..], [Kind::Entry(entry)] if entry.user == id(1)),
+            "{told:?}"
+        );
+        token = after;
     }
 }

@@ -10,6 +10,8 @@
 //!   One that is behind reads the users themselves, and gets its own words for newer and fewer values.
 //! - Spans of coverage, transitions and events of deadlines come before the first announcement at or beyond their
 //!   position, after the entries of the step ([`super::notices`]).
+//! - Of a user who has not granted its checker, nothing comes. That is looked up where an entry is read, so that none is
+//!   read after the withdrawal was told.
 //! - Whoever cannot be brought level by following the changes within a progress interval, because users
 //!   change faster than it reads, is brought level by a sweep; so `resolved_ms` moves on under any load.
 
@@ -23,22 +25,25 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-use waypost_proto::v1::{
-    Header, Progress, Reset, SnapshotEnd, State, reset::Reason, watch_event::Kind,
+use waypost_proto::{
+    id::UserId,
+    v1::{self, Header, Progress, Reset, SnapshotEnd, State, reset::Reason, watch_event::Kind},
 };
 
 use super::{
     message::Message,
-    notices::{NoticeError, Notices, Told},
+    notices::{self, NoticeError, Notices, Told},
     token::{Scope, Tokens},
     wire::{self, Selector},
 };
 use crate::{
     clock::Clock,
     deadlines::Checker,
-    freshness::{Commit, Freshness, Head, LastSeen, Reader, Step, Update},
+    freshness::{Commit, Freshness, Glimpse, Head, LastSeen, Reader, Step, Update},
+    grants::CheckerNumber,
     metrics::Metrics,
     revocation::{CertificateId, Revocations},
+    sharing::{Transition, Turn},
 };
 
 /// A message is sent with this many entries, or fewer when the reader is level. Some 40 KB.
@@ -65,6 +70,8 @@ pub(super) struct Watcher {
     pub(super) freshness: Arc<Freshness>,
     pub(super) notices: Notices,
     pub(super) checker: Checker,
+    /// The same, as users have granted it.
+    pub(super) number: CheckerNumber,
     /// What it has shown.
     pub(super) certificates: Arc<[CertificateId]>,
     pub(super) revocations: Arc<Revocations>,
@@ -219,11 +226,8 @@ impl Watcher {
             Some(Err(_)) | None => {
                 let (told, position) = self
                     .notices
-                    .told_from_start(self.checker, |user| self.selector.wants_user(user));
-                // It is on the bulletin a moment before it is published.
-                let mut heads = self.freshness.subscribe();
-                let published = heads.wait_for(|head| position <= head.position);
-                self.wait(async { drop(published.await) }).await?;
+                    .told_from_start(self.checker, |user| self.may_tell(user));
+                self.published(position).await?;
                 let never_seen = self.say_who_was_never_seen().await?;
                 (told, self.freshness.reader_from_start(), Some(never_seen))
             }
@@ -240,18 +244,29 @@ impl Watcher {
         })
     }
 
-    /// Entries for the users that were asked for by name and are not known. They come before the others,
+    /// Waits until what is on the bulletin is in the freshness as well: it is there a moment later.
+    async fn published(&self, position: u64) -> Result<(), Ended> {
+        let mut heads = self.freshness.subscribe();
+        let published = heads.wait_for(|head| position <= head.position);
+        self.wait(async { drop(published.await) }).await
+    }
+
+    /// Entries for the users that were asked for by name and of whom nothing is told. They come before the others,
     /// so that one who is first seen meanwhile ends as seen.
     async fn say_who_was_never_seen(&self) -> Result<u64, Ended> {
         let mut count = 0;
-        if !self.selector.wants_state(State::NeverSeen) {
-            return Ok(count);
-        }
         for users in self.selector.users().chunks(ENTRIES_PER_MESSAGE) {
-            let (seen, _) = self.freshness.get(users);
-            let never_seen = users.iter().zip(seen).filter(|(_, seen)| seen.is_none());
-            let events: Vec<_> = never_seen
-                .map(|(user, _)| Kind::Entry(wire::never_seen(user)))
+            let (glimpses, _) = self.freshness.get(self.number, users);
+            let untold = users.iter().zip(&glimpses).filter(|(_, glimpse)| {
+                let state = match glimpse {
+                    Glimpse::NeverSeen => State::NeverSeen,
+                    Glimpse::Withdrawn => State::Withdrawn,
+                    Glimpse::Seen(_) => return false,
+                };
+                self.selector.wants_state(state)
+            });
+            let events: Vec<_> = untold
+                .map(|(user, glimpse)| Kind::Entry(wire::glimpse(user, glimpse)))
                 .collect();
             if !events.is_empty() {
                 count += events.len() as u64;
@@ -271,7 +286,7 @@ impl Watcher {
         for commit in commits {
             // Asked for only when something of it is wanted.
             let encoded = || commit.encoded(wire::encode_commit);
-            if self.selector.wants_all() {
+            if self.selector.wants_all() && commit.granted_by_all().contains(self.number) {
                 count += commit.seen().len();
                 message.push(encoded().bytes.clone());
                 continue;
@@ -312,7 +327,17 @@ impl Watcher {
     }
 
     fn wants(&self, seen: &LastSeen) -> bool {
-        self.selector.wants_state(wire::state(seen.sharing)) && self.selector.wants_user(&seen.user)
+        seen.granted.contains(self.number)
+            && self.selector.wants_state(wire::state(seen.sharing))
+            && self.selector.wants_user(&seen.user)
+    }
+
+    /// Whether something may be told of a user beside entries.
+    fn may_tell(&self, user: &UserId) -> bool {
+        self.selector.wants_user(user) && {
+            let granted = self.freshness.visibility(user).granted;
+            granted.contains(self.number)
+        }
     }
 
     /// Adds what is to be told before the next announcement, or a part of it. True if that was all.
@@ -321,13 +346,56 @@ impl Watcher {
         at: &mut Progressing,
         notices: &mut Vec<Kind>,
     ) -> Result<bool, Ended> {
-        let (upto, wants) = (at.reader.settled(), |user: &_| {
-            self.selector.wants_user(user)
-        });
-        self.notices
-            .tell(&mut at.told, upto, wants, notices)
+        let upto = at.reader.settled();
+        let is_all = self
+            .notices
+            .tell(&mut at.told, upto, |user| self.may_tell(user), notices)
             .await
-            .map_err(Ended::Untold)
+            .map_err(Ended::Untold)?;
+        let turns = at.told.take_turns();
+        if let Some(last) = turns.last() {
+            self.published(last.position).await?;
+            self.tell_turns(at, &turns, notices);
+        }
+        Ok(is_all)
+    }
+
+    /// Adds what holders have turned, as far as it concerns this checker and still may be told.
+    fn tell_turns(&self, at: &mut Progressing, turns: &[Transition], notices: &mut Vec<Kind>) {
+        let mut entries = 0;
+        let concerned = turns.iter().filter(|transition| {
+            transition.checkers.contains(self.number) && self.selector.wants_user(&transition.user)
+        });
+        for transition in concerned {
+            let (user, position) = (&transition.user, transition.position);
+            let entry = match (transition.turn, self.freshness.glimpse(self.number, user)) {
+                (Turn::Sharing(sharing), Glimpse::Seen(_)) => {
+                    let state = wire::state(sharing);
+                    notices.push(notices::transition_event(transition, state));
+                    continue;
+                }
+                (Turn::Withdrawn, Glimpse::Withdrawn) => {
+                    let state = State::Withdrawn;
+                    notices.push(notices::transition_event(transition, state));
+                    wire::untold(user, state, position)
+                }
+                // Whoever has changed since comes by that.
+                (Turn::Granted, Glimpse::Seen(seen)) if seen.position < position => v1::Entry {
+                    position,
+                    ..wire::entry(&seen)
+                },
+                // What was not yet told has been taken back since.
+                _ => continue,
+            };
+            if self.selector.wants_state(entry.state()) {
+                entries += 1;
+                notices.push(Kind::Entry(entry));
+            }
+        }
+        self.metrics.freshness.entries_sent.increment(entries);
+        if let Some(count) = &mut at.snapshot_count {
+            *count += entries;
+        }
     }
 
     /// What may be said after the entries of this step, and never before.

@@ -11,7 +11,7 @@ use waypost_proto::{
 
 use super::token::Scope;
 use crate::{
-    freshness::{Encoded, LastSeen, Silence, Update},
+    freshness::{Encoded, Glimpse, LastSeen, Silence, Update},
     sharing::Sharing,
 };
 
@@ -183,13 +183,22 @@ pub(super) fn entry(seen: &LastSeen) -> v1::Entry {
     entry_of(Bytes::copy_from_slice(&seen.user.0), seen, 0)
 }
 
-/// The entry of a user that this store has never heard of.
-pub(super) fn never_seen(user: &UserId) -> v1::Entry {
-    let user = Bytes::copy_from_slice(&user.0);
+/// The entry of a user of whom nothing is told but this, as of a commit; 0 for none in particular.
+pub(super) fn untold(user: &UserId, state: State, position: u64) -> v1::Entry {
     v1::Entry {
-        user,
-        state: State::NeverSeen.into(),
+        user: Bytes::copy_from_slice(&user.0),
+        state: state.into(),
+        position,
         ..v1::Entry::default()
+    }
+}
+
+/// The entry of a user whom somebody asked for by name.
+pub(super) fn glimpse(user: &UserId, glimpse: &Glimpse) -> v1::Entry {
+    match glimpse {
+        Glimpse::NeverSeen => untold(user, State::NeverSeen, 0),
+        Glimpse::Withdrawn => untold(user, State::Withdrawn, 0),
+        Glimpse::Seen(seen) => entry(seen),
     }
 }
 
@@ -248,6 +257,7 @@ mod tests {
     use waypost_proto::device::Clocks;
 
     use super::{super::message::Message, *};
+    use crate::grants::CheckerSet;
 
     #[test]
     fn what_is_put_together_of_parts_is_the_message_of_the_schema() {
@@ -259,6 +269,7 @@ mod tests {
                     ..Clocks::default()
                 },
                 sharing: Sharing::Active,
+                granted: CheckerSet::ALL,
                 position: u64::from(n),
             })
             .collect();

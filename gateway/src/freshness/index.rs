@@ -34,10 +34,14 @@ use rustc_hash::FxHashMap;
 use waypost_proto::{device::Clocks, id::UserId};
 
 use super::{
+    Glimpse,
     changes::{Change, Changes, Place},
     recent::{Commit, Recent},
 };
-use crate::sharing::{Sharing, Transition, Withheld};
+use crate::{
+    grants::{CheckerNumber, CheckerSet, Visibility},
+    sharing::{Sharing, Transition, Turn, Withheld},
+};
 
 /// How many changes or users one [`Index::read`] looks at, and so how long it holds a lock and how many
 /// entries it hands out at most. Some tens of microseconds.
@@ -68,7 +72,9 @@ pub struct LastSeen {
     pub clocks: Clocks,
     /// Whether the holder shares.
     pub sharing: Sharing,
-    /// The commit that changed it last.
+    /// Which checkers may be told of the user.
+    pub granted: CheckerSet,
+    /// The commit that changed it last. To let a checker be told, or not, is no change.
     pub position: u64,
 }
 
@@ -153,6 +159,14 @@ pub(super) struct Index {
     /// For each user the number of its last change.
     ordinals: Vec<u32>,
     by_id: FxHashMap<UserId, u32>,
+    /// Whom everybody has granted who has not decided otherwise.
+    granted_by_all: CheckerSet,
+    /// What holders have decided who were never seen.
+    unseen: FxHashMap<UserId, CheckerSet>,
+    /// Who could be told of a user, and may not any more.
+    withdrawn: FxHashMap<UserId, CheckerSet>,
+    /// The last commit in which a grant was withdrawn.
+    newest_withdrawal: u64,
     /// Holds exactly one element that is not void for each user.
     changes: Changes,
     recent: Recent,
@@ -247,19 +261,32 @@ impl Index {
             users: Vec::new(),
             ordinals: Vec::new(),
             by_id: FxHashMap::default(),
+            granted_by_all: CheckerSet::default(),
+            unseen: FxHashMap::default(),
+            withdrawn: FxHashMap::default(),
+            newest_withdrawal: 0,
             changes: Changes::new(block),
             recent: Recent::new(RECENT_BLOCKS * block),
             readers: Vec::new(),
         }
     }
 
-    /// Puts the devices of a store in place, which come in any order, and who does not share.
+    /// Puts the devices of a store in place, which come in any order, who does not share, and who may be told of whom.
     pub(super) fn restore(
         &mut self,
         devices: impl Iterator<Item = (UserId, Clocks, u64)>,
         withheld: impl Iterator<Item = (UserId, Withheld)>,
+        granted_by_all: CheckerSet,
+        decided: impl Iterator<Item = (UserId, Visibility)>,
         resolved_ms: u64,
     ) {
+        self.granted_by_all = granted_by_all;
+        for (user, visibility) in decided {
+            self.unseen.insert(user, visibility.granted);
+            if !visibility.withdrawn.is_empty() {
+                self.withdrawn.insert(user, visibility.withdrawn);
+            }
+        }
         for (user, clocks, position) in devices {
             let at = self.place(user);
             let seen = &mut self.users[at as usize];
@@ -271,6 +298,10 @@ impl Index {
             let at = self.place(user);
             let seen = &mut self.users[at as usize];
             seen.sharing = withheld.sharing;
+            if withheld.sharing == Sharing::Erased {
+                seen.granted = withheld.told;
+                self.withdrawn.remove(&user);
+            }
             // Its devices may have changed since, which is nobody's business.
             seen.position = withheld.position;
             self.head.position = self.head.position.max(withheld.position);
@@ -310,13 +341,23 @@ impl Index {
             changed.extend(self.change(user, position));
         }
         for transition in transitions {
-            let user = self.place(transition.user);
-            let seen = &mut self.users[user as usize];
-            seen.sharing = transition.to;
-            if transition.to == Sharing::Erased {
-                seen.clocks = Clocks::default();
+            match transition.turn {
+                Turn::Sharing(to) => {
+                    let user = self.place(transition.user);
+                    let seen = &mut self.users[user as usize];
+                    seen.sharing = to;
+                    if to == Sharing::Erased {
+                        seen.clocks = Clocks::default();
+                        self.withdrawn.remove(&transition.user);
+                    }
+                    changed.extend(self.change(user, position));
+                }
+                Turn::Granted => self.grant(transition.user, transition.checkers),
+                Turn::Withdrawn => {
+                    self.withdraw(transition.user, transition.checkers);
+                    self.newest_withdrawal = position;
+                }
             }
-            changed.extend(self.change(user, position));
         }
         changed.sort_unstable_by_key(|change| change.at);
         changed.iter().for_each(|&change| self.changes.push(change));
@@ -371,6 +412,31 @@ impl Index {
 
     pub(super) fn find(&self, user: &UserId) -> Option<&LastSeen> {
         self.by_id.get(user).map(|&at| &self.users[at as usize])
+    }
+
+    /// What a checker is told of a user.
+    pub(super) fn glimpse(&self, checker: CheckerNumber, user: &UserId) -> Glimpse {
+        let is_withdrawn = || {
+            let withdrawn = self.withdrawn.get(user).copied().unwrap_or_default();
+            withdrawn.contains(checker)
+        };
+        match self.find(user) {
+            Some(&seen) if seen.granted.contains(checker) => Glimpse::Seen(seen),
+            _ if is_withdrawn() => Glimpse::Withdrawn,
+            _ => Glimpse::NeverSeen,
+        }
+    }
+
+    /// Who may be told of a user, and who could once.
+    pub(super) fn visibility(&self, user: &UserId) -> Visibility {
+        let unseen = || self.unseen.get(user).copied();
+        Visibility {
+            granted: match self.find(user) {
+                Some(seen) => seen.granted,
+                None => unseen().unwrap_or(self.granted_by_all),
+            },
+            withdrawn: self.withdrawn.get(user).copied().unwrap_or_default(),
+        }
     }
 
     /// A reader that is handed the state of every user, then changes.
@@ -433,7 +499,9 @@ impl Index {
         let has_all_before = reader.sweep.is_none()
             && reader.had.is_empty()
             && reader.start < reader.next.position
-            && reader.next == Place::after(reader.settled);
+            && reader.next == Place::after(reader.settled)
+            // A commit is as it was, also if its reader may not be told of a user any more.
+            && self.newest_withdrawal <= reader.settled;
         if !has_all_before {
             return None;
         }
@@ -595,14 +663,37 @@ impl Index {
         })
     }
 
+    fn grant(&mut self, user: UserId, checkers: CheckerSet) {
+        self.decide(user, |granted| granted.union(checkers));
+        if let Some(withdrawn) = self.withdrawn.get_mut(&user) {
+            *withdrawn = withdrawn.without(checkers);
+        }
+    }
+
+    fn withdraw(&mut self, user: UserId, checkers: CheckerSet) {
+        self.decide(user, |granted| granted.without(checkers));
+        let withdrawn = self.withdrawn.entry(user).or_default();
+        *withdrawn = withdrawn.union(checkers);
+    }
+
+    fn decide(&mut self, user: UserId, decide: impl FnOnce(CheckerSet) -> CheckerSet) {
+        let granted = match self.by_id.get(&user) {
+            Some(&at) => &mut self.users[at as usize].granted,
+            None => self.unseen.entry(user).or_insert(self.granted_by_all),
+        };
+        *granted = decide(*granted);
+    }
+
     fn place(&mut self, user: UserId) -> u32 {
         let next = self.next_user();
         let at = *self.by_id.entry(user).or_insert(next);
         if at == next {
+            let decided = self.unseen.remove(&user);
             self.users.push(LastSeen {
                 user,
                 clocks: Clocks::default(),
                 sharing: Sharing::Active,
+                granted: decided.unwrap_or(self.granted_by_all),
                 position: 0,
             });
             self.ordinals.push(0);
@@ -723,7 +814,8 @@ mod tests {
                     value.is_paused = !value.is_paused;
                     transitions.push(Transition {
                         user: user(n),
-                        to: sharing(value.is_paused),
+                        turn: Turn::Sharing(sharing(value.is_paused)),
+                        checkers: CheckerSet::ALL,
                         at_ms: 0,
                         position,
                         number: 0,
@@ -1017,6 +1109,53 @@ mod tests {
                 .map(|update| update.seen.user)
                 .collect::<Vec<_>>(),
             [user(41)]
+        );
+    }
+
+    /// A level reader would be handed the commit as it was, in which the user could still be told of.
+    #[test]
+    fn nobody_is_handed_a_user_out_of_a_commit_that_was_before_the_grant_was_withdrawn() {
+        let ops = CheckerNumber::new(5).unwrap();
+        let turned = |turn, position| Transition {
+            user: user(1),
+            turn,
+            checkers: ops.into(),
+            at_ms: 0,
+            position,
+            number: 0,
+        };
+        let mut index = Index::new(BLOCK);
+        // Decided before the user was ever seen.
+        index.publish(1, 0, &[], &[turned(Turn::Granted, 1)]);
+        let mut reader = index.reader_after(1);
+        let mut entries = Vec::new();
+        let wanted = |seen: &LastSeen| seen.granted.contains(ops);
+        let mut read = |index: &Index, reader: &mut Reader| -> Vec<u64> {
+            while index.read(reader, wanted, &mut entries) == Step::Behind {}
+            entries
+                .drain(..)
+                .map(|update| update.seen.position)
+                .collect()
+        };
+        assert!(read(&index, &mut reader).is_empty());
+        index.publish(2, 0, &[(user(1), heard(2)), (user(2), heard(2))], &[]);
+        assert_eq!(read(&index, &mut reader), [2], "and not the other");
+        index.publish(3, 0, &[(user(1), heard(3))], &[]);
+        index.publish(4, 0, &[], &[turned(Turn::Withdrawn, 4)]);
+        assert!(index.read_recent(&mut reader).is_none());
+        assert_eq!(index.glimpse(ops, &user(1)), Glimpse::Withdrawn);
+        assert_eq!(index.glimpse(ops, &user(2)), Glimpse::NeverSeen);
+        assert!(read(&index, &mut reader).is_empty());
+        // Once that is passed, commits are handed out again.
+        index.publish(5, 0, &[(user(1), heard(5))], &[turned(Turn::Granted, 5)]);
+        let (commits, _) = index.read_recent(&mut reader).unwrap();
+        assert!(commits[0].granted_by_all().contains(ops));
+        assert!(matches!(index.glimpse(ops, &user(1)), Glimpse::Seen(_)));
+        index.publish(6, 0, &[(user(1), heard(6)), (user(2), heard(6))], &[]);
+        let (commits, _) = index.read_recent(&mut reader).unwrap();
+        assert!(
+            !commits[0].granted_by_all().contains(ops),
+            "there is another"
         );
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! # Bounds
 //!
-//! At most as many values as [`Recent::new`] is told, 64 bytes each and what was made of them; every commit
+//! At most as many values as [`Recent::new`] is told, 72 bytes each and what was made of them; every commit
 //! takes the room of one more, so that those that change nobody do not pile up. The oldest makes way, and
 //! whoever has not read it by then reads the users themselves, which coalesces. A commit that is larger
 //! than all the room is not kept at all.
@@ -18,6 +18,7 @@ use std::{
 use bytes::Bytes;
 
 use super::index::LastSeen;
+use crate::grants::CheckerSet;
 
 /// What one commit changed.
 #[derive(Debug)]
@@ -26,6 +27,8 @@ pub struct Commit {
     previous: u64,
     position: u64,
     seen: Vec<LastSeen>,
+    /// Who may be told of all of them.
+    granted_by_all: CheckerSet,
     encoded: OnceLock<Encoded>,
 }
 
@@ -51,6 +54,12 @@ impl Commit {
     #[must_use]
     pub fn seen(&self) -> &[LastSeen] {
         &self.seen
+    }
+
+    /// The checkers that may be told of all of these users.
+    #[must_use]
+    pub fn granted_by_all(&self) -> CheckerSet {
+        self.granted_by_all
     }
 
     /// The same in the words of `encode`, which is asked only once. All who read a commit must mean the
@@ -87,6 +96,9 @@ impl Recent {
         let commit = Commit {
             previous,
             position,
+            granted_by_all: seen
+                .iter()
+                .fold(CheckerSet::ALL, |all, seen| all.intersection(seen.granted)),
             seen,
             encoded: OnceLock::new(),
         };
@@ -128,6 +140,7 @@ mod tests {
             user: UserId([n; 16]),
             clocks: Clocks::default(),
             sharing: Sharing::Active,
+            granted: CheckerSet::ALL,
             position,
         };
         (0..users).map(seen).collect()

@@ -18,7 +18,8 @@ pub struct FreshnessMetrics {
     pub users: Gauge,
     /// Those of them who have paused.
     pub paused: Gauge,
-    /// Holders who paused, resumed or erased everything, by what holds since, a label of [`SHARINGS`].
+    /// Holders who paused, resumed or erased everything, granted a checker or withdrew that, by what holds since: a label
+    /// of [`TURNS`].
     pub transitions: ByLabel,
     /// Open Watch streams.
     pub watchers: Gauge,
@@ -52,9 +53,9 @@ impl FreshnessMetrics {
             ),
             transitions: by_label(
                 "waypost_freshness_transitions_total",
-                "Holders who paused, resumed or erased everything, by what holds since.",
+                "Holders who paused, resumed or erased everything, granted a checker or withdrew that, by what holds since.",
                 "state",
-                &SHARINGS,
+                &TURNS,
             ),
             watchers: new_gauge("waypost_freshness_watchers", "Open Watch streams."),
             lagging: new_gauge(
@@ -122,8 +123,8 @@ impl LagMetrics {
 /// Why a Watch began again instead of resuming; as `Reset.Reason` in `freshness.proto`.
 pub const RESETS: [&str; 4] = ["other_store", "other_selector", "bad_token", "markers_gone"];
 
-/// Whether a holder shares; as `State` in `freshness.proto`.
-pub const SHARINGS: [&str; 3] = ["active", "paused", "erased"];
+/// What a holder can turn.
+pub const TURNS: [&str; 5] = ["active", "paused", "erased", "granted", "withdrawn"];
 
 #[cfg(test)]
 mod tests {
@@ -131,15 +132,19 @@ mod tests {
     use crate::{
         clock::system_now_ms,
         metrics::{Metrics, tests::series},
-        sharing::Sharing,
+        sharing::{Sharing, Turn},
     };
 
     #[test]
-    fn each_state_that_a_holder_can_choose_has_a_series_of_its_own() {
-        assert_eq!(
-            [Sharing::Active, Sharing::Paused, Sharing::Erased].map(Sharing::as_label),
-            SHARINGS
-        );
+    fn each_turn_that_a_holder_can_take_has_a_series_of_its_own() {
+        let turns = [
+            Turn::Sharing(Sharing::Active),
+            Turn::Sharing(Sharing::Paused),
+            Turn::Sharing(Sharing::Erased),
+            Turn::Granted,
+            Turn::Withdrawn,
+        ];
+        assert_eq!(turns.map(Turn::as_label), TURNS);
     }
 
     #[test]

@@ -17,7 +17,10 @@ use super::{
     Batch, ReadError, Store, bad_key, bad_value,
     record::{self, RecordError},
 };
-use crate::enrol::invitations::{Change, CodeHash, Invitation, KeyHash};
+use crate::{
+    enrol::invitations::{Change, CodeHash, Invitation, KeyHash},
+    grants::CheckerSet,
+};
 
 pub(super) const INVITATIONS: &str = "invitations";
 pub(super) const ENROLLED: &str = "enrolled";
@@ -34,6 +37,9 @@ struct InvitationRow {
     /// Empty until it is redeemed.
     #[prost(bytes = "vec", tag = "4")]
     redeemed_by: Vec<u8>,
+    /// A bit for each checker that the holder grants by redeeming it.
+    #[prost(fixed64, tag = "5")]
+    checkers: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -53,6 +59,7 @@ impl Batch {
                 redeemed_by: invitation
                     .redeemed_by
                     .map_or_else(Vec::new, |key| key.0.to_vec()),
+                checkers: invitation.checkers.bits(),
             };
             self.put(INVITATIONS, &code.0, &row);
         }
@@ -122,6 +129,7 @@ fn invitation(value: &[u8]) -> Result<Invitation, RecordError> {
             user: UserId(user),
             device: row.device,
         },
+        checkers: CheckerSet::from_bits(row.checkers),
         expires_ms: row.expires_ms,
         redeemed_by,
     })
@@ -158,6 +166,7 @@ mod tests {
         };
         let invitation = Invitation {
             device,
+            checkers: CheckerSet::from_bits(0b101),
             expires_ms: NOON_MS + 1,
             redeemed_by: None,
         };

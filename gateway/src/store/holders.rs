@@ -1,7 +1,7 @@
 //! Who has paused or erased everything, and each change of that, in the store: keys, values, and how they are read back.
 //!
 //! Knows the layout of two families, and where in all families a user's rows are. Must not know when anybody may pause or
-//! erase, or who is told.
+//! erase, or what checkers make of it.
 //!
 //! # Families
 //!
@@ -17,12 +17,15 @@ use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, FlushOptions
 use waypost_proto::id::UserId;
 
 use super::{
-    Batch, DEVICES, ReadError, Store, bad_key, bad_value, keys, notices,
+    Batch, DEVICES, ReadError, Store, bad_key, bad_value,
+    grants::GRANTS,
+    keys, notices,
     record::{self, RecordError},
 };
 use crate::{
     erase::{Counts, Erasure},
-    sharing::{Sharing, Transition, Withheld},
+    grants::{CheckerSet, Decisions},
+    sharing::{Sharing, Transition, Turn, Withheld},
 };
 
 pub(super) const USERS: &str = "users";
@@ -49,6 +52,9 @@ struct UserRow {
     /// 0 until nothing was left.
     #[prost(uint64, tag = "6")]
     finished_ms: u64,
+    /// Of an erasure: a bit for each checker that is told of it.
+    #[prost(fixed64, tag = "7")]
+    told: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -65,11 +71,14 @@ struct CountsRow {
 struct TransitionRow {
     #[prost(bytes = "vec", tag = "1")]
     user: Vec<u8>,
-    /// 1 is active, 2 is paused, 3 is erased; as `State` in `freshness.proto`.
+    /// 1 is active, 2 is paused, 3 is erased, as `State` in `freshness.proto`; 4 is granted, 5 is withdrawn.
     #[prost(uint32, tag = "2")]
     to: u32,
     #[prost(uint64, tag = "3")]
     at_ms: u64,
+    /// A bit for each checker that it concerns.
+    #[prost(fixed64, tag = "4")]
+    checkers: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -93,8 +102,9 @@ impl Batch {
     /// Adds the transitions of one commit, in the order in which they came to be.
     pub(super) fn put_transitions(&mut self, transitions: &[Transition]) {
         for transition in transitions {
-            match transition.to {
-                Sharing::Paused => {
+            match transition.turn {
+                Turn::Granted | Turn::Withdrawn => {}
+                Turn::Sharing(Sharing::Paused) => {
                     let row = UserRow {
                         paused_position: transition.position,
                         paused_since_ms: transition.at_ms,
@@ -102,20 +112,22 @@ impl Batch {
                     };
                     self.put(USERS, &transition.user.0, &row);
                 }
-                Sharing::Active => self.delete(USERS, &transition.user.0),
-                Sharing::Erased => {
-                    let erasure = Erasure::begun(transition.position, transition.at_ms);
-                    self.put_erasure(transition.user, &erasure);
+                Turn::Sharing(Sharing::Active) => self.delete(USERS, &transition.user.0),
+                Turn::Sharing(Sharing::Erased) => {
+                    self.put_erasure(transition.user, &Erasure::begun_by(transition));
                 }
             }
             let row = TransitionRow {
                 user: transition.user.0.to_vec(),
-                to: match transition.to {
-                    Sharing::Active => 1,
-                    Sharing::Paused => 2,
-                    Sharing::Erased => 3,
+                to: match transition.turn {
+                    Turn::Sharing(Sharing::Active) => 1,
+                    Turn::Sharing(Sharing::Paused) => 2,
+                    Turn::Sharing(Sharing::Erased) => 3,
+                    Turn::Granted => 4,
+                    Turn::Withdrawn => 5,
                 },
                 at_ms: transition.at_ms,
+                checkers: transition.checkers.bits(),
             };
             let key = transition_key(transition.position, transition.number);
             self.put(TRANSITIONS, &key, &row);
@@ -133,6 +145,7 @@ impl Batch {
                 events: counts.events,
             }),
             finished_ms: erasure.finished_ms.unwrap_or_default(),
+            told: erasure.told.bits(),
             ..UserRow::default()
         };
         self.put(USERS, &user.0, &row);
@@ -248,13 +261,16 @@ impl Store {
         Ok(counts)
     }
 
-    /// The events that checkers were told of a user, but for the one that says that everything was erased. Looks at the
-    /// events of all users.
+    /// The events that checkers were told of a user, but for the one that says that everything was erased, and what was
+    /// decided of checkers. Looks at the events of all users.
     ///
     /// # Errors
     /// When one cannot be read.
     pub fn events_of_user(&self, user: UserId) -> Result<UserEvents, ReadError> {
         let mut events = UserEvents(Vec::new());
+        if self.decisions_of(user)? != Decisions::default() {
+            events.0.push((GRANTS, user.0.to_vec()));
+        }
         for row in self.scan(&self.family(notices::EVENTS), None) {
             let (key, _) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             if key.ends_with(&user.0) {
@@ -263,7 +279,8 @@ impl Store {
         }
         for transition in self.transitions_from(0) {
             let transition = transition?;
-            if transition.user == user && transition.to != Sharing::Erased {
+            let is_of_erasure = transition.turn == Turn::Sharing(Sharing::Erased);
+            if transition.user == user && !is_of_erasure {
                 let key = transition_key(transition.position, transition.number);
                 events.0.push((TRANSITIONS, key.into()));
             }
@@ -299,7 +316,13 @@ impl Store {
             self.db
                 .compact_range_cf_opt(family, Some(&first), Some(&end), &options);
         }
-        for name in [USERS, TRANSITIONS, notices::DEADLINES, notices::EVENTS] {
+        for name in [
+            USERS,
+            GRANTS,
+            TRANSITIONS,
+            notices::DEADLINES,
+            notices::EVENTS,
+        ] {
             let everything = None::<&[u8]>;
             self.db
                 .compact_range_cf_opt(&self.family(name), everything, everything, &options);
@@ -337,6 +360,7 @@ pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Era
             sharing: Sharing::Paused,
             position: row.paused_position,
             since_ms: row.paused_since_ms,
+            told: CheckerSet::default(),
         };
         return Ok((paused, None));
     }
@@ -344,6 +368,7 @@ pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Era
         sharing: Sharing::Erased,
         position: row.erased_position,
         since_ms: row.erased_since_ms,
+        told: CheckerSet::from_bits(row.told),
     };
     Ok((erased, Some(erasure(&row))))
 }
@@ -384,6 +409,7 @@ fn erasure(row: &UserRow) -> Erasure {
             events: counts.events,
         }),
         finished_ms: (row.finished_ms != 0).then_some(row.finished_ms),
+        told: CheckerSet::from_bits(row.told),
     }
 }
 
@@ -405,15 +431,18 @@ fn transition(key: &[u8], value: &[u8]) -> Result<Transition, ReadError> {
     let bad_value = |source| bad_value(TRANSITIONS, key, source);
     let row: TransitionRow = record::decode_row(value).map_err(bad_value)?;
     let user = <[u8; 16]>::try_from(&*row.user).map_err(|_| bad_value(RecordError::Malformed))?;
-    let to = match row.to {
-        1 => Sharing::Active,
-        2 => Sharing::Paused,
-        3 => Sharing::Erased,
+    let turn = match row.to {
+        1 => Turn::Sharing(Sharing::Active),
+        2 => Turn::Sharing(Sharing::Paused),
+        3 => Turn::Sharing(Sharing::Erased),
+        4 => Turn::Granted,
+        5 => Turn::Withdrawn,
         _ => return Err(bad_value(RecordError::Malformed)),
     };
     Ok(Transition {
         user: UserId(user),
-        to,
+        turn,
+        checkers: CheckerSet::from_bits(row.checkers),
         at_ms: row.at_ms,
         position,
         number,
@@ -436,7 +465,8 @@ mod tests {
     fn change(n: u8, position: u64, number: u32, to: Sharing) -> Transition {
         Transition {
             user: UserId([n; 16]),
-            to,
+            turn: Turn::Sharing(to),
+            checkers: CheckerSet::from_bits(u64::from(n)),
             at_ms: NOON_MS + 10 * position,
             position,
             number,
@@ -477,6 +507,7 @@ mod tests {
             sharing: Paused,
             position: 4,
             since_ms: NOON_MS + 40,
+            told: CheckerSet::default(),
         };
         assert_eq!(kept.withheld, [(UserId([1; 16]), withheld)]);
         assert_eq!((kept.erasures.len(), kept.forgotten), (0, 0));

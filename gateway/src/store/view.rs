@@ -15,10 +15,14 @@ use waypost_proto::{
 
 use super::{
     DEVICES, Day, META, META_POSITION, PingRow, ReadError, Store, fixed,
+    grants::{self, GRANTS},
     holders::{self, TRANSITIONS, USERS},
     settings,
 };
-use crate::sharing::{Sharing, Transition};
+use crate::{
+    grants::Decisions,
+    sharing::{Sharing, Transition},
+};
 
 /// One user's rows at one moment.
 pub struct UserView<'a> {
@@ -75,6 +79,17 @@ impl UserView<'_> {
         }
     }
 
+    /// What the holder has decided of checkers.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn decisions(&self) -> Result<Decisions, ReadError> {
+        match self.row(GRANTS, &self.user.0)? {
+            None => Ok(Decisions::default()),
+            Some(value) => grants::decisions(&self.user.0, &value),
+        }
+    }
+
     /// The user's devices.
     ///
     /// # Errors
@@ -88,7 +103,7 @@ impl UserView<'_> {
         .collect()
     }
 
-    /// When the holder paused and resumed. Looks at those of all users.
+    /// When the holder paused and resumed, granted and withdrew. Looks at those of all users.
     ///
     /// # Errors
     /// When one cannot be read.

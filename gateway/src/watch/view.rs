@@ -75,6 +75,8 @@ pub(super) enum Report {
     Resumed { user: String, at_ms: u64 },
     /// A holder has erased everything.
     Erased { user: String, at_ms: u64 },
+    /// A holder has withdrawn this checker's grant: nothing more is told.
+    Withdrawn { user: String, at_ms: u64 },
     /// The stream does not say how far it is: nothing is known of anybody since.
     StreamStale { resolved_ms: u64 },
     /// It says so again.
@@ -227,6 +229,7 @@ impl Report {
             State::Paused => Some(Self::Paused { user, at_ms }),
             State::Active => Some(Self::Resumed { user, at_ms }),
             State::Erased => Some(Self::Erased { user, at_ms }),
+            State::Withdrawn => Some(Self::Withdrawn { user, at_ms }),
             _ => None, // not of this contract
         }
     }
@@ -361,6 +364,9 @@ impl Report {
             }
             Self::Erased { user, at_ms } => {
                 format!("{user}  HAS ERASED  {}", age(*at_ms))
+            }
+            Self::Withdrawn { user, at_ms } => {
+                format!("{user}  WITHDRAWN   {}", age(*at_ms))
             }
             Self::StreamStale { resolved_ms } => format!(
                 "STREAM STALE: no progress; nothing is known of anybody since {}",
@@ -529,6 +535,8 @@ mod tests {
         assert!(paused.ends_with("HAS PAUSED  1.0 s ago"), "{paused}");
         let resumed = told(State::Active).unwrap();
         assert!(resumed.ends_with("HAS RESUMED 1.0 s ago"), "{resumed}");
+        let withdrawn = told(State::Withdrawn).unwrap();
+        assert!(withdrawn.ends_with("WITHDRAWN   1.0 s ago"), "{withdrawn}");
         assert_eq!(told(State::Unspecified), None);
     }
 

@@ -30,7 +30,7 @@ use waypost_gateway::{
     commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
     enrol::invitations::Invitations,
     erase,
-    freshness::Freshness,
+    freshness::{Freshness, Grants},
     metrics::Metrics,
     orders,
     seal::{DataKey, Identity, NONCE_BYTES, TAG_BYTES},
@@ -112,7 +112,12 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
         system_now_ms(),
     )?);
     let clock = Clock::starting_at(0);
-    let freshness = Arc::new(Freshness::restore(iter::empty(), [], clock.now_ms()));
+    let freshness = Arc::new(Freshness::restore(
+        iter::empty(),
+        [],
+        Grants::default(),
+        clock.now_ms(),
+    ));
     let metrics = Metrics::new();
     let (handle, committer) = Committer::new(
         &CommitConfig::default(),
@@ -135,6 +140,7 @@ async fn commit(load: Load, devices: u32, data_dir: &Path) -> Result<(Duration, 
             clock,
             devices: FxHashMap::default(),
             holders: Holders::default(),
+            checkers: Arc::default(),
             revocations: Arc::default(),
             position: 0,
             retention: StoreConfig::default().retention,

@@ -305,7 +305,7 @@ impl Gateway {
                     };
                     self.settle(at, generation, settled, 0, 0);
                 }
-                Request::Control { id, .. } => {
+                Request::Control { id, .. } | Request::Checkers { id, .. } => {
                     let connection = &self.connections[at];
                     if connection.generation == generation {
                         let frame = connection.session.handle_granted(Granted {

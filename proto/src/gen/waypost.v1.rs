@@ -50,6 +50,10 @@ pub struct IssuedCertificate {
     /// Where devices connect, as `host:port`; the host is also the name to check.
     #[prost(string, tag = "8")]
     pub gateway: ::prost::alloc::string::String,
+    /// Not in a renewal: the checkers of the invitation, whom the holder has granted by redeeming it, by name. One that the
+    /// holder had withdrawn before, from another device, is not here.
+    #[prost(string, repeated, tag = "9")]
+    pub checkers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// No certificate.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -120,6 +124,10 @@ pub struct InviteRequest {
     /// For how long the code works, in milliseconds, at most 30 days; 0 for the gateway's default.
     #[prost(uint64, tag = "2")]
     pub valid_for_ms: u64,
+    /// The checkers that the holder is asked to let see signs of life: names of `freshness.checkers`, else
+    /// INVALID_ARGUMENT. None is granted by default.
+    #[prost(string, repeated, tag = "3")]
+    pub checkers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct InviteResponse {
@@ -338,12 +346,20 @@ pub struct Heartbeat {}
 /// text up to the end of the stream. JSON Lines are each an object with its `kind`, first `user`, then `device`, `transition` and
 /// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Only TRY_LATER comes on
 /// the lane: as many exports are under way as the gateway makes at a time.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+///
+/// A checker is told of a user only if the holder has granted that. The invitation names the checkers that the holder
+/// agrees to by redeeming it (see enrolment.proto); after that it is decided here, for the user, from any of the user's
+/// devices. ShowCheckers asks who they are. WithdrawChecker takes a grant back: when the answer comes, that checker is told
+/// WITHDRAWN in place of all it knew, once, and nothing more of the user; what it had been told before it may still know.
+/// GrantChecker gives a grant, or gives one back; an invitation for a further device does not. All three answer with the
+/// checkers as they are then, and count as a contact as Heartbeat does. A name that the gateway serves no checker by is
+/// UNKNOWN_CHECKER. They work while the holder has paused, too.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Control {
     /// Chosen by the device; ControlResult repeats it.
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "control::Action", tags = "2, 3, 4, 5")]
+    #[prost(oneof = "control::Action", tags = "2, 3, 4, 5, 6, 7, 8")]
     pub action: ::core::option::Option<control::Action>,
 }
 /// Nested message and enum types in `Control`.
@@ -358,6 +374,19 @@ pub mod control {
     pub struct Export {
         #[prost(enumeration = "Format", tag = "1")]
         pub format: i32,
+    }
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct ShowCheckers {}
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct GrantChecker {
+        /// 1 to 64 of a-z, 0-9, '-', '\_' and '.'
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
+    }
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct WithdrawChecker {
+        #[prost(string, tag = "1")]
+        pub name: ::prost::alloc::string::String,
     }
     #[derive(
         Clone,
@@ -397,7 +426,7 @@ pub mod control {
             }
         }
     }
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Action {
         #[prost(message, tag = "2")]
         Pause(Pause),
@@ -407,10 +436,16 @@ pub mod control {
         Erase(Erase),
         #[prost(message, tag = "5")]
         Export(Export),
+        #[prost(message, tag = "6")]
+        ShowCheckers(ShowCheckers),
+        #[prost(message, tag = "7")]
+        GrantChecker(GrantChecker),
+        #[prost(message, tag = "8")]
+        WithdrawChecker(WithdrawChecker),
     }
 }
 /// The gateway's answer to a Control.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ControlResult {
     #[prost(uint64, tag = "1")]
     pub id: u64,
@@ -419,6 +454,9 @@ pub struct ControlResult {
     /// Of an Erase that is DONE.
     #[prost(message, optional, tag = "3")]
     pub receipt: ::core::option::Option<Receipt>,
+    /// Of ShowCheckers, GrantChecker and WithdrawChecker that are DONE: everybody whom the holder has ever granted, by name.
+    #[prost(message, repeated, tag = "4")]
+    pub checkers: ::prost::alloc::vec::Vec<CheckerGrant>,
 }
 /// Nested message and enum types in `ControlResult`.
 pub mod control_result {
@@ -441,8 +479,12 @@ pub mod control_result {
         NotSupported = 2,
         /// nothing was changed
         ///
-        /// as much of that is under way as the gateway does at a time; nothing was changed
+        /// as much of that is under way as the gateway does at a time, or it cannot read its disk;
         TryLater = 3,
+        /// nothing was changed
+        ///
+        /// the gateway serves no checker of that name; nothing was changed
+        UnknownChecker = 4,
     }
     impl Outcome {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -455,6 +497,7 @@ pub mod control_result {
                 Self::Done => "OUTCOME_DONE",
                 Self::NotSupported => "OUTCOME_NOT_SUPPORTED",
                 Self::TryLater => "OUTCOME_TRY_LATER",
+                Self::UnknownChecker => "OUTCOME_UNKNOWN_CHECKER",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -464,10 +507,23 @@ pub mod control_result {
                 "OUTCOME_DONE" => Some(Self::Done),
                 "OUTCOME_NOT_SUPPORTED" => Some(Self::NotSupported),
                 "OUTCOME_TRY_LATER" => Some(Self::TryLater),
+                "OUTCOME_UNKNOWN_CHECKER" => Some(Self::UnknownChecker),
                 _ => None,
             }
         }
     }
+}
+/// What the holder has decided of one checker. Times are the gateway's clock.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CheckerGrant {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// Since when it may be told; 0: since ever, as on a gateway for development.
+    #[prost(uint64, tag = "2")]
+    pub granted_ms: u64,
+    /// Since when it may not any more; 0 while it may.
+    #[prost(uint64, tag = "3")]
+    pub withdrawn_ms: u64,
 }
 /// What an erasure came to. Afterwards everything was looked for again, and nothing was found.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1199,12 +1255,14 @@ pub mod deadline {
         }
     }
 }
-/// The holder has paused, resumed, or erased everything; of what came before an erasure nothing is told. The user's entry says what holds now; this says each change, once.
+/// The holder has paused, resumed, erased everything, or withdrawn this checker's grant; of what came before an erasure
+/// nothing is told, and of a withdrawal nothing that the holder has taken back by now. The user's entry says what holds now;
+/// this says each change, once.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Transition {
     #[prost(bytes = "bytes", tag = "1")]
     pub user: ::prost::bytes::Bytes,
-    /// PAUSED, ACTIVE again, or ERASED
+    /// PAUSED, ACTIVE again, ERASED, or WITHDRAWN
     #[prost(enumeration = "State", tag = "2")]
     pub state: i32,
     /// when the commit was made that says so
@@ -1288,7 +1346,7 @@ pub enum State {
     ///
     /// this store has never heard of the user
     NeverSeen = 4,
-    /// the holder has withdrawn this checker's grant; nothing more will come
+    /// the holder has withdrawn this checker's grant: all times are 0, and nothing more will come
     Withdrawn = 5,
 }
 impl State {

@@ -1,0 +1,176 @@
+//! Who may be told of whom, in the store: keys, values, and how they are read back.
+//!
+//! Knows the layout of two families. Must not know when a holder may grant, or what a checker is told.
+//!
+//! # Families
+//!
+//! - `checkers`: a checker's number, one byte → its name. A row is never changed or deleted.
+//! - `grants`: `user` → what its holder has decided of each checker. There is a row once something was decided, until
+//!   everything is erased.
+
+use prost::Message;
+use rocksdb::IteratorMode;
+use waypost_proto::id::UserId;
+
+use super::{
+    Batch, ReadError, Store, bad_key, bad_value,
+    record::{self, RecordError},
+};
+use crate::grants::{CheckerNumber, Checkers, Decision, Decisions};
+
+pub(super) const CHECKERS: &str = "checkers";
+pub(super) const GRANTS: &str = "grants";
+
+/// A checker's name. Field numbers are for ever, here and below.
+#[derive(Clone, PartialEq, Message)]
+struct CheckerRow {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+/// All that a holder has decided.
+#[derive(Clone, PartialEq, Message)]
+struct GrantsRow {
+    #[prost(message, repeated, tag = "1")]
+    decisions: Vec<DecisionRow>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct DecisionRow {
+    #[prost(uint32, tag = "1")]
+    checker: u32,
+    #[prost(uint64, tag = "2")]
+    granted_ms: u64,
+    /// 0 while the grant holds.
+    #[prost(uint64, tag = "3")]
+    withdrawn_ms: u64,
+}
+
+impl Batch {
+    /// Gives a name a number.
+    pub fn put_checker(&mut self, number: CheckerNumber, name: &str) {
+        let name = name.to_owned();
+        self.put(CHECKERS, &[number.get()], &CheckerRow { name });
+    }
+
+    /// Keeps what a holder has decided.
+    pub fn put_decisions(&mut self, user: UserId, decisions: &Decisions) {
+        let rows = decisions.as_slice().iter().map(|decision| DecisionRow {
+            checker: decision.checker.get().into(),
+            granted_ms: decision.granted_ms,
+            withdrawn_ms: decision.withdrawn_ms.unwrap_or_default(),
+        });
+        let decisions = rows.collect();
+        self.put(GRANTS, &user.0, &GrantsRow { decisions });
+    }
+}
+
+impl Store {
+    /// The checkers that have a number.
+    ///
+    /// # Errors
+    /// When one cannot be read: a grant might come to be another's.
+    pub fn load_checkers(&self) -> Result<Checkers, ReadError> {
+        let rows = self
+            .db
+            .iterator_cf(&self.family(CHECKERS), IteratorMode::Start);
+        let mut names = Vec::new();
+        for row in rows {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            // Without a gap, since they are given in order and never taken.
+            if key[..] != [u8::try_from(names.len()).unwrap_or(u8::MAX)] {
+                return Err(bad_key(CHECKERS, &key));
+            }
+            let row: CheckerRow =
+                record::decode_row(&value).map_err(|source| bad_value(CHECKERS, &key, source))?;
+            names.push(row.name);
+        }
+        Ok(Checkers::restore(names))
+    }
+
+    /// What each holder has decided who has decided anything.
+    ///
+    /// # Errors
+    /// When one cannot be read: somebody might be told who may not.
+    pub fn load_decisions(&self) -> Result<Vec<(UserId, Decisions)>, ReadError> {
+        let rows = self.scan(&self.family(GRANTS), None);
+        rows.map(|row| {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(GRANTS, &key))?;
+            Ok((UserId(user), decisions(&key, &value)?))
+        })
+        .collect()
+    }
+
+    /// What one holder has decided.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn decisions_of(&self, user: UserId) -> Result<Decisions, ReadError> {
+        let value = self
+            .db
+            .get_cf(&self.family(GRANTS), user.0)
+            .map_err(|error| ReadError::RocksDb(error.into_string()))?;
+        value.map_or_else(
+            || Ok(Decisions::default()),
+            |value| decisions(&user.0, &value),
+        )
+    }
+}
+
+/// Reads a row of grants.
+pub(super) fn decisions(key: &[u8], value: &[u8]) -> Result<Decisions, ReadError> {
+    let bad_value = |source| bad_value(GRANTS, key, source);
+    let row: GrantsRow = record::decode_row(value).map_err(bad_value)?;
+    let decisions = row.decisions.iter().map(|decision| {
+        Some(Decision {
+            checker: CheckerNumber::new(decision.checker)?,
+            granted_ms: decision.granted_ms,
+            withdrawn_ms: (decision.withdrawn_ms != 0).then_some(decision.withdrawn_ms),
+        })
+    });
+    let decisions: Option<Vec<_>> = decisions.collect();
+    decisions
+        .map(Decisions::restore)
+        .ok_or_else(|| bad_value(RecordError::Malformed))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{grants::CheckerSet, store::StoreConfig};
+
+    const NOON_MS: u64 = 1_767_268_800_000;
+    const USER: UserId = UserId([7; 16]);
+
+    fn open(data_dir: &Path) -> Store {
+        Store::open(data_dir, &StoreConfig::default(), NOON_MS).unwrap()
+    }
+
+    #[test]
+    fn numbers_and_decisions_come_back_as_they_were() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        let mut checkers = store.load_checkers().unwrap();
+        assert_eq!(checkers, Checkers::default());
+        let mut decisions = store.decisions_of(USER).unwrap();
+        assert_eq!(decisions, Decisions::default());
+        let mut batch = store.batch();
+        for name in ["ops", "night-watch"] {
+            let number = checkers.enrol(name).unwrap().unwrap();
+            batch.put_checker(number, name);
+            decisions.grant(number, CheckerSet::default(), NOON_MS);
+        }
+        let ops = checkers.number("ops").unwrap();
+        assert!(decisions.withdraw(ops, CheckerSet::default(), NOON_MS + 1));
+        batch.put_decisions(USER, &decisions);
+        store.commit(batch).unwrap();
+        drop(store);
+        let store = open(folder.path());
+        assert_eq!(store.load_checkers().unwrap(), checkers);
+        assert_eq!(store.decisions_of(USER).unwrap(), decisions);
+        assert_eq!(store.load_decisions().unwrap(), [(USER, decisions)]);
+    }
+}
