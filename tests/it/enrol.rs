@@ -266,7 +266,14 @@ async fn only_listed_operators_invite_and_only_users_that_are_known() {
         assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
     }
     let invite = async |user: Bytes, valid_for_ms: u64| {
-        world.invite(InviteRequest { user, valid_for_ms }).await
+        let checkers = Vec::new();
+        world
+            .invite(InviteRequest {
+                user,
+                valid_for_ms,
+                checkers,
+            })
+            .await
     };
     for (user, valid_for_ms, code) in [
         (bytes_of(UserId([9; 16])), 0, Code::NotFound),

@@ -436,6 +436,7 @@ impl Connection {
         book.asked += 1;
         let what = match request {
             Request::Hello(_) | Request::Heartbeat => AskedWhat::Contact,
+            Request::Checkers { .. } => panic!("nobody grants anything here: {request:?}"),
             Request::Control { wish, .. } => AskedWhat::Control(Wanted {
                 device,
                 wish: *wish,
