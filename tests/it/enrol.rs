@@ -59,7 +59,7 @@ async fn an_invited_device_pings_with_its_certificate_and_with_the_one_that_it_r
     world
         .metrics_until(|page| page.value("waypost_audit_entries_total") == 3.0)
         .await;
-    let audit = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    let audit = fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
     let enrolled = format!(r#""who":{{"holder":"{}"}},"what":"enrolled""#, first.id);
     assert!(
         audit.contains(r#""who":"operator","what":"invited""#),
@@ -443,9 +443,7 @@ async fn a_device_that_knows_no_authority_can_know_the_gateway_by_the_invitation
         .await
         .unwrap();
     let shown = connection.peer_identity().unwrap();
-    let shown = shown
-        .downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>()
-        .unwrap();
+    let shown = shown.downcast::<Vec<CertificateDer<'static>>>().unwrap();
     let last = shown.last().unwrap();
     assert_eq!(hash, Some(&*sha256_hex(last)));
     let (_, enrolled) = world.enrolled().await;

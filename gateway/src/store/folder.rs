@@ -95,7 +95,7 @@ impl Folder {
     pub(super) fn keep_log_of_unclean_stop(&self, now_ms: u64) -> io::Result<()> {
         let since = match fs::read_to_string(self.path.join(RUNNING)) {
             // What cannot be told may be as old as can be.
-            Ok(mark) => Day::parse(mark.trim_end()).unwrap_or(Day::of_ms(0)),
+            Ok(mark) => Day::parse(mark.trim_end()).unwrap_or_else(|| Day::of_ms(0)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::InvalidData => Day::of_ms(0),
             Err(error) => return Err(error),
