@@ -59,7 +59,7 @@ use crate::{
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition, Turn},
-    store::{Batch, CommitError, Day, PingKey, Store, record},
+    store::{Batch, CommitError, Day, PingKey, Retention, Store, record},
     vigil::Vigil,
 };
 
@@ -130,6 +130,9 @@ pub struct Committer {
     last_stored: FxHashMap<DeviceId, LastStored>,
     position: u64,
     day: Option<Day>,
+    retention: Retention,
+    /// When the next day has to go, in milliseconds since 1970-01-01 UTC.
+    drop_ms: u64,
     pulse: Pulse,
     /// Requests that were taken since the committer has last had nothing to do.
     taken: Arc<AtomicUsize>,
@@ -168,7 +171,7 @@ pub struct CommitParts {
     pub revocations: Arc<Revocations>,
     /// The last position that the store holds.
     pub position: u64,
-    /// How long pings are kept, and events of deadlines.
+    /// How old pings may become, counted from their receipt, and events for checkers.
     pub retention: Duration,
     /// What it keeps beside pings.
     pub vigil: Vigil,
@@ -211,6 +214,8 @@ impl Committer {
             last_stored: FxHashMap::default(),
             position: parts.position,
             day: None,
+            retention: Retention::of(parts.retention),
+            drop_ms: 0,
             pulse: Pulse::default(),
             taken: Arc::default(),
             losses_said: Bucket::default(),
@@ -627,6 +632,7 @@ impl Committer {
                 judged.answers.push((reply, Answer::Revoked));
                 continue;
             }
+            self.open_day_of_receipt(receive_ms)?;
             // What was stored before is answered as ever, and the device is heard: its record takes the
             // same few bytes each time.
             let deferral = put_off.or(deferral);
@@ -1009,21 +1015,35 @@ impl Committer {
         }
     }
 
-    /// Opens the day's column family when the day changes, and drops the days that retention is over
-    /// for.
+    /// Opens the day's column family when the day changes, and drops the days whose time has come. Between two commits
+    /// it is looked whether it has, and when there are none, five times a second.
     fn rotate(&mut self, now_ms: u64) -> Result<(), CommitError> {
         let day = Day::of_ms(now_ms);
-        if self.day == Some(day) {
+        if self.day != Some(day) {
+            self.store.open_day(day)?;
+            self.day = Some(day);
+        }
+        if now_ms < self.drop_ms {
             return Ok(());
         }
-        self.store.open_day(day)?;
-        self.day = Some(day);
-        let oldest = Day::of_ms(now_ms.saturating_sub(self.policy.retention_ms));
-        let dropped = self.store.drop_days_before(oldest)?;
+        let first_kept = self.retention.first_kept_day(now_ms);
+        self.drop_ms = self.retention.ends_ms(first_kept);
+        let dropped = self.store.drop_days_before(first_kept)?;
         if dropped > 0 {
             info!(days = dropped, "dropped days whose retention is over");
         }
-        self.forget_events(now_ms.saturating_sub(self.policy.retention_ms))
+        self.forget_events(first_kept.start_ms())
+    }
+
+    /// Opens the day on which something was received, if that is not the day of its commit: it has waited over midnight.
+    fn open_day_of_receipt(&mut self, receive_ms: u64) -> Result<(), CommitError> {
+        let day = Day::of_ms(receive_ms);
+        if self.day != Some(day) {
+            self.store.open_day(day)?;
+            // If it has waited for so long that the day had to go, that is done after this commit.
+            self.drop_ms = 0;
+        }
+        Ok(())
     }
 
     /// Deletes the events of deadlines and the transitions whose retention is over.
@@ -1053,7 +1073,9 @@ impl Committer {
             self.vigil.forget_transitions(position);
             batch.forget_transitions(position);
         }
-        self.store.commit(batch)
+        self.store.commit(batch)?;
+        self.erase.sweep();
+        Ok(())
     }
 }
 
@@ -1163,7 +1185,7 @@ impl Judged {
                 batch::encode(batch.epoch, &stored).encode_to_vec()
             };
             let value = record::encode_pings(receive_ms, position, &columns);
-            self.batch.put_pings(Day::of_ms(commit_ms), &key, &value);
+            self.batch.put_pings(Day::of_ms(receive_ms), &key, &value);
         }
         let accepted = judgement.stored.len() as u64;
         self.fates.accepted += accepted;

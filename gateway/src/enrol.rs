@@ -1,7 +1,8 @@
 //! Enrolment: how devices come by their certificates, and by the next ones.
 //!
 //! Knows the settings and which part does what: `invitations` says who may enrol (the committer asks it), `guesses` how
-//! often anybody may try, `registrar` signs, `door` is the port for newcomers, and `service` what operators call. Must
+//! often anybody may try, `registrar` signs, `door` is the port for newcomers, `service` what operators call, and `reload`
+//! has all of them change with their files. Must
 //! not know connections of devices: their sessions ask the [`Registrar`] themselves.
 //!
 //! Without an authority in the settings there is none of it: the operator brings certificates from elsewhere.
@@ -10,6 +11,7 @@ mod door;
 mod guesses;
 pub mod invitations;
 mod registrar;
+mod reload;
 mod service;
 
 use std::{
@@ -23,6 +25,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use waypost_proto::id::is_checker_name;
 
@@ -31,13 +34,17 @@ use crate::{
     metrics::Metrics,
     orders::OrderHandle,
     pki::{PkiError, host_names},
-    tls::{Refusal, RestoredCheck, TlsConfig, TlsError, enrolment},
+    tls::{
+        Refusal, RestoredCheck, TlsConfig, TlsError,
+        enrolment::{self, EnrolmentTls},
+    },
 };
 
 use self::door::Door;
 pub(crate) use self::registrar::{outcome_label, refused};
 pub use self::{
-    registrar::{Registrar, Renewals},
+    registrar::{Issuing, Registrar, Renewals},
+    reload::{Changed, EnrolmentReload},
     service::{Inviter, LONGEST_INVITATION},
 };
 
@@ -65,7 +72,8 @@ pub struct EnrolmentConfig {
     pub public_host: String,
     /// The authority that signs, PEM: its own certificate first, then what devices have to show with theirs.
     /// Devices that it has signed must be let in by `tls.client_ca`. A relative path, here and below, starts
-    /// at the data folder. Without it nobody can enrol.
+    /// at the data folder. Both files are read again within seconds when one has changed, or one of `tls`. Without it
+    /// nobody can enrol.
     pub ca_certificate: Option<PathBuf>,
     /// The private key of that authority, PEM. Whoever has it can be anybody, so let it be one for devices only.
     pub ca_key: Option<PathBuf>,
@@ -116,6 +124,12 @@ impl EnrolmentConfig {
             ca_key: self.ca_key.map(|path| base.join(path)),
             ..self
         }
+    }
+
+    /// The files of the authority, if it is named.
+    pub(crate) fn files(&self) -> impl Iterator<Item = PathBuf> {
+        let files = [&self.ca_certificate, &self.ca_key];
+        files.into_iter().flatten().cloned()
     }
 
     /// Whether the settings can be used, before a port is bound.
@@ -231,7 +245,9 @@ pub struct EnrolmentParts<'a> {
 #[derive(Debug)]
 pub struct Enrolment {
     /// Signs for newcomers and for those who renew.
-    pub registrar: Arc<Registrar>,
+    pub issuing: Arc<Issuing>,
+    /// Has all of it changed when the files behind it have.
+    pub reload: Arc<EnrolmentReload>,
     /// What operators call.
     pub inviter: Inviter,
     door: Door,
@@ -248,20 +264,29 @@ impl Enrolment {
         parts: EnrolmentParts<'_>,
     ) -> Result<Option<Self>, EnrolmentError> {
         config.check()?;
-        let Some(mut registrar) = Registrar::open(config, parts.tls, parts.check)? else {
+        let Some((registrar, tls)) = open(config, parts.tls, parts.check, parts.devices)? else {
             return Ok(None);
         };
-        let tls = enrolment::enrolment_tls(parts.tls, registrar.authorities())?;
-        registrar.lead_to(parts.devices, tls.authority.clone());
-        let registrar = Arc::new(registrar);
-        let door = Door::bind(config, &tls, Arc::clone(&registrar), &parts)?;
+        let issuing = Issuing::by(registrar);
+        let (servers, server) = watch::channel(None);
+        let door = Door::bind(config, &tls, server, Arc::clone(&issuing), &parts)?;
         let listen = door.local_addr().map_err(|source| EnrolmentError::Bind {
             listen: config.listen,
             source,
         })?;
         let inviter = Inviter::new(config, listen, tls.authority.as_deref(), &parts);
+        let reload = EnrolmentReload {
+            config: config.clone(),
+            tls: parts.tls.clone(),
+            devices: parts.devices,
+            server: address(&config.public_host, listen.port()),
+            issuing: Arc::clone(&issuing),
+            servers,
+            inviter: inviter.clone(),
+        };
         Ok(Some(Self {
-            registrar,
+            issuing,
+            reload: Arc::new(reload),
             inviter,
             door,
             listen,
@@ -278,6 +303,21 @@ impl Enrolment {
     pub async fn run(self) {
         self.door.run().await;
     }
+}
+
+/// The authority, as its files are now, and how the gateway proves itself to newcomers. `None` where the settings name none.
+fn open(
+    config: &EnrolmentConfig,
+    tls: &TlsConfig,
+    check: &RestoredCheck,
+    devices: SocketAddr,
+) -> Result<Option<(Registrar, EnrolmentTls)>, EnrolmentError> {
+    let Some(mut registrar) = Registrar::open(config, tls, check)? else {
+        return Ok(None);
+    };
+    let tls = enrolment::enrolment_tls(tls, registrar.authorities())?;
+    registrar.lead_to(devices, tls.authority.clone());
+    Ok(Some((registrar, tls)))
 }
 
 /// `host:port`, as it is written for a device.

@@ -4,7 +4,8 @@
 //! know the user as erased. The eraser does the rest on a thread of its own, since it takes as long as the disk needs:
 //! it counts what there is, destroys the user's key, deletes the rows, has the files written anew in which they lay, and
 //! looks for them once more. Each step
-//! may be done twice, so one that a crash has interrupted is begun again at the next start. Knows the steps and the
+//! may be done twice, so one that a crash has interrupted is begun again at the next start. It also has the files written
+//! anew in which events lay whose retention is over. Knows the steps and the
 //! store; must not know sessions, or who may erase.
 //!
 //! # Bounds
@@ -16,7 +17,7 @@ use std::{fmt, io, sync::Arc, thread};
 
 use rustc_hash::FxHashMap;
 use tokio::sync::{mpsc, oneshot};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 use waypost_proto::{id::UserId, v1};
 
 use crate::{
@@ -126,12 +127,16 @@ pub struct Place(mpsc::OwnedPermit<Job>);
 /// What is told when nothing is left. Dropped untold, it says by itself that nothing is known.
 type Tell = Box<dyn FnOnce(v1::Receipt) + Send>;
 
-/// A user whose fence is durable, and who waits for the receipt.
-struct Job {
-    user: UserId,
-    /// None for one that was begun before.
-    begun: Option<Erasure>,
-    tell: Tell,
+enum Job {
+    /// A user whose fence is durable, and who waits for the receipt.
+    Erase {
+        user: UserId,
+        /// None for one that was begun before.
+        begun: Option<Erasure>,
+        tell: Tell,
+    },
+    /// Events were forgotten.
+    Sweep,
 }
 
 /// Both ends of the queue.
@@ -142,6 +147,12 @@ pub fn queue() -> (EraseHandle, EraseJobs) {
 }
 
 impl EraseHandle {
+    /// Has the files written anew in which events lay that were forgotten. When it finds no place, an erasure that waits does
+    /// the same.
+    pub fn sweep(&self) {
+        self.jobs.try_send(Job::Sweep).ok();
+    }
+
     /// A place for one more, if there is room.
     #[must_use]
     pub fn place(&self) -> Option<Place> {
@@ -158,7 +169,7 @@ impl Place {
         begun: Option<Erasure>,
         tell: impl FnOnce(v1::Receipt) + Send + 'static,
     ) {
-        self.0.send(Job {
+        self.0.send(Job::Erase {
             user,
             begun,
             tell: Box::new(tell),
@@ -223,7 +234,13 @@ impl Eraser {
         for user in left {
             self.finish(user);
         }
-        while let Some(Job { user, begun, tell }) = self.jobs.blocking_recv() {
+        while let Some(job) = self.jobs.blocking_recv() {
+            let Job::Erase { user, begun, tell } = job else {
+                if let Err(error) = self.store.purge_events() {
+                    warn!(%error, "the files in which forgotten events lay could not be written anew; it is tried again tomorrow");
+                }
+                continue;
+            };
             if let Some(begun) = begun {
                 self.erasures.insert(user, begun);
             }
@@ -312,10 +329,14 @@ impl Eraser {
 
 impl fmt::Debug for Job {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Job")
-            .field("user", &self.user)
-            .field("begun", &self.begun)
-            .finish_non_exhaustive()
+        match self {
+            Self::Erase { user, begun, .. } => f
+                .debug_struct("Erase")
+                .field("user", user)
+                .field("begun", begun)
+                .finish_non_exhaustive(),
+            Self::Sweep => f.write_str("Sweep"),
+        }
     }
 }
 

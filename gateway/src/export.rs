@@ -50,7 +50,7 @@ pub struct Subject {
     pub position: u64,
     /// Whether the holder shares.
     pub sharing: Sharing,
-    /// How long pings are kept, in days.
+    /// How old pings become at most, in days.
     pub retention_days: u64,
     /// Who has watched those whom they may be told of.
     pub recipients: Vec<Recipient>,
@@ -85,6 +85,7 @@ enum Line {
         exported: Moment,
         position: u64,
         state: &'static str,
+        /// No ping becomes older.
         kept_days: u64,
         told: Vec<Told>,
     },

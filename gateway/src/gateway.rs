@@ -164,6 +164,7 @@ impl Gateway {
         let readiness = Readiness::starting();
         let admin = Admin::bind(&config.admin, metrics.clone(), readiness.clone()).await?;
         let (tls_files, tls) = TlsFiles::load(&config.tls, &metrics)?;
+        let tls_files = tls_files.and(config.enrolment.files());
 
         let store = Arc::new(Store::open(&config.data_dir, &config.store, began_ms)?);
         let (devices, recovered) = store.load_devices()?;
@@ -288,7 +289,7 @@ impl Gateway {
                 draining: draining.clone(),
             },
         )?;
-        let registrar = enrolment.as_ref().map(|one| Arc::clone(&one.registrar));
+        let issuing = enrolment.as_ref().map(|one| Arc::clone(&one.issuing));
         let (device_servers, device_server) = watch::channel(None);
         let (checker_servers, checker_server) = watch::channel(tls.checkers);
         let feed = Feed::bind(
@@ -324,7 +325,7 @@ impl Gateway {
             config: config.devices.session.clone(),
             commit: commit.clone(),
             admission,
-            renewals: Renewals::new(registrar),
+            renewals: Renewals::new(issuing),
             restored_check: RwLock::new(tls.devices.check),
             revocations,
             connected: Arc::default(),
@@ -351,6 +352,7 @@ impl Gateway {
             secret: store.secret(),
             devices: device_servers,
             checkers: checker_servers,
+            enrolment: enrolment.as_ref().map(|one| Arc::clone(&one.reload)),
             sessions: Arc::clone(&sessions),
         };
         let accept = AcceptParts {

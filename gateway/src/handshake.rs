@@ -247,6 +247,7 @@ impl Shaken {
             Ok(device) => Ok(Self {
                 proven: Proven {
                     certificates: tls::certificate_ids(chain),
+                    expires_ms: tls::expires_ms(chain),
                     connection,
                     device,
                 },

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use crate::{
+    enrol::EnrolmentReload,
     session::SessionParts,
     tls::{Loaded, TlsFiles},
     transport,
@@ -31,6 +32,8 @@ pub(crate) struct Reload {
     pub(crate) devices: watch::Sender<Option<quinn::ServerConfig>>,
     /// The freshness service.
     pub(crate) checkers: watch::Sender<Arc<rustls::ServerConfig>>,
+    /// Those who enrol, where anybody can.
+    pub(crate) enrolment: Option<Arc<EnrolmentReload>>,
     pub(crate) sessions: Arc<SessionParts>,
 }
 
@@ -44,20 +47,26 @@ impl Reload {
                 () = cancel.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            let mut files = self.files;
+            let (mut files, enrolment) = (self.files, self.enrolment.clone());
             // A disk may hang, and a long list takes its time.
             let looking = spawn_blocking(move || {
                 let reloaded = files.reload();
-                (files, reloaded)
+                let enrolment = match (&reloaded, enrolment) {
+                    (Ok(Some(loaded)), Some(enrolment)) => {
+                        enrolment.read(&loaded.devices.check).transpose()
+                    }
+                    _ => None,
+                };
+                (files, reloaded, enrolment)
             });
             let looked = tokio::select! {
                 () = cancel.cancelled() => return,
                 looked = looking => looked,
             };
-            let reloaded = match looked {
-                Ok((files, reloaded)) => {
+            let (reloaded, enrolment) = match looked {
+                Ok((files, reloaded, enrolment)) => {
                     self.files = files;
-                    reloaded
+                    (reloaded, enrolment)
                 }
                 Err(error) => {
                     error!(%error, "the certificate files cannot be looked at any more");
@@ -71,6 +80,15 @@ impl Reload {
                     .map_err(|error| error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
+            // Who is connected or revoked does not wait for those who enrol, nor for an authority that cannot be used.
+            let enrolled = match (&used, enrolment, &self.enrolment) {
+                (Ok(()), Some(Ok(changed)), Some(enrolment)) => {
+                    enrolment.take_into_use(changed);
+                    Ok(())
+                }
+                (Ok(()), Some(Err(error)), _) => Err(error),
+                _ => Ok(()),
+            };
             let reloads = &self.sessions.metrics.trust.reloads;
             match used {
                 Ok(()) => reloads.of("used").increment(1),
@@ -78,6 +96,10 @@ impl Reload {
                     reloads.of("failed").increment(1);
                     error!(%error, "changed certificate files cannot be used; those before stay in use");
                 }
+            }
+            if let Err(error) = enrolled {
+                reloads.of("failed").increment(1);
+                error!(%error, "changed certificate files cannot be used for enrolment, where those before stay in use");
             }
         }
     }

@@ -14,6 +14,8 @@
 //! What it may send over time is in its [`crate::allowance`], which outlives the connection. Over it, a
 //! batch is put off with RATE_LIMITED and the time to come back. Until then nothing more is read, so a device
 //! that does not listen is held to the rate all the same.
+//!
+//! It lasts no longer than the certificate that it began with, or that of the session which it has resumed.
 
 mod early;
 
@@ -31,7 +33,7 @@ use parking_lot::RwLock;
 use quinn::{AcceptBi, Connection, ReadError, RecvStream, SendStream};
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use waypost_proto::{
@@ -140,6 +142,8 @@ pub(crate) struct Proven {
     pub(crate) device: DeviceId,
     /// What it has shown.
     pub(crate) certificates: Arc<[CertificateId]>,
+    /// When the time of its own certificate is over, in milliseconds since 1970-01-01 UTC.
+    pub(crate) expires_ms: u64,
 }
 
 /// Serves a connection until it ends, and closes it with the reason. `bell` is its worker's, and `early` what
@@ -155,6 +159,7 @@ pub(crate) async fn serve(
         connection,
         device,
         certificates,
+        expires_ms,
     } = proven;
     let present = parts
         .connected
@@ -165,9 +170,12 @@ pub(crate) async fn serve(
         Some(early) => Arc::clone(&early.mailbox),
         None => Mailbox::new(&bell),
     };
-    let mut shell = Shell::new(&connection, device, &allowance, &mailbox, &parts);
+    let whose = (device, expires_ms);
+    let mut shell = Shell::new(&connection, whose, &allowance, &mailbox, &parts);
     let begun = match early {
         _ if is_revoked => Err(End::revoked()),
+        // While it shook hands.
+        _ if shell.is_expired() => Err(End::expired()),
         // What happens once, or hardly ever, is kept out of the memory that the task takes all its life.
         Some(early) => Box::pin(shell.take_over_early(early)).await,
         None => Ok(()),
@@ -234,6 +242,10 @@ impl End {
         Self::ours(CloseCode::TakenOver, "a newer connection took over")
     }
 
+    fn expired() -> Self {
+        Self::ours(CloseCode::Expired, Refusal::Expired)
+    }
+
     fn revoked() -> Self {
         Self::ours(CloseCode::Revoked, Refusal::Revoked)
     }
@@ -259,6 +271,8 @@ struct Stream {
 struct Shell<'a> {
     connection: &'a Connection,
     device: DeviceId,
+    /// When the time of its certificate is over, in milliseconds since 1970-01-01 UTC.
+    expires_ms: u64,
     allowance: &'a Allowance,
     parts: &'a Arc<SessionParts>,
     session: Session,
@@ -302,6 +316,8 @@ enum Wake {
     Read(usize, Result<Option<Bytes>, ReadError>),
     Opened(SendStream, RecvStream),
     Deadline,
+    /// Perhaps its certificate's time is over.
+    Expiry,
     Released,
     Submitted(Result<(), Stopped>),
     Gone(quinn::ConnectionError),
@@ -310,7 +326,7 @@ enum Wake {
 impl<'a> Shell<'a> {
     fn new(
         connection: &'a Connection,
-        device: DeviceId,
+        (device, expires_ms): (DeviceId, u64),
         allowance: &'a Allowance,
         mailbox: &'a Arc<Mailbox>,
         parts: &'a Arc<SessionParts>,
@@ -318,6 +334,7 @@ impl<'a> Shell<'a> {
         Self {
             connection,
             device,
+            expires_ms,
             allowance,
             parts,
             session: new_session(parts),
@@ -363,7 +380,13 @@ impl<'a> Shell<'a> {
         // so is one that takes each back before it is late.
         let silent_until = Instant::now() + self.parts.config.first_frame_timeout;
         loop {
-            let result = match self.wake(silent_until).await {
+            let wake = self.wake(silent_until).await;
+            // First of all, so that no device can keep it from being looked at.
+            if self.is_expired() && !matches!(wake, Wake::Gone(_)) {
+                return End::expired();
+            }
+            let result = match wake {
+                Wake::Expiry => Ok(()),
                 Wake::Draining => Box::pin(self.begin_draining()).await,
                 Wake::Mail(mail) => self.open_mail(mail).await,
                 Wake::Read(at, Ok(Some(bytes))) => self.receive(at, &bytes).await,
@@ -442,6 +465,8 @@ impl<'a> Shell<'a> {
             .chain((!self.is_current).then_some(silent_until))
             .min()
             .filter(|_| may_read);
+        let expiry = Instant::now() + time_left(self.expires_ms);
+        let until = deadline.map_or(expiry, |deadline| deadline.min(expiry));
         let (streams, waiting) = (&mut self.streams, &mut self.waiting_backfill);
         let (connection, accepting) = (self.connection, &mut self.accepting);
         let accepts = !self.is_draining && held_until.is_none();
@@ -463,8 +488,12 @@ impl<'a> Shell<'a> {
             },
             // Else the end of the connection shows in what is accepted.
             error = connection.closed(), if !accepts => Wake::Gone(error),
-            () = async { sleep_until(deadline.expect("guarded")).await }, if deadline.is_some() => Wake::Deadline,
+            () = sleep_until(until) => if deadline == Some(until) { Wake::Deadline } else { Wake::Expiry },
         }
+    }
+
+    fn is_expired(&self) -> bool {
+        time_left(self.expires_ms).is_zero()
     }
 
     fn is_full(&self) -> bool {
@@ -725,6 +754,7 @@ impl<'a> Shell<'a> {
             }
             error = self.connection.closed() => Err(End::Peer(error)),
             () = self.mailbox.taken_over() => Err(End::taken_over()),
+            () = expired(self.expires_ms) => Err(End::expired()),
         }
     }
 
@@ -950,6 +980,23 @@ fn encoded(frame: &v1::GatewayFrame) -> Bytes {
     bytes.freeze()
 }
 
+/// How long it is until a certificate expires, at most [`EXPIRY_LOOK`]. By the clock that TLS checks certificates with.
+fn time_left(expires_ms: u64) -> Duration {
+    let left_ms = expires_ms.saturating_sub(system_now_ms());
+    Duration::from_millis(left_ms).min(EXPIRY_LOOK)
+}
+
+/// Waits until a certificate has expired.
+async fn expired(expires_ms: u64) {
+    loop {
+        let left = time_left(expires_ms);
+        if left.is_zero() {
+            return;
+        }
+        sleep(left).await;
+    }
+}
+
 /// What the device has shown, in this handshake or in the one that it has resumed.
 fn chain_of(connection: &Connection) -> Vec<CertificateDer<'static>> {
     let identity = connection.peer_identity();
@@ -1037,6 +1084,10 @@ const SHORTEST_HOLD: Duration = Duration::from_millis(100);
 /// How long a device that sends too many pings is not read, at most: whoever waits as long as it was told
 /// may have other things to say meanwhile.
 const LONGEST_HOLD: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether a certificate's time is over, at least, while the device says nothing: a wall clock
+/// may be set, and a timer does not notice.
+const EXPIRY_LOOK: Duration = Duration::from_secs(3_600);
 
 /// How long a device waits between two certificates on one connection, of which it needs one in days.
 const RENEWAL_PAUSE: Duration = Duration::from_secs(10);

@@ -30,7 +30,7 @@ use parking_lot::Mutex;
 use ring::rand::{SecureRandom, SystemRandom};
 use rocksdb::{
     BoundColumnFamily, ColumnFamilyDescriptor, DB, DBIteratorWithThreadMode, ErrorKind,
-    IteratorMode, PrefixRange, WriteBatch,
+    FlushOptions, IteratorMode, PrefixRange, WriteBatch,
     properties::{
         ACTUAL_DELAYED_WRITE_RATE, BACKGROUND_ERRORS, ESTIMATE_PENDING_COMPACTION_BYTES,
         IS_WRITE_STOPPED, LIVE_SST_FILES_SIZE, NUM_IMMUTABLE_MEM_TABLE,
@@ -50,6 +50,7 @@ mod holders;
 mod keys;
 mod notices;
 pub mod record;
+mod retention;
 mod revocations;
 mod sealed;
 mod settings;
@@ -77,6 +78,7 @@ use crate::seal::{
 pub use holders::{KeptHolders, UserEvents};
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
+pub use retention::Retention;
 pub use settings::StoreConfig;
 pub use space::Space;
 pub use view::UserView;
@@ -437,7 +439,10 @@ impl Store {
         }
         facts.heard_until_ms = watermark.heard_until_ms;
         let keys = open_keys(data_dir, master, &facts)?;
-        folder.mark_running().map_err(unusable)?;
+        // A clock that was set back since the last start makes nothing younger.
+        let now_ms = now_ms.max(watermark.heard_until_ms.unwrap_or_default());
+        // RocksDB has moved all that was in the log to table files.
+        folder.mark_running(Day::of_ms(now_ms)).map_err(unusable)?;
         let room = Room::new(config.free_space_floor_bytes());
         room.look(folder.path()).map_err(unusable)?;
         let recovered = Noted {
@@ -466,7 +471,7 @@ impl Store {
         store
             .drop_days_before(config.first_kept_day(now_ms))
             .map_err(failed)?;
-        store.open_day(Day::of_ms(now_ms)).map_err(failed)?;
+        store.make_day(Day::of_ms(now_ms)).map_err(failed)?;
         Ok(store)
     }
 
@@ -640,20 +645,47 @@ impl Store {
         Ok(())
     }
 
-    /// Makes the family of a day, if there is none.
+    /// Makes the family of a day, if there is none. With a new day, what is in the log is on its way to table files
+    /// when this returns: a day's pings are in no log any more by the time they are dropped, however few come.
     ///
     /// # Errors
     /// As [`Self::commit`].
     pub fn open_day(&self, day: Day) -> Result<(), CommitError> {
+        let Some(newest) = self.make_day(day)? else {
+            return Ok(());
+        };
+        // What came in the last moments of the day before that one was perhaps committed in it.
+        if let Err(error) = self.folder.mark_running(newest.previous()) {
+            warn!(%error, "it could not be noted how old the log may be; a copy of it, should the gateway be killed today, may go early");
+        }
+        self.flush(false)
+            .map_err(|error| self.fail(CommitError::RocksDb(error.into_string())))
+    }
+
+    /// Makes the family of a day, if there is none. Returns the newest day that there was, if this one is newer.
+    fn make_day(&self, day: Day) -> Result<Option<Day>, CommitError> {
         self.writer()?;
         let mut days = self.days.lock();
-        if !days.contains(&day) {
-            self.db
-                .create_cf(day.family_name(), &self.settings.day)
-                .map_err(|error| self.fail(CommitError::RocksDb(error.into_string())))?;
-            days.insert(day);
+        if days.contains(&day) {
+            return Ok(None);
         }
-        Ok(())
+        self.db
+            .create_cf(day.family_name(), &self.settings.day)
+            .map_err(|error| self.fail(CommitError::RocksDb(error.into_string())))?;
+        let newest = days.last().copied();
+        days.insert(day);
+        Ok(newest.filter(|newest| *newest < day))
+    }
+
+    /// Moves what is in the log to table files, and waits for that or not.
+    fn flush(&self, waits: bool) -> Result<(), rocksdb::Error> {
+        let mut families: Vec<_> = PERMANENT.map(|name| self.family(name)).into();
+        let days = self.days().into_iter();
+        families.extend(days.filter_map(|day| self.db.cf_handle(&day.family_name())));
+        let mut options = FlushOptions::default();
+        options.set_wait(waits);
+        let all: Vec<_> = families.iter().collect();
+        self.db.flush_cfs_opt(&all, &options)
     }
 
     /// Drops all days before one, with all of their pings, and says how many those were. A batch with

@@ -35,7 +35,7 @@ use waypost_proto::ALPN;
 use self::{sessions::Sessions, verifier::ClientVerifier};
 
 pub use self::{
-    identity::{certificate_ids, checker_of, device_of, identity_of, operator_of},
+    identity::{certificate_ids, checker_of, device_of, expires_ms, identity_of, operator_of},
     refusal::Refusal,
     reload::{Loaded, TlsFiles},
     verifier::RestoredCheck,

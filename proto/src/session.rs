@@ -101,6 +101,7 @@ pub enum CloseCode {
     StorageFailed = 0x0e,
     NotReading = 0x0f,
     Erased = 0x10,
+    Expired = 0x11,
 }
 
 impl CloseCode {
@@ -125,6 +126,7 @@ impl CloseCode {
             0x0e => Self::StorageFailed,
             0x0f => Self::NotReading,
             0x10 => Self::Erased,
+            0x11 => Self::Expired,
             _ => return None,
         })
     }
@@ -150,6 +152,7 @@ impl CloseCode {
             Self::StorageFailed => "storage_failed",
             Self::NotReading => "not_reading",
             Self::Erased => "erased",
+            Self::Expired => "expired",
         }
     }
 }

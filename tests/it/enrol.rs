@@ -1,11 +1,12 @@
 //! Enrolment: a code becomes a certificate once, the certificate renews itself, and nobody gets further without one.
 
-use std::{net::IpAddr, time::Duration};
+use std::{fs, net::IpAddr, time::Duration};
 
 use bytes::Bytes;
 use quinn::ConnectionError;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rcgen::{KeyPair, PKCS_ECDSA_P384_SHA384};
+use rustls::pki_types::CertificateDer;
 use tonic::Code;
 use waypost_gateway::clock::system_now_ms;
 use waypost_proto::{
@@ -58,7 +59,7 @@ async fn an_invited_device_pings_with_its_certificate_and_with_the_one_that_it_r
     world
         .metrics_until(|page| page.value("waypost_audit_entries_total") == 3.0)
         .await;
-    let audit = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    let audit = fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
     let enrolled = format!(r#""who":{{"holder":"{}"}},"what":"enrolled""#, first.id);
     assert!(
         audit.contains(r#""who":"operator","what":"invited""#),
@@ -236,21 +237,97 @@ async fn an_expired_certificate_neither_connects_nor_renews() {
         enrolment.certificate_lifetime = Duration::from_secs(3);
     })
     .await;
-    let (newcomer, device) = world.enrolled().await;
+    let (_, device) = world.enrolled().await;
     let mut live = world
         .connect_enrolled(&device)
         .await
         .open(hello(Lane::Live, 0))
         .await;
     live.welcome().await;
+    assert_eq!(live.link().closed().await, Some(CloseCode::Expired));
     // A certificate holds up to and with its last second.
-    let over_ms = device.issued.expires_ms + 1_000;
-    until(async || (over_ms < system_now_ms()).then_some(())).await;
-    let (response, _) = live.renew(newcomer.request()).await;
-    assert_eq!(refusal(&response), enrolment_refusal::Code::NotOffered);
+    assert!(device.issued.expires_ms + 1_000 <= system_now_ms());
     assert!(!world.attempt_enrolled(&device).await.is_served().await);
     let refused = "waypost_connections_refused_total{reason=\"expired\"}";
     world.metrics_until(|page| page.value(refused) == 1.0).await;
+}
+
+/// A gateway whose authority for devices has files of its own.
+async fn start_with_own_authority() -> World {
+    World::start_enrolling(|enrolment| {
+        for path in [&mut enrolment.ca_certificate, &mut enrolment.ca_key] {
+            let path = path.as_mut().unwrap();
+            let extension = path.extension().unwrap().to_owned();
+            let own = path.with_file_name("devices").with_extension(extension);
+            fs::copy(&path, &own).unwrap();
+            *path = own;
+        }
+    })
+    .await
+}
+
+async fn reloaded(world: &World, outcome: &str, times: u8) {
+    let series = format!("waypost_tls_reloads_total{{outcome=\"{outcome}\"}}");
+    let times = f64::from(times);
+    world
+        .metrics_until(|page| page.value(&series) == times)
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn newcomers_are_met_and_signed_by_what_is_in_the_files_now() {
+    let world = start_with_own_authority().await;
+    let pki = world.scratch("pki");
+    let ca_pem = world.authority.certificate_pem().to_owned();
+    let (_, before) = world.enrolled().await;
+    let old_link = world.connect_enrolled(&before).await;
+    let mut old = old_link.open(hello(Lane::Live, 0)).await;
+    old.welcome().await;
+    let shown = async || {
+        let connection = connect(LOOPBACK, world.door(), &ca_pem, ENROLL_ALPN).await;
+        let chain = connection.unwrap().peer_identity().unwrap();
+        chain.downcast::<Vec<CertificateDer<'static>>>().unwrap()[0].to_vec()
+    };
+
+    // The gateway's own certificate.
+    let renewed = world.authority.issue_server(&["localhost"]).unwrap();
+    assert_ne!(shown().await, *renewed.certificate_der(), "the control");
+    fs::write(pki.join("server.pem"), &renewed.certificate_pem).unwrap();
+    fs::write(pki.join("server.key"), &renewed.private_key_pem).unwrap();
+    reloaded(&world, "used", 1).await;
+    assert_eq!(shown().await, *renewed.certificate_der());
+
+    // An authority whose devices would be refused signs nothing, and the one before goes on.
+    let other = World::authority_in(&world.scratch("other"));
+    let replace = || {
+        for extension in ["pem", "key"] {
+            let from = world.scratch("other").join("ca").with_extension(extension);
+            fs::copy(from, pki.join("devices").with_extension(extension)).unwrap();
+        }
+    };
+    replace();
+    reloaded(&world, "failed", 1).await;
+    reloaded(&world, "used", 2).await;
+    let (_, goes_on) = world.enrolled().await;
+    assert!(world.attempt_enrolled(&goes_on).await.is_served().await);
+    let invited = world.invite(InviteRequest::default()).await.unwrap();
+    assert!(invited.uri.contains("&ca="), "{}", invited.uri);
+
+    // Once they are let in it does, for newcomers and for who renews; newcomers cannot know the gateway by it.
+    fs::write(pki.join("ca.pem"), ca_pem.clone() + other.certificate_pem()).unwrap();
+    reloaded(&world, "used", 3).await;
+    let invited = world.invite(InviteRequest::default()).await.unwrap();
+    assert!(!invited.uri.contains("ca="), "{}", invited.uri);
+    let (_, after) = world.enrolled().await;
+    let next = Newcomer::new();
+    let renewed = next.with(issued(old.renew(next.request()).await.0));
+    assert_eq!(renewed.id, before.id);
+    fs::write(pki.join("ca.pem"), other.certificate_pem()).unwrap();
+    reloaded(&world, "used", 4).await;
+    for (device, is_served) in [(&after, true), (&renewed, true), (&goes_on, false)] {
+        let attempt = world.attempt_enrolled(device).await;
+        assert_eq!(attempt.is_served().await, is_served, "{}", device.id);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -373,9 +450,7 @@ async fn a_device_that_knows_no_authority_can_know_the_gateway_by_the_invitation
         .await
         .unwrap();
     let shown = connection.peer_identity().unwrap();
-    let shown = shown
-        .downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>()
-        .unwrap();
+    let shown = shown.downcast::<Vec<CertificateDer<'static>>>().unwrap();
     let last = shown.last().unwrap();
     assert_eq!(hash, Some(&*sha256_hex(last)));
     let (_, enrolled) = world.enrolled().await;

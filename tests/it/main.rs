@@ -9,6 +9,7 @@ mod disk;
 mod early;
 mod enrol;
 mod erase;
+mod expiry;
 mod export;
 mod freshness;
 mod grants;

@@ -17,7 +17,7 @@ use waypost_gateway::{
     revocation::Subject,
 };
 
-pub(crate) use waypost_gateway::store::{Day, PingKey, Space, record};
+pub(crate) use waypost_gateway::store::{Day, PingKey, Retention, Space, record};
 
 /// Rows in memory, with a disk that may fail once and for all.
 #[derive(Debug)]

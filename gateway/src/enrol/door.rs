@@ -15,7 +15,10 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::BytesMut;
 use quinn::{Connection, Endpoint, Incoming, TransportConfig, VarInt};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::debug;
 use waypost_proto::{
@@ -26,7 +29,7 @@ use waypost_proto::{
 };
 
 use super::{
-    EnrolmentConfig, EnrolmentError, EnrolmentParts, Registrar,
+    EnrolmentConfig, EnrolmentError, EnrolmentParts, Issuing,
     guesses::Guesses,
     invitations::{CodeHash, KeyHash},
     registrar::{TRY_LATER_MS, answer, outcome_label, refused},
@@ -43,6 +46,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Door {
     endpoint: Endpoint,
+    /// What newcomers are met with from now on, when certificate files have changed.
+    server: watch::Receiver<Option<quinn::ServerConfig>>,
     guesses: Guesses,
     desk: Arc<Desk>,
     draining: CancellationToken,
@@ -51,7 +56,7 @@ pub(super) struct Door {
 /// Where newcomers are answered.
 #[derive(Debug)]
 struct Desk {
-    registrar: Arc<Registrar>,
+    issuing: Arc<Issuing>,
     order: OrderHandle,
     metrics: Metrics,
 }
@@ -60,30 +65,26 @@ impl Door {
     pub(super) fn bind(
         config: &EnrolmentConfig,
         tls: &EnrolmentTls,
-        registrar: Arc<Registrar>,
+        server: watch::Receiver<Option<quinn::ServerConfig>>,
+        issuing: Arc<Issuing>,
         parts: &EnrolmentParts<'_>,
     ) -> Result<Self, EnrolmentError> {
-        let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(Arc::clone(&tls.server))?;
-        let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
-        server
-            .transport_config(Arc::new(transport()))
-            .max_incoming(MOST_NEWCOMERS)
-            .incoming_buffer_size(INCOMING_BYTES)
-            .incoming_buffer_size_total(INCOMING_BYTES * MOST_NEWCOMERS as u64);
-        let endpoint =
-            Endpoint::server(server, config.listen).map_err(|source| EnrolmentError::Bind {
+        let endpoint = Endpoint::server(server_config(tls)?, config.listen).map_err(|source| {
+            EnrolmentError::Bind {
                 listen: config.listen,
                 source,
-            })?;
+            }
+        })?;
         Ok(Self {
             endpoint,
+            server,
             guesses: Guesses::new(
                 config.tries_per_minute,
                 config.tries_burst,
                 config.all_tries_per_s.get(),
             ),
             desk: Arc::new(Desk {
-                registrar,
+                issuing,
                 order: parts.order.clone(),
                 metrics: parts.metrics.clone(),
             }),
@@ -102,6 +103,11 @@ impl Door {
             let incoming = tokio::select! {
                 biased;
                 () = self.draining.cancelled() => break,
+                Ok(()) = self.server.changed() => {
+                    // Conversations that have begun go on as they are.
+                    self.endpoint.set_server_config(self.server.borrow_and_update().clone());
+                    continue;
+                }
                 incoming = self.endpoint.accept() => incoming,
             };
             let Some(incoming) = incoming else { break };
@@ -195,7 +201,8 @@ impl Desk {
         };
         match self.order.redeem(redeem).await {
             Ok(Redeemed { device, checkers }) => {
-                let certified = self.registrar.certify(device, &key, system_now_ms());
+                let registrar = self.issuing.registrar();
+                let certified = registrar.certify(device, &key, system_now_ms());
                 answer(certified.map(|issued| IssuedCertificate { checkers, ..issued }))
             }
             Err(OrderError::Refused(_)) => refused(enrolment_refusal::Code::NotValid, 0),
@@ -232,6 +239,18 @@ fn wrong(connection: &Connection, error: FrameError) -> Broken {
 
 fn code(code: CloseCode) -> VarInt {
     VarInt::from_u32(u32::from(code as u8))
+}
+
+/// How newcomers are met.
+pub(super) fn server_config(tls: &EnrolmentTls) -> Result<quinn::ServerConfig, EnrolmentError> {
+    let crypto = quinn::crypto::rustls::QuicServerConfig::try_from(Arc::clone(&tls.server))?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(crypto));
+    server
+        .transport_config(Arc::new(transport()))
+        .max_incoming(MOST_NEWCOMERS)
+        .incoming_buffer_size(INCOMING_BYTES)
+        .incoming_buffer_size_total(INCOMING_BYTES * MOST_NEWCOMERS as u64);
+    Ok(server)
 }
 
 fn transport() -> TransportConfig {

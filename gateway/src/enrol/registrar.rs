@@ -5,6 +5,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use rustls::pki_types::CertificateDer;
 use tracing::error;
 use waypost_proto::{
@@ -139,17 +140,38 @@ impl Registrar {
     }
 }
 
+/// The registrar that signs now: another when the files behind it have changed.
+#[derive(Debug)]
+pub struct Issuing(RwLock<Arc<Registrar>>);
+
+impl Issuing {
+    pub(super) fn by(registrar: Registrar) -> Arc<Self> {
+        Arc::new(Self(RwLock::new(Arc::new(registrar))))
+    }
+
+    /// Whoever is about to sign.
+    #[must_use]
+    pub fn registrar(&self) -> Arc<Registrar> {
+        Arc::clone(&self.0.read())
+    }
+
+    /// Has another sign from now on.
+    pub(super) fn replace(&self, registrar: Registrar) {
+        *self.0.write() = Arc::new(registrar);
+    }
+}
+
 /// Signs for devices that renew over their own connections.
 #[derive(Clone, Debug)]
 pub struct Renewals {
-    registrar: Option<Arc<Registrar>>,
+    issuing: Option<Arc<Issuing>>,
 }
 
 impl Renewals {
-    /// By this registrar, if the gateway has one.
+    /// By the registrar, if the gateway has one.
     #[must_use]
-    pub fn new(registrar: Option<Arc<Registrar>>) -> Self {
-        Self { registrar }
+    pub fn new(issuing: Option<Arc<Issuing>>) -> Self {
+        Self { issuing }
     }
 
     /// The answer to a request. `holds` is what a check says now of the certificate that the connection was made with:
@@ -162,11 +184,11 @@ impl Renewals {
         request: &[u8],
         now_ms: u64,
     ) -> EnrollResponse {
-        let (Some(registrar), Ok(())) = (&self.registrar, holds) else {
+        let (Some(issuing), Ok(())) = (&self.issuing, holds) else {
             return refused(Code::NotOffered, 0);
         };
         match RequestedKey::read(request) {
-            Ok(key) => answer(registrar.certify(device, &key, now_ms)),
+            Ok(key) => answer(issuing.registrar().certify(device, &key, now_ms)),
             Err(_) => refused(Code::BadRequest, 0),
         }
     }

@@ -15,6 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use ring::{
     digest,
     rand::{SecureRandom as _, SystemRandom},
@@ -48,8 +49,8 @@ pub struct Inviter {
     checkers: Arc<BTreeMap<String, CheckerNumber>>,
     trust_domain: String,
     valid_for_ms: u64,
-    /// An invitation's text up to its code.
-    uri_start: String,
+    /// An invitation's text up to its code; another when the gateway is known by another authority.
+    uri_start: Arc<RwLock<String>>,
     order: OrderHandle,
     metrics: Metrics,
 }
@@ -62,22 +63,21 @@ impl Inviter {
         authority: Option<&[u8]>,
         parts: &EnrolmentParts<'_>,
     ) -> Self {
-        let mut uri_start = format!(
-            "waypost://enroll?server={}&",
-            address(&config.public_host, listen.port())
-        );
-        if let Some(authority) = authority {
-            uri_start += &format!("ca={}&", hash_of(authority));
-        }
+        let uri_start = uri_start(&address(&config.public_host, listen.port()), authority);
         Self {
             operators: Arc::new(config.operators.iter().cloned().collect()),
             checkers: Arc::new(parts.checkers.clone()),
             trust_domain: parts.tls.trust_domain.clone(),
             valid_for_ms: milliseconds(config.invitation_lifetime),
-            uri_start,
+            uri_start: Arc::new(RwLock::new(uri_start)),
             order: parts.order.clone(),
             metrics: parts.metrics.clone(),
         }
+    }
+
+    /// From now on newcomers know the gateway by this authority, in DER.
+    pub(super) fn lead_to(&self, server: &str, authority: Option<&[u8]>) {
+        *self.uri_start.write() = uri_start(server, authority);
     }
 
     /// The name of the operator that calls, if it may.
@@ -165,11 +165,19 @@ impl rpc::enrolment_server::Enrolment for Inviter {
             expires_ms: invitation.expires_ms,
             uri: format!(
                 "{}{}code={code}",
-                self.uri_start,
+                self.uri_start.read(),
                 named_in_uri(&request.checkers)
             ),
         }))
     }
+}
+
+fn uri_start(server: &str, authority: Option<&[u8]>) -> String {
+    let mut start = format!("waypost://enroll?server={server}&");
+    if let Some(authority) = authority {
+        start += &format!("ca={}&", hash_of(authority));
+    }
+    start
 }
 
 /// A new user has an id that is random, and so says nothing.

@@ -80,7 +80,7 @@ pub struct ExportParts {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Metrics,
-    /// How long pings are kept.
+    /// How old pings become at most.
     pub retention: Duration,
 }
 
@@ -216,7 +216,7 @@ impl Exports {
             at_ms: self.clock.now_ms(),
             position: view.position()?,
             sharing: view.sharing()?,
-            retention_days: self.retention.as_secs() / (24 * 60 * 60),
+            retention_days: self.retention.as_secs().div_ceil(24 * 60 * 60),
             recipients: audit::recipients(&self.audit_log, user)?,
             decisions: view.decisions()?,
             checkers: Arc::clone(&self.checkers),

@@ -10,7 +10,7 @@
 //! checker then tries again later, where one left waiting would know nothing.
 //!
 //! A connection that has shown its certificate stays for as long as the peer's machine is there, however slowly it
-//! reads: see [`super::liveness`].
+//! reads: see [`super::liveness`]. But no longer than its certificate holds.
 
 use std::{
     collections::HashMap,
@@ -29,7 +29,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
     task::JoinSet,
-    time::{Instant, Interval, MissedTickBehavior, interval_at, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, Sleep, interval_at, sleep, timeout},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::{Stream, wrappers::ReceiverStream};
@@ -40,9 +40,10 @@ use tracing::{debug, warn};
 use super::{liveness::Liveness, tcp_info};
 use crate::{
     admission::network,
+    clock::system_now_ms,
     metrics::Metrics,
     revocation::CertificateId,
-    tls::{Refusal, certificate_ids},
+    tls::{Refusal, certificate_ids, expires_ms},
 };
 
 /// Who is at the other end of a connection.
@@ -63,6 +64,11 @@ pub(super) struct Connection {
     liveness: Liveness,
     /// When it is looked whether the peer is there.
     looks: Interval,
+    /// When the time of the peer's certificate is over, in milliseconds since 1970-01-01 UTC.
+    expires_ms: u64,
+    /// When it is looked whether that is so; none once it was.
+    expiry: Option<Pin<Box<Sleep>>>,
+    metrics: Metrics,
     _room: OwnedSemaphorePermit,
 }
 
@@ -146,6 +152,7 @@ impl Door {
             chain: chain.into(),
             certificates: certificate_ids(chain),
         };
+        let expires_ms = expires_ms(chain);
         let between = self.patience / 2;
         let mut looks = interval_at(Instant::now() + between, between);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -154,6 +161,9 @@ impl Door {
             peer,
             liveness: Liveness::new(self.patience),
             looks,
+            expires_ms,
+            expiry: Some(Box::pin(sleep(Duration::ZERO))),
+            metrics: self.metrics.clone(),
             _room: room,
         })
     }
@@ -251,9 +261,37 @@ impl Connected for Connection {
 }
 
 impl Connection {
+    /// An error once the peer's certificate has expired. By the clock that TLS checks certificates with, which may be
+    /// set, so that it is looked at it again and again.
+    fn look_at_certificate(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        while let Some(expiry) = &mut self.expiry {
+            if expiry.as_mut().poll(cx).is_pending() {
+                return Ok(());
+            }
+            let left_ms = self.expires_ms.saturating_sub(system_now_ms());
+            if left_ms == 0 {
+                debug!(peer = %self.peer.address, "the certificate of a checker that is connected has expired");
+                self.metrics
+                    .freshness
+                    .refused
+                    .of(Refusal::Expired.as_label())
+                    .increment(1);
+                self.expiry = None;
+                break;
+            }
+            let left = Duration::from_millis(left_ms).min(EXPIRY_LOOK);
+            expiry.as_mut().reset(Instant::now() + left);
+        }
+        match self.expiry {
+            Some(_) => Ok(()),
+            None => Err(io::Error::other(Refusal::Expired)),
+        }
+    }
+
     /// An error once the peer is gone. Looks when it is time to, and wakes the caller the next time: one that waits
     /// to write may not read meanwhile, so both come here first.
     fn look(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        self.look_at_certificate(cx)?;
         while self.looks.poll_tick(cx).is_ready() {
             let acknowledgements = tcp_info::acknowledgements(self.stream.get_ref().0)?;
             let now = Instant::now().into_std();
@@ -318,6 +356,8 @@ const MAX_HANDSHAKES_PER_NETWORK: usize = 16;
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Several round trips by satellite. Whoever stalls is gone five times as fast.
 const CROWDED_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often it is looked whether a peer's certificate has expired, at least.
+const EXPIRY_LOOK: Duration = Duration::from_secs(3_600);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(test)]

@@ -85,7 +85,7 @@ pub const REFUSALS: [&str; 18] = [
 ];
 
 /// How a device's connection ended.
-pub const CLOSES: [&str; 21] = [
+pub const CLOSES: [&str; 22] = [
     "no_error",
     "bad_frame",
     "frame_too_large",
@@ -103,6 +103,7 @@ pub const CLOSES: [&str; 21] = [
     "storage_failed",
     "not_reading",
     "erased",
+    "expired",
     "peer_closed",
     "locally_closed",
     "timed_out",

@@ -21,6 +21,10 @@ const LOCK: &str = "lock";
 const RUNNING: &str = "running";
 const WATERMARK: &str = "watermark";
 const RECOVERY_PREFIX: &str = "recovery-";
+/// Between the time at which a copy of the log was made and the day since which there may be pings in it.
+const SINCE: &str = "-since-";
+/// Who may read the mark of a running writer: a day is no secret.
+const MODE: u32 = 0o644;
 /// How many copies of the log are kept, the newest: two, so that a second crash right after the first
 /// does not take away what is being looked at. The log's own bound is theirs too.
 const RECOVERIES_KEPT: usize = 2;
@@ -89,10 +93,16 @@ impl Folder {
     /// the evidence. The mark of the running writer goes with it, so that a store that refuses to open
     /// is copied once, however often it is tried.
     pub(super) fn keep_log_of_unclean_stop(&self, now_ms: u64) -> io::Result<()> {
-        if !self.path.join(RUNNING).exists() {
-            return Ok(());
-        }
-        let copy = self.path.join(format!("{RECOVERY_PREFIX}{now_ms}"));
+        let since = match fs::read_to_string(self.path.join(RUNNING)) {
+            // What cannot be told may be as old as can be.
+            Ok(mark) => Day::parse(mark.trim_end()).unwrap_or_else(|| Day::of_ms(0)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Day::of_ms(0),
+            Err(error) => return Err(error),
+        };
+        let copy = self
+            .path
+            .join(format!("{RECOVERY_PREFIX}{now_ms}{SINCE}{since}"));
         match self.link_log(&copy) {
             Ok(files) => {
                 info!(files, copy = %copy.display(), "the gateway was not stopped in order; its log was kept")
@@ -103,27 +113,28 @@ impl Folder {
             }
         }
         let recoveries = self.recoveries()?;
-        for (_, path) in recoveries.iter().rev().skip(RECOVERIES_KEPT) {
-            fs::remove_dir_all(path)?;
+        for recovery in recoveries.iter().rev().skip(RECOVERIES_KEPT) {
+            fs::remove_dir_all(&recovery.path)?;
         }
         self.unmark_running()
     }
 
-    /// Removes copies of the log that were made before a day: they hold pings, so they are kept no
-    /// longer than pings are.
+    /// Removes copies of the log in which there may be pings of before a day: they are kept no longer than pings
+    /// are, whenever the copy was made.
     pub(super) fn drop_recoveries_before(&self, day: Day) -> io::Result<()> {
-        for (made_ms, path) in self.recoveries()? {
-            if Day::of_ms(made_ms) < day {
-                fs::remove_dir_all(path)?;
+        for recovery in self.recoveries()? {
+            if recovery.since < day {
+                fs::remove_dir_all(recovery.path)?;
             }
         }
         Ok(())
     }
 
-    /// Leaves a mark that lasts until [`Self::unmark_running`], through a loss of power too.
-    pub(super) fn mark_running(&self) -> io::Result<()> {
-        File::create(self.path.join(RUNNING))?;
-        durable::sync_folder(&self.path)
+    /// Leaves a mark that lasts until [`Self::unmark_running`], through a loss of power too. It says the day since
+    /// which pings may have been received that are in the log.
+    pub(super) fn mark_running(&self, since: Day) -> io::Result<()> {
+        let mark = format!("{since}\n");
+        durable::replace_file(&self.path.join(RUNNING), mark.as_bytes(), MODE)
     }
 
     /// Not synced: a mark that comes back costs a copy of the log, no more.
@@ -165,21 +176,41 @@ impl Folder {
         Ok(files)
     }
 
-    /// The copies of the log, oldest first, each with its time in milliseconds since 1970-01-01 UTC.
-    fn recoveries(&self) -> io::Result<Vec<(u64, PathBuf)>> {
+    /// The copies of the log, oldest first.
+    fn recoveries(&self) -> io::Result<Vec<Recovery>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.path)? {
-            let entry = entry?;
-            let name = entry.file_name();
-            let made_ms = name
-                .to_str()
-                .and_then(|name| name.strip_prefix(RECOVERY_PREFIX)?.parse().ok());
-            if let Some(made_ms) = made_ms {
-                found.push((made_ms, entry.path()));
-            }
+            let path = entry?.path();
+            found.extend(Recovery::at(path));
         }
         found.sort_unstable();
         Ok(found)
+    }
+}
+
+/// A copy of the log.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Recovery {
+    /// When it was made, in milliseconds since 1970-01-01 UTC.
+    made_ms: u64,
+    /// No ping in it was received before this day.
+    since: Day,
+    path: PathBuf,
+}
+
+impl Recovery {
+    fn at(path: PathBuf) -> Option<Self> {
+        let name = path.file_name()?.to_str()?.strip_prefix(RECOVERY_PREFIX)?;
+        let (made_ms, since) = match name.split_once(SINCE) {
+            Some((made_ms, since)) => (made_ms, Day::parse(since)?),
+            // An earlier version did not say.
+            None => (name, Day::of_ms(0)),
+        };
+        Some(Self {
+            made_ms: made_ms.parse().ok()?,
+            since,
+            path,
+        })
     }
 }
 
@@ -196,12 +227,12 @@ mod tests {
     }
 
     fn made_ms(folder: &Folder) -> Vec<u64> {
-        folder
-            .recoveries()
-            .unwrap()
-            .into_iter()
-            .map(|(made_ms, _)| made_ms)
-            .collect()
+        let recoveries = folder.recoveries().unwrap().into_iter();
+        recoveries.map(|recovery| recovery.made_ms).collect()
+    }
+
+    fn today() -> Day {
+        Day::of_ms(1_800_000_000_000)
     }
 
     #[test]
@@ -211,29 +242,47 @@ mod tests {
         folder.keep_log_of_unclean_stop(1).unwrap();
         assert!(made_ms(&folder).is_empty(), "nothing had run");
         for now_ms in [10, 20, 30] {
-            folder.mark_running().unwrap();
+            folder.mark_running(today()).unwrap();
             folder.keep_log_of_unclean_stop(now_ms).unwrap();
             folder.keep_log_of_unclean_stop(now_ms + 1).unwrap();
         }
         assert_eq!(made_ms(&folder), [20, 30]);
         fs::remove_file(folder.database().join("000004.log")).unwrap();
-        let kept = folder.path().join("recovery-30").join("000004.log");
-        assert_eq!(fs::read_to_string(kept).unwrap(), "acknowledged");
+        let kept = &folder.recoveries().unwrap()[1].path;
+        let kept = fs::read_to_string(kept.join("000004.log")).unwrap();
+        assert_eq!(kept, "acknowledged");
     }
 
     #[test]
-    fn copies_of_the_log_go_with_the_days_they_were_made_on() {
-        const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
+    fn copies_of_the_log_go_with_the_oldest_day_that_may_be_in_them_whenever_they_were_made() {
         let data_dir = tempfile::tempdir().unwrap();
         let folder = folder(data_dir.path());
-        for now_ms in [5 * DAY_MS - 1, 5 * DAY_MS] {
-            folder.mark_running().unwrap();
-            folder.keep_log_of_unclean_stop(now_ms).unwrap();
+        for (made_ms, since) in [(7, today()), (8, today().next())] {
+            folder.mark_running(since).unwrap();
+            folder.keep_log_of_unclean_stop(made_ms).unwrap();
         }
-        folder
-            .drop_recoveries_before(Day::of_ms(5 * DAY_MS))
-            .unwrap();
-        assert_eq!(made_ms(&folder), [5 * DAY_MS]);
+        folder.drop_recoveries_before(today()).unwrap();
+        assert_eq!(made_ms(&folder), [7, 8]);
+        folder.drop_recoveries_before(today().next()).unwrap();
+        assert_eq!(made_ms(&folder), [8]);
+    }
+
+    #[test]
+    fn a_copy_of_which_nothing_is_known_goes_first() {
+        let data_dir = tempfile::tempdir().unwrap();
+        let folder = folder(data_dir.path());
+        fs::create_dir(folder.path().join("recovery-1700000000000")).unwrap();
+        // As an earlier version left it, and as a loss of power might.
+        for (mark, now_ms) in [
+            (&b""[..], 1_800_000_000_000),
+            (b"\xff\0", 1_800_000_000_001),
+        ] {
+            fs::write(folder.path().join(RUNNING), mark).unwrap();
+            folder.keep_log_of_unclean_stop(now_ms).unwrap();
+            assert!(made_ms(&folder).contains(&now_ms));
+        }
+        folder.drop_recoveries_before(Day::of_ms(0).next()).unwrap();
+        assert!(made_ms(&folder).is_empty());
     }
 
     #[test]

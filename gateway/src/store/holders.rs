@@ -13,7 +13,7 @@
 use std::{io, ops::Range};
 
 use prost::Message;
-use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, FlushOptions, IteratorMode};
+use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, IteratorMode};
 use waypost_proto::id::UserId;
 
 use super::{
@@ -296,39 +296,48 @@ impl Store {
     /// When they cannot be written.
     pub fn purge_user(&self, user: UserId) -> io::Result<()> {
         let failed = |error: rocksdb::Error| io::Error::other(error.into_string());
-        let mut families: Vec<_> = super::PERMANENT.map(|name| self.family(name)).into();
-        let days = self.days().into_iter();
-        let days = days.filter_map(|day| self.db.cf_handle(&day.family_name()));
-        let first_day = families.len();
-        families.extend(days);
-        let all: Vec<_> = families.iter().collect();
-        let mut options = FlushOptions::default();
-        options.set_wait(true);
-        self.db.flush_cfs_opt(&all, &options).map_err(failed)?;
+        self.flush(true).map_err(failed)?;
 
         let mut options = CompactOptions::default();
         options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
         let (first, end) = keys::user_range(user);
-        for family in [&self.family(DEVICES)]
-            .into_iter()
-            .chain(&families[first_day..])
-        {
+        let days = self.days().into_iter();
+        let days = days.filter_map(|day| self.db.cf_handle(&day.family_name()));
+        for family in [self.family(DEVICES)].into_iter().chain(days) {
             self.db
-                .compact_range_cf_opt(family, Some(&first), Some(&end), &options);
+                .compact_range_cf_opt(&family, Some(&first), Some(&end), &options);
         }
-        for name in [
+        self.rewrite(&[
             USERS,
             GRANTS,
             TRANSITIONS,
             notices::DEADLINES,
             notices::EVENTS,
-        ] {
+        ]);
+        self.folder
+            .drop_recoveries_before(keys::Day::of_ms(u64::MAX))
+    }
+
+    /// Makes events that were forgotten go from the files as well, and from the log.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn purge_events(&self) -> io::Result<()> {
+        self.flush(true)
+            .map_err(|error| io::Error::other(error.into_string()))?;
+        self.rewrite(&[TRANSITIONS, notices::EVENTS]);
+        Ok(())
+    }
+
+    /// Writes all tables of these families anew.
+    fn rewrite(&self, families: &[&str]) {
+        let mut options = CompactOptions::default();
+        options.set_bottommost_level_compaction(BottommostLevelCompaction::Force);
+        for name in families {
             let everything = None::<&[u8]>;
             self.db
                 .compact_range_cf_opt(&self.family(name), everything, everything, &options);
         }
-        self.folder
-            .drop_recoveries_before(keys::Day::of_ms(u64::MAX))
     }
 
     /// Has what [`Self::purge_user`] does end soon, undone. Nothing is compacted any more until the store is opened
@@ -454,7 +463,11 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{bulletin::News, store::StoreConfig};
+    use crate::{
+        bulletin::News,
+        deadlines::{Change, Checker, Event, Kind},
+        store::StoreConfig,
+    };
 
     const NOON_MS: u64 = 1_767_268_800_000;
 
@@ -539,5 +552,57 @@ mod tests {
         assert_eq!((kept.withheld.len(), kept.forgotten), (1, 47));
         let left = store.transitions(0..u64::MAX, usize::MAX).unwrap();
         assert_eq!((left[0].position, left.len()), (50, 17));
+    }
+
+    #[test]
+    fn what_was_forgotten_is_in_no_file() {
+        fn is_in(folder: &Path, user: UserId) -> bool {
+            std::fs::read_dir(folder).unwrap().any(|entry| {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    return is_in(&path, user);
+                }
+                // One that went meanwhile holds nothing.
+                let bytes = std::fs::read(path).unwrap_or_default();
+                bytes.windows(user.0.len()).any(|window| window == user.0)
+            })
+        }
+        let (alice, bob) = (UserId(*b"alice's own name"), UserId(*b"bob's, another's"));
+        let checker = Checker([7; 16]);
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(folder.path());
+        for (user, position) in [(alice, 3), (bob, 4)] {
+            let late = Event {
+                checker,
+                user,
+                kind: Kind::Late,
+                position,
+                at_ms: NOON_MS,
+                last_contact_ms: NOON_MS,
+                due_ms: NOON_MS,
+            };
+            let mut batch = store.batch();
+            batch.put_news(&News {
+                deadlines: vec![Change::Event(late)],
+                ..News::default()
+            });
+            store.commit(batch).unwrap();
+        }
+        let mut batch = store.batch();
+        batch.forget_events(checker, 3);
+        store.commit(batch).unwrap();
+        assert_eq!(store.events_of(checker, 0..u64::MAX, 9).unwrap().len(), 1);
+        assert!(is_in(folder.path(), alice), "the control");
+        store.purge_events().unwrap();
+        // Files that are no longer needed go in the background.
+        let is_gone = (0..2_000).any(|_| {
+            let is_gone = !is_in(folder.path(), alice);
+            if !is_gone {
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            is_gone
+        });
+        assert!(is_gone);
+        assert!(is_in(folder.path(), bob));
     }
 }

@@ -55,6 +55,18 @@ impl Day {
         Self(self.0.saturating_add(1))
     }
 
+    /// The day before; of the first there is, itself.
+    #[must_use]
+    pub fn previous(self) -> Self {
+        Self(self.0.saturating_sub(1))
+    }
+
+    /// When it begins, in milliseconds since 1970-01-01 UTC.
+    #[must_use]
+    pub fn start_ms(self) -> u64 {
+        u64::from(self.0) * DAY_MS
+    }
+
     /// Reads the form that `Display` writes, and only that.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {

@@ -10,17 +10,18 @@ use rocksdb::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::keys::Day;
+use super::{keys::Day, retention::Retention};
 use crate::seal::master::SealingConfig;
 
 /// The store's part of the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
-    /// How long pings are kept after the end of the day on which they were received. A day's pings are
-    /// dropped together, so a ping lives up to a day longer than this. 30 days: long enough for an
-    /// inquiry after an incident, short enough to be called a default that protects.
-    #[serde(with = "humantime_serde")]
+    /// How old a ping may become, counted from its receipt, and an event that checkers are told: none becomes older.
+    /// A day's pings are dropped together, so the last of a day are kept for almost a day less. While the gateway does
+    /// not run nothing is dropped, and at the next start it is before anybody is served. At least 2 days. 30 days: long
+    /// enough for an inquiry after an incident, short enough to be called a default that protects.
+    #[serde(with = "super::retention")]
     pub retention: Duration,
     /// Memory for blocks that are read, in MiB. 256: the gateway itself reads only at start, so this
     /// serves compaction's metadata and the reading commands.
@@ -70,8 +71,7 @@ impl StoreConfig {
     /// The oldest day whose pings are still kept.
     #[must_use]
     pub fn first_kept_day(&self, now_ms: u64) -> Day {
-        let retention_ms = u64::try_from(self.retention.as_millis()).unwrap_or(u64::MAX);
-        Day::of_ms(now_ms.saturating_sub(retention_ms))
+        Retention::of(self.retention).first_kept_day(now_ms)
     }
 }
 
@@ -285,25 +285,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_day_is_kept_until_retention_after_its_end() {
-        const HOUR_MS: u64 = 60 * 60 * 1_000;
-        let config = StoreConfig {
-            retention: Duration::from_secs(36 * 60 * 60),
-            ..StoreConfig::default()
-        };
-        let day = Day::of_ms(100 * 24 * HOUR_MS);
-        let end_ms = 101 * 24 * HOUR_MS;
-        assert_eq!(config.first_kept_day(end_ms + 36 * HOUR_MS - 1), day);
-        assert_eq!(config.first_kept_day(end_ms + 36 * HOUR_MS), day.next());
+    fn configuration_is_read_and_misspellings_are_refused() {
+        let config: StoreConfig = toml::from_str("retention = \"60h\"\nwal_mib = 64").unwrap();
+        assert_eq!(config.retention, Duration::from_secs(60 * 60 * 60));
+        assert_eq!(config.wal_mib.get(), 64);
+        assert_eq!(config.cache_mib, StoreConfig::default().cache_mib);
+        assert!(toml::from_str::<StoreConfig>("retenton = \"60h\"").is_err());
+        assert!(toml::from_str::<StoreConfig>("cache_mib = 0").is_err());
     }
 
     #[test]
-    fn configuration_is_read_and_misspellings_are_refused() {
-        let config: StoreConfig = toml::from_str("retention = \"36h\"\nwal_mib = 64").unwrap();
-        assert_eq!(config.retention, Duration::from_secs(36 * 60 * 60));
-        assert_eq!(config.wal_mib.get(), 64);
-        assert_eq!(config.cache_mib, StoreConfig::default().cache_mib);
-        assert!(toml::from_str::<StoreConfig>("retenton = \"36h\"").is_err());
-        assert!(toml::from_str::<StoreConfig>("cache_mib = 0").is_err());
+    fn a_retention_that_whole_days_cannot_keep_is_refused_with_the_reason() {
+        for (text, is_good) in [("0s", false), ("47h 59m 59s", false), ("2days", true)] {
+            let read = toml::from_str::<StoreConfig>(&format!("retention = \"{text}\""));
+            assert_eq!(read.is_ok(), is_good, "{text}");
+            if let Err(error) = read {
+                let told = error.to_string();
+                assert!(told.contains("set it to 2days or more"), "{told}");
+            }
+        }
     }
 }

@@ -12,12 +12,19 @@ use waypost_proto::{
 
 use super::*;
 
+mod days;
+
 const DAY_MS: u64 = 24 * 60 * 60 * 1_000;
 /// 2026-08-20, at noon.
 const NOW_MS: u64 = 20_685 * DAY_MS + DAY_MS / 2;
 
 fn open(folder: &TempDir) -> Store {
     Store::open(folder.path(), &StoreConfig::default(), NOW_MS).unwrap()
+}
+
+/// The copy of a log that a store left which was opened now.
+fn recovery(made_ms: u64) -> String {
+    format!("recovery-{made_ms}-since-{}", Day::of_ms(NOW_MS))
 }
 
 fn device(user: u8, device: u32) -> DeviceId {
@@ -179,11 +186,7 @@ fn a_killed_store_has_everything_and_keeps_its_log() {
     let store = open(&left);
     assert_eq!(rows(&store).len(), 1);
     assert_eq!(store.load_devices().unwrap().1.position, 1);
-    let kept = left
-        .path()
-        .join("store")
-        .join(format!("recovery-{NOW_MS}"))
-        .join(name);
+    let kept = left.path().join("store").join(recovery(NOW_MS)).join(name);
     assert_eq!(fs::read(kept).unwrap(), log);
 }
 
@@ -288,14 +291,14 @@ fn days_are_opened_once_and_dropped_with_their_pings() {
     drop(store);
 
     let config = StoreConfig {
-        retention: Duration::from_secs(24 * 60 * 60),
+        retention: Duration::from_secs(2 * 24 * 60 * 60),
         ..StoreConfig::default()
     };
     let at = |days: u64| Store::open(folder.path(), &config, NOW_MS + days * DAY_MS).unwrap();
     assert_eq!(
         rows(&at(2)).len(),
         1,
-        "tomorrow's pings are within retention the day after"
+        "of tomorrow's pings, none is older than a day and a half"
     );
     let store = at(3);
     assert_eq!(
@@ -401,10 +404,7 @@ fn a_store_that_lost_acknowledged_commits_refuses_to_open() {
         assert_eq!(watermark, 100);
         assert!((1..100).contains(&recovered), "recovered {recovered}");
     }
-    let kept = left
-        .path()
-        .join("store")
-        .join(format!("recovery-{}", NOW_MS + 1));
+    let kept = left.path().join("store").join(recovery(NOW_MS + 1));
     assert!(kept.exists(), "the evidence survives every further attempt");
 
     fs::remove_file(left.path().join("store/watermark")).unwrap();

@@ -129,6 +129,9 @@ impl UserView<'_> {
                 .map(|family| self.scan(&family))
                 .into_iter()
                 .flatten();
+            // However slowly it is read, nothing of a day is that should be gone.
+            let is_there = move || self.store.days.lock().contains(&day);
+            let rows = rows.take_while(move |_| is_there());
             rows.map(move |row| {
                 let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
                 self.store.ping_row(day, &name, &key, &value)

@@ -1,6 +1,6 @@
-//! Whom a certificate speaks for, and which one it is.
+//! Whom a certificate speaks for, until when, and which one it is.
 //!
-//! Knows where in a certificate the identity lies, and what tells it from all others. Must not know whether the certificate holds, nor what an
+//! Knows where in a certificate the identity and the dates lie, and what tells it from all others. Must not know whether the certificate holds, nor what an
 //! identity may do.
 
 use std::sync::Arc;
@@ -72,6 +72,16 @@ pub fn operator_of(chain: &[CertificateDer<'_>], trust_domain: &str) -> Result<S
     }
 }
 
+/// When the time of a peer's own certificate is over, in milliseconds since 1970-01-01 UTC: it holds up to and with its
+/// last second, as TLS has it. The time of one that cannot be read is over.
+#[must_use]
+pub fn expires_ms(chain: &[CertificateDer<'_>]) -> u64 {
+    let own = chain.first().map(|own| parse_x509_certificate(own));
+    let Some(Ok((_, own))) = own else { return 0 };
+    let last_s = own.validity().not_after.timestamp();
+    u64::try_from(last_s).map_or(0, |last_s| last_s.saturating_add(1).saturating_mul(1_000))
+}
+
 /// Names the certificates of a chain, as the authorities' lists name them: by their issuer and serial number. One that
 /// cannot be read has no name, and is on no list.
 #[must_use]
@@ -102,7 +112,10 @@ mod tests {
     use waypost_proto::ALPN;
 
     use super::*;
-    use crate::tls::fixture::{Fixture, TRUST_DOMAIN, device, shown};
+    use crate::{
+        pki::{Purpose, Validity},
+        tls::fixture::{Fixture, TRUST_DOMAIN, device, shown},
+    };
 
     #[tokio::test]
     async fn a_device_is_known_by_its_certificate() {
@@ -112,6 +125,22 @@ mod tests {
             fixture.handshake(Some(shown(&credentials)), ALPN).await,
             Ok(device())
         );
+    }
+
+    #[test]
+    fn a_certificate_holds_up_to_and_with_its_last_second() {
+        let fixture = Fixture::new();
+        let last_s = 1_900_000_000;
+        let validity = Validity {
+            not_before_s: 1_700_000_000,
+            not_after_s: last_s,
+        };
+        let uri = Identity::Device(device()).to_uri(TRUST_DOMAIN);
+        let own = fixture.issue(&[&uri], Purpose::Client, validity).0;
+        assert_eq!(expires_ms(&[own]), (last_s + 1) * 1_000);
+        for unreadable in [&[][..], &[vec![0x30].into()]] {
+            assert_eq!(expires_ms(unreadable), 0);
+        }
     }
 
     #[test]

@@ -67,6 +67,7 @@ impl Refusal {
     pub fn close_code(self) -> CloseCode {
         match self {
             Self::Revoked => CloseCode::Revoked,
+            Self::Expired => CloseCode::Expired,
             _ => CloseCode::BadIdentity,
         }
     }

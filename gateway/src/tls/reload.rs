@@ -6,7 +6,12 @@
 //! Sessions outlive a change: a device resumes the one that it has, and `RestoredCheck` of the new files is what it has
 //! to pass.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustc_hash::FxHashSet;
 use rustls::time_provider::{DefaultTimeProvider, TimeProvider};
@@ -21,6 +26,8 @@ use crate::{metrics::Metrics, revocation::CertificateId};
 #[derive(Debug)]
 pub struct TlsFiles {
     config: TlsConfig,
+    /// Others that are used with them, and which somebody else reads.
+    beside: Vec<PathBuf>,
     sessions: Option<Arc<Sessions>>,
     time: Arc<dyn TimeProvider>,
     /// As they were at the last look.
@@ -41,7 +48,7 @@ pub struct Loaded {
 }
 
 /// What tells one version of each file from the next. None of a file that is not there.
-type Stamps = [Option<Stamp>; 4];
+type Stamps = Vec<Option<Stamp>>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
@@ -60,16 +67,30 @@ impl TlsFiles {
         let time: Arc<dyn TimeProvider> = Arc::new(DefaultTimeProvider);
         let sessions = (0 < config.sessions)
             .then(|| Sessions::new(config.sessions, Arc::clone(&time), metrics.clone()));
-        let stamps = stamps(config);
+        let stamps = stamps(config, &[]);
         let files = Self {
             config: config.clone(),
+            beside: Vec::new(),
             sessions: sessions.map(Arc::new),
             time,
-            seen: stamps,
+            seen: stamps.clone(),
             read: stamps,
         };
         let loaded = files.read()?;
         Ok((files, loaded))
+    }
+
+    /// The same files and others, which are about to be read for the first time: when one of those changes, it is news as
+    /// well.
+    #[must_use]
+    pub fn and(mut self, others: impl IntoIterator<Item = PathBuf>) -> Self {
+        self.beside.extend(others);
+        let others = stamps_of(self.beside.iter().map(PathBuf::as_path));
+        for stamps in [&mut self.seen, &mut self.read] {
+            stamps.truncate(OWN_FILES);
+            stamps.extend(&others);
+        }
+        self
     }
 
     /// What the files hold now, if that is news. They are read when they were the same at two looks in a row, since a
@@ -78,8 +99,8 @@ impl TlsFiles {
     /// # Errors
     /// When one cannot be used, once for each change. What was loaded before is as good as ever.
     pub fn reload(&mut self) -> Result<Option<Loaded>, TlsError> {
-        let stamps = stamps(&self.config);
-        let is_settled = stamps == std::mem::replace(&mut self.seen, stamps);
+        let stamps = stamps(&self.config, &self.beside);
+        let is_settled = stamps == std::mem::replace(&mut self.seen, stamps.clone());
         if !is_settled || stamps == self.read {
             return Ok(None);
         }
@@ -111,25 +132,37 @@ impl TlsFiles {
     }
 }
 
-fn stamps(config: &TlsConfig) -> Stamps {
-    let stamp = |path: &Path| {
-        // Of the file itself, where the name is a link to it: some replace only the link. And when anything of it
-        // changed, since the time of its content can be set.
-        let file = fs::metadata(path).ok()?;
-        Some(Stamp {
-            inode: file.ino(),
-            size_bytes: file.len(),
-            changed_s: file.ctime(),
-            changed_ns: file.ctime_nsec(),
-        })
-    };
-    [
-        stamp(&config.certificate),
-        stamp(&config.private_key),
-        stamp(&config.client_ca),
-        config.client_crl.as_deref().and_then(stamp),
-    ]
+fn stamps(config: &TlsConfig, beside: &[PathBuf]) -> Stamps {
+    let own = [
+        Some(&config.certificate),
+        Some(&config.private_key),
+        Some(&config.client_ca),
+        config.client_crl.as_ref(),
+    ];
+    let own: [Option<&Path>; OWN_FILES] = own.map(|path| path.map(PathBuf::as_path));
+    let mut stamps: Stamps = own.map(|path| path.and_then(stamp)).into();
+    stamps.extend(stamps_of(beside.iter().map(PathBuf::as_path)));
+    stamps
 }
+
+fn stamps_of<'a>(paths: impl Iterator<Item = &'a Path>) -> Stamps {
+    paths.map(stamp).collect()
+}
+
+fn stamp(path: &Path) -> Option<Stamp> {
+    // Of the file itself, where the name is a link to it: some replace only the link. And when anything of it
+    // changed, since the time of its content can be set.
+    let file = fs::metadata(path).ok()?;
+    Some(Stamp {
+        inode: file.ino(),
+        size_bytes: file.len(),
+        changed_s: file.ctime(),
+        changed_ns: file.ctime_nsec(),
+    })
+}
+
+/// How many files the settings of TLS name, at most.
+const OWN_FILES: usize = 4;
 
 #[cfg(test)]
 mod tests {
@@ -176,6 +209,19 @@ mod tests {
         fs::write(&path, good).unwrap();
         assert!(files.reload().unwrap().is_none());
         assert!(files.reload().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_file_beside_them_that_changes_is_news_as_well() {
+        let fixture = Fixture::new();
+        let other = fixture.dir.path().join("other");
+        let (files, _) = TlsFiles::load(&fixture.config, &Metrics::new()).unwrap();
+        let mut files = files.and([other.clone()]);
+        assert!(files.reload().unwrap().is_none());
+        fs::write(other, "").unwrap();
+        assert!(files.reload().unwrap().is_none(), "perhaps not all of it");
+        assert!(files.reload().unwrap().is_some());
+        assert!(files.reload().unwrap().is_none(), "once");
     }
 
     #[test]

@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(device_of(&chain, TRUST_DOMAIN), Ok(device()));
         time.advance(2 * 3_600);
         assert_eq!(second.check.check(&chain), Err(Refusal::Expired));
-        assert_eq!(Refusal::Expired.close_code(), CloseCode::BadIdentity);
+        assert_eq!(Refusal::Expired.close_code(), CloseCode::Expired);
     }
 
     #[tokio::test]
