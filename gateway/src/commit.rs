@@ -48,13 +48,13 @@ use crate::{
     deadlines::{Contact, Said, Standing, TooMany},
     disk::Pulse,
     enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
-    erase::{EraseHandle, Erasure, Place},
+    erase::{EraseHandle, Erasure, NoPlace, Place},
     freshness::Freshness,
     gather::GatherRequests,
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{self, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
+    orders::{self, Erasing, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition},
@@ -332,6 +332,7 @@ impl Committer {
         match order {
             Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
             Order::Revoke(order, reply) => self.revoke(order, reply),
+            Order::Erase(user, reply) => self.erase(user, reply),
             Order::Invite(wanted, reply) => {
                 if let Some(answer) = self.invite(&wanted)? {
                     reply.answer(answer);
@@ -479,6 +480,46 @@ impl Committer {
         Ok(())
     }
 
+    /// As when a device wants it: durable, then visible, then answered, and what is held goes in its own time. It is on
+    /// record already.
+    fn erase(
+        &mut self,
+        user: UserId,
+        reply: orders::Reply<Erasing, NoPlace>,
+    ) -> Result<(), CommitError> {
+        let Some(place) = self.erase.place() else {
+            reply.answer(Err(NoPlace));
+            return Ok(());
+        };
+        let said = self.said_next();
+        let begun = self.begin_erasure(user, said);
+        let is_new = begun.is_some();
+        if is_new {
+            let news = News {
+                deadlines: self.vigil.forget_user(user),
+                transitions: vec![Transition::erased(user, said.at_ms, said.position)],
+                ..News::default()
+            };
+            self.say(&news)?;
+            let paused = &self.metrics.freshness.paused;
+            paused.set(self.holders.paused() as f64);
+            let known = &self.metrics.commits.known_devices;
+            known.set(self.devices.len() as f64);
+        }
+        let finished = place.erase_and_tell(user, begun);
+        reply.answer(Ok(Erasing { is_new, finished }));
+        Ok(())
+    }
+
+    /// Takes nothing more of a user. None if it was so already.
+    fn begin_erasure(&mut self, user: UserId, said: Said) -> Option<Erasure> {
+        self.holders.grant(user, Wish::Erase)?;
+        // Rare enough to look at all of them.
+        self.devices.retain(|device, _| device.user != user);
+        self.last_stored.retain(|device, _| device.user != user);
+        Some(Erasure::begun(said.position, said.at_ms))
+    }
+
     fn said_next(&self) -> Said {
         Said {
             position: self.position + 1,
@@ -495,7 +536,8 @@ impl Committer {
         batch.put_news(news);
         let position = self.write(batch)?;
         self.vigil.publish(news);
-        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.freshness
+            .publish(position, self.resolved_ms, &[], &news.transitions);
         Ok(())
     }
 
@@ -659,14 +701,11 @@ impl Committer {
             position: moment.position,
             at_ms: moment.commit_ms,
         };
-        let begun = self.holders.grant(user, Wish::Erase).map(|to| {
-            judged.turn(user, to, said);
+        let begun = self.begin_erasure(user, said);
+        if begun.is_some() {
+            judged.turn(user, Sharing::Erased, said);
             judged.fenced.push(device);
-            // Rare enough to look at all of them.
-            self.devices.retain(|device, _| device.user != user);
-            self.last_stored.retain(|device, _| device.user != user);
-            Erasure::begun(said.position, said.at_ms)
-        });
+        }
         judged.erasures.push(Wanted {
             place,
             user,

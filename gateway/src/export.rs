@@ -7,6 +7,8 @@
 //! each ping, and at last `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON
 //! holds the pings as points, and the rest beside them under `waypost`.
 
+pub mod command;
+pub mod source;
 pub mod stream;
 
 use std::{
@@ -14,7 +16,8 @@ use std::{
     io::{self, Write},
 };
 
-use serde::{Serialize, Serializer};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize, Serializer};
 use waypost_proto::{
     device::DeviceRecord,
     id::{DeviceId, UserId},
@@ -28,7 +31,8 @@ use crate::{
 };
 
 /// How it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// One object a line; everything, with nothing rounded
     Jsonl,

@@ -299,6 +299,7 @@ impl Gateway {
             metrics: metrics.clone(),
             retention: config.store.retention,
         });
+        let door_clock = clock.clone();
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
@@ -322,6 +323,10 @@ impl Gateway {
         let door = DoorParts {
             orders: orders.clone(),
             connected: Arc::clone(&sessions.connected),
+            exports: exports.clone(),
+            store: Arc::clone(&store),
+            audit: audit.clone(),
+            clock: door_clock,
         };
         let door = Door::bind(&config.data_dir, door)?;
         let reload = Reload {

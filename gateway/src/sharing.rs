@@ -59,6 +59,20 @@ pub struct Transition {
     pub number: u32,
 }
 
+impl Transition {
+    /// That a holder has everything erased, in a commit that says nothing else.
+    #[must_use]
+    pub fn erased(user: UserId, at_ms: u64, position: u64) -> Self {
+        Self {
+            user,
+            to: Sharing::Erased,
+            at_ms,
+            position,
+            number: 0,
+        }
+    }
+}
+
 /// Who does not share.
 #[derive(Debug, Default)]
 pub struct Holders {
