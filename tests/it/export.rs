@@ -131,7 +131,7 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     assert_eq!(lines.last(), Some(&end));
 
     // It is on record, and the lane goes on.
-    let log = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    let log = fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
     let recorded = format!(r#""who":{{"holder":"{}"}},"what":"exported""#, device.id);
     assert!(log.contains(&recorded), "{log}");
     let map = control::Export {

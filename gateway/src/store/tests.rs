@@ -978,7 +978,7 @@ fn what_is_held_of_a_user_is_known_from_the_first_row_to_the_fence() {
     let user = UserId([1; 16]);
     assert_eq!(store.held_of(user).unwrap(), Held::Nothing);
     let day = Day::of_ms(NOW_MS);
-    commit(&store, 1, day, device(1, 1), &pings(1, 1));
+    commit(&store, 1, day, device(1, 1), &pings(1, 1)).unwrap();
     assert_eq!(store.held_of(user).unwrap(), Held::Something);
     assert_eq!(store.held_of(UserId([2; 16])).unwrap(), Held::Nothing);
     let mut batch = store.batch();
