@@ -4,7 +4,8 @@
 //! do what.
 //!
 //! A thread of its own writes, so that a disk that hangs keeps no checker waiting. What has to be on record before it
-//! is done waits for [`Audit::record`]; what must go on in any case is only told.
+//! is done waits for [`Audit::record`]; what must go on in any case is only told. Where no gateway runs, a command
+//! writes to the file itself, with [`record_alone`].
 //!
 //! # Bounds
 //!
@@ -235,38 +236,58 @@ impl Audit {
     }
 }
 
-/// The file, and the end of its chain.
-#[derive(Debug)]
-struct Writer {
-    file: File,
-    chain: Chain,
-    metrics: Metrics,
+/// What a log was that did not hold together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SetAside {
+    /// The number of the line that does not follow, from 1.
+    pub line: u64,
+    /// What is wrong with it.
+    pub broken: Broken,
+    /// The name under which it is kept.
+    pub kept: PathBuf,
 }
 
-impl Writer {
-    fn open(path: &Path, now_ms: u64, metrics: &Metrics) -> io::Result<Self> {
-        let (mut chain, mut kept_bytes) = (Chain::default(), 0);
+/// Puts a deed on record where no gateway runs, and returns when it is on disk. The caller keeps gateways away from the
+/// data folder meanwhile, for two writers would each follow from a line that is not the last. A log that does not hold
+/// together is kept under another name, as a gateway would do at its start, and another is begun.
+///
+/// # Errors
+/// When the deed is not on record for sure.
+pub fn record_alone(data_dir: &Path, deed: &Deed) -> io::Result<Option<SetAside>> {
+    let opened = LogFile::open(&data_dir.join(FILE_NAME), deed.at_ms)?;
+    let mut log = opened.log;
+    log.append(deed)?;
+    Ok(opened.set_aside)
+}
+
+/// The file, and the end of its chain.
+#[derive(Debug)]
+struct LogFile {
+    file: File,
+    chain: Chain,
+}
+
+/// A file that can be appended to, and what was found in its place.
+struct Opened {
+    log: LogFile,
+    set_aside: Option<SetAside>,
+    /// Whether there was a line that was not finished.
+    is_torn: bool,
+}
+
+impl LogFile {
+    fn open(path: &Path, now_ms: u64) -> io::Result<Opened> {
+        let (mut chain, mut kept_bytes, mut set_aside) = (Chain::default(), 0, None);
         match read(path, |_| ()) {
             Ok(Read::Whole {
                 chain: whole,
                 bytes,
                 ..
-            }) => {
-                info!(
-                    entries = whole.entries(),
-                    head = whole.head(),
-                    "the audit log is whole"
-                );
-                (chain, kept_bytes) = (whole, bytes);
-            }
+            }) => (chain, kept_bytes) = (whole, bytes),
             Ok(Read::Broken { line, broken }) => {
                 let kept = broken_name(path, now_ms);
                 fs::rename(path, &kept)?;
-                metrics.audit.broken.increment(1);
-                error!(
-                    line, %broken, kept = %kept.display(),
-                    "somebody has changed the audit log; it is kept under another name, and a new one is begun"
-                );
+                set_aside = Some(SetAside { line, broken, kept });
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
@@ -276,15 +297,59 @@ impl Writer {
             .append(true)
             .mode(0o600)
             .open(path)?;
-        if kept_bytes < file.metadata()?.len() {
-            warn!("the last line of the audit log was not finished; nobody was told that it was");
+        let is_torn = kept_bytes < file.metadata()?.len();
+        if is_torn {
             file.set_len(kept_bytes)?;
         }
         file.sync_all()?;
         durable::sync_folder(path.parent().unwrap_or_else(|| Path::new(".")))?;
+        Ok(Opened {
+            log: Self { file, chain },
+            set_aside,
+            is_torn,
+        })
+    }
+
+    fn append(&mut self, deed: &Deed) -> io::Result<()> {
+        let line = self.chain.append(deed);
+        self.file.write_all(line.as_bytes())?;
+        self.file.sync_data()
+    }
+}
+
+/// The gateway's hand on the file.
+#[derive(Debug)]
+struct Writer {
+    log: LogFile,
+    metrics: Metrics,
+}
+
+impl Writer {
+    fn open(path: &Path, now_ms: u64, metrics: &Metrics) -> io::Result<Self> {
+        let Opened {
+            log,
+            set_aside,
+            is_torn,
+        } = LogFile::open(path, now_ms)?;
+        match set_aside {
+            None => info!(
+                entries = log.chain.entries(),
+                head = log.chain.head(),
+                "the audit log is whole"
+            ),
+            Some(SetAside { line, broken, kept }) => {
+                metrics.audit.broken.increment(1);
+                error!(
+                    line, %broken, kept = %kept.display(),
+                    "somebody has changed the audit log; it is kept under another name, and a new one is begun"
+                );
+            }
+        }
+        if is_torn {
+            warn!("the last line of the audit log was not finished; nobody was told that it was");
+        }
         let mut writer = Self {
-            file,
-            chain,
+            log,
             metrics: metrics.clone(),
         };
         writer.write(&Deed {
@@ -311,14 +376,12 @@ impl Writer {
     }
 
     fn write(&mut self, deed: &Deed) -> io::Result<()> {
-        let line = self.chain.append(deed);
-        self.file.write_all(line.as_bytes())?;
-        self.file.sync_data()?;
+        self.log.append(deed)?;
         self.metrics.audit.entries.increment(1);
         // Beside the file there is then a second witness of it, wherever the log goes.
         info!(
-            entry = self.chain.entries(),
-            head = self.chain.head(),
+            entry = self.log.chain.entries(),
+            head = self.log.chain.head(),
             deed = %deed.to_json(),
             "audit"
         );
@@ -475,6 +538,27 @@ mod tests {
         fs::write(&path, &long).unwrap();
         record(folder.path(), &[]).await;
         assert_eq!(fs::read(broken_name(&path, NOON_MS)).unwrap(), long);
+    }
+
+    #[tokio::test]
+    async fn what_a_command_records_alone_is_in_the_same_chain_whatever_was_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        assert_eq!(record_alone(folder.path(), &watched("a")).unwrap(), None);
+        record(folder.path(), &["b"]).await;
+        let mut torn = fs::read_to_string(&path).unwrap();
+        torn.push_str("0123");
+        fs::write(&path, &torn).unwrap();
+        assert_eq!(record_alone(folder.path(), &watched("c")).unwrap(), None);
+        record(folder.path(), &[]).await;
+        assert_eq!(whole(folder.path()).entries(), 5, "and two starts");
+
+        let forged = fs::read_to_string(&path).unwrap().replace("\"c\"", "\"d\"");
+        fs::write(&path, &forged).unwrap();
+        let set_aside = record_alone(folder.path(), &watched("e")).unwrap().unwrap();
+        assert_eq!((set_aside.line, set_aside.broken), (4, Broken::Hash));
+        assert_eq!(fs::read_to_string(set_aside.kept).unwrap(), forged);
+        assert_eq!(whole(folder.path()).entries(), 1);
     }
 
     #[tokio::test]

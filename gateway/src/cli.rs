@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     config::{self, Config},
     enrol::EnrolmentConfig,
+    erase::command::{self as erase, EraseArgs},
     gateway::{Addresses, Gateway},
     invite::{self, InviteArgs},
     logging,
@@ -231,6 +232,20 @@ pub fn invite(args: InviteArgs) -> Result<(), Failure> {
         .build()
         .context("cannot start the runtime")?;
     Ok(runtime.block_on(invite::run(args))?)
+}
+
+/// Runs `waypost erase`.
+///
+/// # Errors
+/// When it was not confirmed, or something is left.
+pub fn erase(args: &EraseArgs) -> Result<(), Failure> {
+    erase::run(args, &mut std::io::stdout().lock()).map_err(|error| {
+        if error.is_not_confirmed() {
+            Failure::configuration(error)
+        } else {
+            Failure::from(error)
+        }
+    })
 }
 
 /// Runs `waypost watch`.

@@ -48,14 +48,16 @@ use crate::{
     deadlines::{Checker, Contact, NotSet, Said, Standing},
     disk::Pulse,
     enrol::invitations::{Change, Invitation, Invitations, NotInvited, NotValid},
-    erase::{EraseHandle, Erasure, Place},
+    erase::{EraseHandle, Erasure, NoPlace, Place},
     freshness::Freshness,
     gather::GatherRequests,
     grants::{CheckerSet, Checkers, Decisions},
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{self, Invite, Order, Orders, Redeem, Redeemed, Revoke, Revoked, SetDeadlines},
+    orders::{
+        self, Erasing, Invite, Order, Orders, Redeem, Redeemed, Revoke, Revoked, SetDeadlines,
+    },
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition, Turn},
@@ -342,6 +344,7 @@ impl Committer {
         match order {
             Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
             Order::Revoke(order, reply) => self.revoke(order, reply),
+            Order::Erase(user, reply) => self.erase(user, reply),
             Order::Invite(wanted, reply) => {
                 if let Some(answer) = self.invite(&wanted)? {
                     reply.answer(answer);
@@ -540,6 +543,50 @@ impl Committer {
         Ok(())
     }
 
+    /// As when a device wants it: durable, then visible, then answered, and what is held goes in its own time. It is on
+    /// record already.
+    fn erase(
+        &mut self,
+        user: UserId,
+        reply: orders::Reply<Erasing, NoPlace>,
+    ) -> Result<(), CommitError> {
+        let Some(place) = self.erase.place() else {
+            reply.answer(Err(NoPlace));
+            return Ok(());
+        };
+        let said = self.said_next();
+        let told = self.freshness.visibility(&user).granted;
+        let is_new = self.take_no_more_of(user);
+        let fence = Transition::erased(user, told, said);
+        if is_new {
+            let news = News {
+                deadlines: self.vigil.forget_user(user),
+                transitions: vec![fence],
+                ..News::default()
+            };
+            self.say(&news)?;
+            let paused = &self.metrics.freshness.paused;
+            paused.set(self.holders.paused() as f64);
+            let known = &self.metrics.commits.known_devices;
+            known.set(self.devices.len() as f64);
+        }
+        let begun = is_new.then(|| Erasure::begun_by(&fence));
+        let finished = place.erase_and_tell(user, begun);
+        reply.answer(Ok(Erasing { is_new, finished }));
+        Ok(())
+    }
+
+    /// Takes nothing more of a user. False if it was so already.
+    fn take_no_more_of(&mut self, user: UserId) -> bool {
+        let is_new = self.holders.grant(user, Wish::Erase).is_some();
+        if is_new {
+            // Rare enough to look at all of them.
+            self.devices.retain(|device, _| device.user != user);
+            self.last_stored.retain(|device, _| device.user != user);
+        }
+        is_new
+    }
+
     /// Has it recorded what a holder has done.
     fn record(&self, device: DeviceId, what: What, at_ms: u64) {
         self.audit.tell(Deed {
@@ -578,7 +625,8 @@ impl Committer {
         batch.put_news(news);
         let position = self.write(batch)?;
         self.vigil.publish(news);
-        self.freshness.publish(position, self.resolved_ms, &[], &[]);
+        self.freshness
+            .publish(position, self.resolved_ms, &[], &news.transitions);
         Ok(())
     }
 
@@ -742,12 +790,9 @@ impl Committer {
         };
         let user = device.user;
         let told = self.visible_to(user, judged);
-        let begun = self.holders.grant(user, Wish::Erase).map(|to| {
-            let fence = judged.turn(user, Turn::Sharing(to), told);
+        let begun = self.take_no_more_of(user).then(|| {
+            let fence = judged.turn(user, Turn::Sharing(Sharing::Erased), told);
             judged.fenced.push(device);
-            // Rare enough to look at all of them.
-            self.devices.retain(|device, _| device.user != user);
-            self.last_stored.retain(|device, _| device.user != user);
             Erasure::begun_by(&fence)
         });
         judged.erasures.push(Wanted {

@@ -1,10 +1,11 @@
-//! Who is connected, by device and by certificate, so that a connection can be ended when somebody is revoked.
+//! Who is connected, by device and by certificate, so that a connection can be ended when somebody is revoked or erased.
 //!
 //! Knows open connections and whose they are. Must not know who is revoked: whoever enters a connection asks that
-//! right afterwards, and whoever revokes ends connections right afterwards, so that none falls between the two. Holds
-//! one entry per connection with a proven device, so it is bounded by the connections.
+//! right afterwards, and whoever revokes ends connections right afterwards, so that none falls between the two. Nor who
+//! is erased: who says Hello is told by the committer. Holds one entry per connection with a proven device, so it is
+//! bounded by the connections.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use parking_lot::Mutex;
 use quinn::Connection;
@@ -29,7 +30,36 @@ type Place = (DeviceId, usize);
 struct Open {
     connection: Connection,
     certificates: Arc<[CertificateId]>,
-    is_ended: bool,
+    ended: Option<Ending>,
+}
+
+/// Why connections are ended that have done nothing wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The operator has revoked the device or the user, or an authority a certificate.
+    Revoked,
+    /// Everything that is held on the user is erased.
+    Erased,
+}
+
+impl Ending {
+    /// What it is closed with.
+    #[must_use]
+    pub fn close_code(self) -> CloseCode {
+        match self {
+            Self::Revoked => CloseCode::Revoked,
+            Self::Erased => CloseCode::Erased,
+        }
+    }
+}
+
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Revoked => write!(f, "{}", Refusal::Revoked),
+            Self::Erased => f.write_str("the holder has erased this user"),
+        }
+    }
 }
 
 /// A connection's entry, until it is dropped.
@@ -51,7 +81,7 @@ impl Connected {
         let open = Open {
             connection,
             certificates,
-            is_ended: false,
+            ended: None,
         };
         self.open.lock().insert(place, open);
         Present {
@@ -60,8 +90,8 @@ impl Connected {
         }
     }
 
-    /// Closes the connections of a device or user with REVOKED, and says how many those were.
-    pub fn end(&self, subject: Subject) -> usize {
+    /// Closes the connections of a device or user, and says how many those were.
+    pub fn end(&self, subject: Subject, why: Ending) -> usize {
         let device = |user, device| DeviceId { user, device };
         let (first, last) = match subject {
             Subject::User(user) => (device(user, 0), device(user, u32::MAX)),
@@ -69,9 +99,9 @@ impl Connected {
         };
         let mut open = self.open.lock();
         let theirs = open.range_mut((first, 0)..=(last, usize::MAX));
-        let ended = theirs.filter_map(|(_, open)| open.end()).collect();
+        let ended = theirs.filter_map(|(_, open)| open.end(why)).collect();
         drop(open);
-        close(ended)
+        close(ended, why)
     }
 
     /// Closes the connections whose certificates are revoked with REVOKED, and says how many those were.
@@ -80,34 +110,39 @@ impl Connected {
         let theirs = open
             .values_mut()
             .filter(|open| is_listed(&open.certificates));
-        let ended = theirs.filter_map(Open::end).collect();
+        let why = Ending::Revoked;
+        let ended = theirs.filter_map(|open| open.end(why)).collect();
         drop(open);
-        close(ended)
+        close(ended, why)
     }
 }
 
 impl Open {
     /// The connection, if it is not ended already.
-    fn end(&mut self) -> Option<Connection> {
-        (!std::mem::replace(&mut self.is_ended, true)).then(|| self.connection.clone())
+    fn end(&mut self, why: Ending) -> Option<Connection> {
+        if self.ended.is_some() {
+            return None;
+        }
+        self.ended = Some(why);
+        Some(self.connection.clone())
     }
 }
 
 /// Closing takes a connection's own lock, so the one over all of them is free by then.
-fn close(ended: Vec<Connection>) -> usize {
+fn close(ended: Vec<Connection>, why: Ending) -> usize {
+    let code = u32::from(why.close_code() as u8);
     for connection in &ended {
-        let code = u32::from(CloseCode::Revoked as u8);
-        connection.close(code.into(), Refusal::Revoked.to_string().as_bytes());
+        connection.close(code.into(), why.to_string().as_bytes());
     }
     ended.len()
 }
 
 impl Present<'_> {
-    /// Whether it was ended here.
+    /// Why it was ended here, if it was.
     #[must_use]
-    pub fn is_ended(&self) -> bool {
+    pub fn ended(&self) -> Option<Ending> {
         let open = self.connected.open.lock();
-        open.get(&self.place).is_some_and(|open| open.is_ended)
+        open.get(&self.place).and_then(|open| open.ended)
     }
 }
 

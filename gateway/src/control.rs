@@ -3,14 +3,21 @@
 //! Knows what is said there, and how a command says it. What the gateway does on it is in [`Door`]. Must not know
 //! what a command prints.
 //!
+//! Two commands take longer than a line. To `erase` come lines as long as it lasts, each with how far it is; the last
+//! one has its end, or is a refusal. To `export` comes the line `follows`, then the text in `chunks`, and then one more
+//! line: `whole`, with the number of bytes, or a refusal. What ends before such a last line was cut off, and whoever
+//! reads says so.
+//!
 //! Whoever may open the socket may do all that can be said there: it is for the user that the gateway runs as. The
 //! admin port asks nobody who they are, so it is no place for this.
 
+mod call;
+mod chunks;
 mod door;
+mod long;
 
 use std::{
-    io::{self, BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,9 +25,12 @@ use std::{
 use serde::{Deserialize, Serialize};
 use waypost_proto::id::{DeviceId, UserId};
 
-use crate::revocation::Subject;
+use crate::{erase::Erasure, export::Format, revocation::Subject};
 
-pub use self::door::{Door, DoorParts};
+pub use self::{
+    call::Call,
+    door::{Door, DoorParts},
+};
 
 /// What the operator can have a gateway do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,6 +40,28 @@ pub enum Command {
     Revoke(Target),
     /// Serve them again.
     Lift(Target),
+    /// Give everything that is held on a user.
+    Export(Wanted),
+    /// Erase everything that is held on a user, for ever.
+    Erase(Holder),
+}
+
+/// Whose data a command is about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Holder {
+    /// The user, a UUID.
+    user: String,
+}
+
+/// What is to be given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wanted {
+    /// The user, a UUID.
+    user: String,
+    /// How it is to be written.
+    format: Format,
 }
 
 /// Whom a command is about.
@@ -51,6 +83,15 @@ pub enum Answer {
     Done(Outcome),
     /// It is not, for this reason.
     Refused(String),
+    /// How far an erasure is. What it is about is fenced off, on disk.
+    Erasure(Erasure),
+    /// What was wanted comes in chunks behind this line.
+    Follows,
+    /// It has come, and this is all.
+    Whole {
+        /// How much it was.
+        bytes: u64,
+    },
 }
 
 /// What has become of a revocation.
@@ -85,6 +126,17 @@ pub enum ControlError {
         /// What the system said.
         source: io::Error,
     },
+    /// It ended what it was giving before the end.
+    #[error(
+        "cut off: {reason}. What has come is not everything that is held, so do not hand it on; try again"
+    )]
+    CutOff {
+        /// Why, as far as this side knows.
+        reason: String,
+    },
+    /// What it gives cannot be written.
+    #[error("cannot write what the gateway gives: {0}")]
+    Output(io::Error),
     /// The socket could not be made.
     #[error(
         "cannot make the socket for commands, {path}: {source}; the data folder must be one that this user may write to, and its path no longer than 90 bytes"
@@ -122,45 +174,39 @@ impl Target {
     }
 }
 
-/// Has the gateway of a data folder do something, and waits until it has. None if no gateway runs there.
+impl Command {
+    /// Wants everything that is held on a user.
+    #[must_use]
+    pub fn export(user: UserId, format: Format) -> Self {
+        let user = user.to_string();
+        Self::Export(Wanted { user, format })
+    }
+
+    /// Wants it erased.
+    #[must_use]
+    pub fn erase(user: UserId) -> Self {
+        let user = user.to_string();
+        Self::Erase(Holder { user })
+    }
+}
+
+/// Has the gateway of a data folder do something that is answered by one line, and waits for that. None if no gateway
+/// runs there.
 ///
 /// # Errors
 /// When one does and cannot be asked, or gives no answer.
 pub fn ask(data_dir: &Path, command: &Command) -> Result<Option<Answer>, ControlError> {
-    let path = data_dir.join(SOCKET);
-    let mut stream = match UnixStream::connect(&path) {
-        Ok(stream) => stream,
-        // A socket without a gateway is left behind by one that was killed.
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(source) => return Err(ControlError::Unreachable { path, source }),
-    };
-    let answer = (|| {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        let mut line = serde_json::to_vec(command)?;
-        line.push(b'\n');
-        stream.write_all(&line)?;
-        let mut answer = String::new();
-        BufReader::new(stream.take(LINE_BYTES)).read_line(&mut answer)?;
-        Ok(serde_json::from_str(&answer)?)
-    })();
-    answer
-        .map(Some)
-        .map_err(|source| ControlError::NoAnswer { path, source })
+    match Call::begin(data_dir, command)? {
+        Some(mut call) => call.answer().map(Some),
+        None => Ok(None),
+    }
 }
 
 /// The socket's name in the data folder.
 const SOCKET: &str = "control.sock";
 /// The longest line, either way; what is longer is cut off, and is no JSON then.
 const LINE_BYTES: u64 = 4_096;
-/// How long a caller waits for an answer: a commit, on a disk that is slow today.
+/// How long a caller waits for a line or a chunk: a commit, on a disk that is slow today.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
@@ -189,7 +235,9 @@ mod tests {
         for wrong in [
             r#"{"revoke":{"user":"x","devices":[1]}}"#,
             r#"{"revoke":{"device":1}}"#,
-            r#"{"erase":{"user":"x"}}"#,
+            r#"{"erase":{"user":"x","device":1}}"#,
+            r#"{"export":{"user":"x"}}"#,
+            r#"{"export":{"user":"x","format":"csv"}}"#,
         ] {
             serde_json::from_str::<Command>(wrong).unwrap_err();
         }

@@ -7,7 +7,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// Makes a folder, and those above it if need be. When it returns, a folder that it made stays.
@@ -40,24 +40,79 @@ pub(crate) fn create_folder(path: &Path) -> io::Result<()> {
 /// # Errors
 /// When it cannot be written or synced; the old file is then still there, or the new one already.
 pub(crate) fn replace_file(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = Path::new(&new);
-    // An older one may have another mode.
-    if let Err(error) = fs::remove_file(new)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(error);
-    }
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(new)?;
+    let mut file = NewFile::begin(path, mode)?;
     file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(new, path)?;
-    sync_folder(parent(path))
+    file.finish()
+}
+
+/// A file that is written piece by piece, and is not there under its name before it is whole. Dropped before that, it
+/// goes; a crash may leave it under the name with `.new` at its end, which the next attempt replaces.
+#[derive(Debug)]
+pub(crate) struct NewFile {
+    file: File,
+    /// Where it is now; none once it is in its place.
+    new: Option<PathBuf>,
+    path: PathBuf,
+}
+
+impl NewFile {
+    /// Begins one, with nothing in it.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn begin(path: &Path, mode: u32) -> io::Result<Self> {
+        let mut new = path.as_os_str().to_owned();
+        new.push(".new");
+        let new = PathBuf::from(new);
+        // An older one may have another mode.
+        if let Err(error) = fs::remove_file(&new)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error);
+        }
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(&new)?;
+        Ok(Self {
+            file,
+            new: Some(new),
+            path: path.to_owned(),
+        })
+    }
+
+    /// Puts it in its place, where an older one may be. When it returns, it stays there.
+    ///
+    /// # Errors
+    /// When it cannot be synced or renamed; the old file is then still there, or the new one already.
+    pub(crate) fn finish(mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        if let Some(new) = &self.new {
+            fs::rename(new, &self.path)?;
+        }
+        self.new = None;
+        sync_folder(parent(&self.path))
+    }
+}
+
+impl Write for NewFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(new) = &self.new {
+            // One that stays is no harm: it is not under its name.
+            fs::remove_file(new).ok();
+        }
+    }
 }
 
 /// Makes the names in a folder safe as they are now.
@@ -110,6 +165,18 @@ mod tests {
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_file_that_was_not_finished_leaves_the_old_one_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        replace_file(&path, b"one", 0o600).unwrap();
+        let mut new = NewFile::begin(&path, 0o600).unwrap();
+        new.write_all(b"two").unwrap();
+        drop(new);
+        assert_eq!(fs::read(&path).unwrap(), b"one");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

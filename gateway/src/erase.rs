@@ -5,34 +5,37 @@
 //! it counts what there is, destroys the user's key, deletes the rows, has the files written anew in which they lay, and
 //! looks for them once more. Each step
 //! may be done twice, so one that a crash has interrupted is begun again at the next start. It also has the files written
-//! anew in which events lay whose retention is over. Knows the steps and the
-//! store; must not know sessions, or who may erase.
+//! anew in which events lay whose retention is over. Knows who waits and for
+//! whom; the steps are in their own file, since [`command`] does them as well where no gateway runs. Must not know
+//! sessions, or who may erase.
 //!
 //! # Bounds
 //!
 //! 256 erasures wait; further ones are put off before anything has changed. They are carried out one after
 //! the other. Of each that has ever been, some 60 bytes of memory stay, for the receipt.
 
+pub mod command;
+mod steps;
+
 use std::{fmt, io, sync::Arc, thread};
 
 use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 use waypost_proto::{id::UserId, v1};
 
 use crate::{
-    clock::Clock,
-    grants::CheckerSet,
-    metrics::Metrics,
-    sharing::Transition,
-    store::{CommitError, ReadError, Store},
+    clock::Clock, grants::CheckerSet, metrics::Metrics, sharing::Transition, store::Store,
 };
+
+pub use self::steps::{EraseError, Steps};
 
 /// Erasures that wait for the one that is under way.
 const MOST_WAITING: usize = 256;
 
 /// How far an erasure has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Erasure {
     /// The commit of the fence.
     pub position: u64,
@@ -42,12 +45,14 @@ pub struct Erasure {
     pub counts: Option<Counts>,
     /// When nothing was left.
     pub finished_ms: Option<u64>,
-    /// The checkers that could be told of the user at the fence, and so may know that this was erased.
+    /// The checkers that could be told of the user at the fence, and so may know that this was erased. Nobody else's
+    /// business, so it is in no receipt.
+    #[serde(skip)]
     pub told: CheckerSet,
 }
 
 /// What was held on a user.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// Records of devices.
     pub devices: u64,
@@ -85,27 +90,23 @@ impl Erasure {
     }
 }
 
-/// Why an erasure has not come to its end. It is begun again at the next start.
-#[derive(Debug, thiserror::Error)]
-pub enum EraseError {
-    /// What there is could not be read.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// It could not be deleted.
-    #[error(transparent)]
-    Commit(#[from] CommitError),
-    /// It was deleted, and the files in which it lay could not be written anew.
-    #[error("the files in which it lay could not be written anew: {0}")]
-    Files(#[from] io::Error),
-    /// The gateway stops, and may have kept the files from being written anew.
-    #[error("the gateway stops")]
-    Stopping,
-    /// It was deleted and is still there.
-    #[error(
-        "{} devices, {} pings and {} events of the user are still there",
-        .0.devices, .0.pings, .0.events
-    )]
-    StillThere(Counts),
+/// As many erasures wait as there is room for. Nothing has changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{MOST_WAITING} erasures wait already, and are carried out one after the other; try again later"
+)]
+pub struct NoPlace;
+
+/// Tells when nothing is left of a user.
+#[derive(Debug)]
+pub struct Finished(oneshot::Receiver<()>);
+
+impl Finished {
+    /// Waits for it. False if it did not come to that: it failed or the gateway stops, and is begun again at the next
+    /// start. It may be cancelled and called again.
+    pub async fn wait(&mut self) -> bool {
+        (&mut self.0).await.is_ok()
+    }
 }
 
 /// Hands erasures to the eraser. When the last clone is gone, it ends after the step it is at.
@@ -175,14 +176,24 @@ impl Place {
             tell: Box::new(tell),
         });
     }
+
+    /// The same for who only wants to know when nothing is left.
+    #[must_use]
+    pub fn erase_and_tell(self, user: UserId, begun: Option<Erasure>) -> Finished {
+        let (finished, receiver) = oneshot::channel();
+        self.erase(user, begun, move |_| {
+            // Whoever waited may have gone.
+            finished.send(()).ok();
+        });
+        Finished(receiver)
+    }
 }
 
 /// The eraser before it runs.
 #[derive(Debug)]
 pub struct Eraser {
     jobs: mpsc::Receiver<Job>,
-    store: Arc<Store>,
-    clock: Clock,
+    steps: Steps,
     metrics: Metrics,
     /// All that have ever been begun.
     erasures: FxHashMap<UserId, Erasure>,
@@ -200,8 +211,7 @@ impl Eraser {
     ) -> Self {
         Self {
             jobs: jobs.jobs,
-            store,
-            clock,
+            steps: Steps::new(store, clock),
             metrics,
             erasures: erasures.into_iter().collect(),
         }
@@ -255,7 +265,8 @@ impl Eraser {
     fn finish(&mut self, user: UserId) -> Option<v1::Receipt> {
         let mut erasure = *self.erasures.get(&user)?;
         if erasure.finished_ms.is_none() {
-            let erased = self.erase(user, &mut erasure);
+            let is_stopping = || self.jobs.is_closed();
+            let erased = self.steps.carry_out(user, &mut erasure, is_stopping);
             // However far it has come: another attempt goes on with what was counted.
             self.erasures.insert(user, erasure);
             match erased {
@@ -278,52 +289,6 @@ impl Eraser {
             info!(%user, devices, pings, events, "erased, and nothing is left");
         }
         erasure.receipt()
-    }
-
-    fn erase(&self, user: UserId, erasure: &mut Erasure) -> Result<(), EraseError> {
-        let store = &self.store;
-        let events = store.events_of_user(user)?;
-        if erasure.counts.is_none() {
-            // Kept before anything is deleted, so that one that is begun again does not count less.
-            erasure.counts = Some(self.count(user)?);
-            self.note(user, erasure)?;
-        }
-        // From here on whatever copy there is of a row, in a file or a backup, cannot be read any more.
-        store.destroy_key(&user)?;
-        let mut batch = store.batch();
-        batch.delete_user(user, &store.days(), &events);
-        store.commit(batch)?;
-        store.purge_user(user)?;
-        if self.jobs.is_closed() {
-            return Err(EraseError::Stopping);
-        }
-        self.find_nothing(user)?;
-        erasure.finished_ms = Some(self.clock.now_ms());
-        self.note(user, erasure)
-    }
-
-    fn find_nothing(&self, user: UserId) -> Result<(), EraseError> {
-        match self.count(user)? {
-            Counts {
-                devices: 0,
-                pings: 0,
-                events: 0,
-            } => Ok(()),
-            left => Err(EraseError::StillThere(left)),
-        }
-    }
-
-    fn count(&self, user: UserId) -> Result<Counts, ReadError> {
-        Ok(Counts {
-            events: self.store.events_of_user(user)?.len() as u64,
-            ..self.store.count_user(user)?
-        })
-    }
-
-    fn note(&self, user: UserId, erasure: &Erasure) -> Result<(), EraseError> {
-        let mut batch = self.store.batch();
-        batch.put_erasure(user, erasure);
-        Ok(self.store.commit(batch)?)
     }
 }
 
@@ -467,7 +432,7 @@ mod tests {
             let mut erasure = store.load_holders().unwrap().erasures[0].1;
             if 1 <= steps {
                 erasure.counts = Some(EACH);
-                eraser(&store).note(ALICE, &erasure).unwrap();
+                eraser(&store).steps.note(ALICE, &erasure).unwrap();
             }
             if 2 <= steps {
                 assert!(store.destroy_key(&ALICE).unwrap());
@@ -497,8 +462,8 @@ mod tests {
                 "after {steps} steps"
             );
             assert_eq!(receipt.position, 5);
-            assert_eq!(eraser.count(ALICE).unwrap(), Counts::default());
-            assert_eq!(eraser.count(BOB).unwrap(), EACH, "and nobody else");
+            assert_eq!(eraser.steps.count(ALICE).unwrap(), Counts::default());
+            assert_eq!(eraser.steps.count(BOB).unwrap(), EACH, "and nobody else");
             assert_eq!(eraser.finish(ALICE), Some(receipt), "once");
             assert!(!store.destroy_key(&ALICE).unwrap(), "no key is left");
             assert!(store.destroy_key(&BOB).unwrap());
@@ -518,7 +483,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = filled(folder.path());
         let eraser = eraser(&store);
-        let error = eraser.find_nothing(ALICE).unwrap_err();
+        let error = eraser.steps.find_nothing(ALICE).unwrap_err();
         assert!(
             matches!(error, EraseError::StillThere(left) if left == EACH),
             "{error}"
@@ -528,7 +493,7 @@ mod tests {
         // One day is forgotten.
         batch.delete_user(ALICE, &store.days()[..1], &events);
         store.commit(batch).unwrap();
-        let error = eraser.find_nothing(ALICE).unwrap_err();
+        let error = eraser.steps.find_nothing(ALICE).unwrap_err();
         let left = Counts {
             pings: 4,
             ..Counts::default()

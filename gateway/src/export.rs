@@ -7,15 +7,17 @@
 //! its end and what was granted or withdrawn, each ping, and at last `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON
 //! holds the pings as points, and the rest beside them under `waypost`.
 
+pub mod command;
+pub mod source;
 pub mod stream;
 
 use std::{
     fmt,
     io::{self, Write},
-    sync::Arc,
 };
 
-use serde::{Serialize, Serializer};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize, Serializer};
 use waypost_proto::{
     device::DeviceRecord,
     id::{DeviceId, UserId},
@@ -31,7 +33,8 @@ use crate::{
 };
 
 /// How it is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// One object a line; everything, with nothing rounded
     Jsonl,
@@ -57,7 +60,7 @@ pub struct Subject {
     /// Whom the holder has let be told of the user.
     pub decisions: Decisions,
     /// The store's checkers.
-    pub checkers: Arc<Checkers>,
+    pub checkers: Checkers,
 }
 
 /// Writes one user's data.
@@ -416,7 +419,7 @@ mod tests {
                 })
                 .into(),
             decisions,
-            checkers: Arc::new(checkers),
+            checkers,
         };
         let withdrawn = Transition {
             user: USER,

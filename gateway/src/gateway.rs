@@ -316,11 +316,11 @@ impl Gateway {
             store: Arc::clone(&store),
             audit: audit.clone(),
             audit_log: config.data_dir.join(audit::FILE_NAME),
-            checkers,
             clock: clock.clone(),
             metrics: metrics.clone(),
             retention: config.store.retention,
         });
+        let door_clock = clock.clone();
         let sessions = SessionParts {
             config: config.devices.session.clone(),
             commit: commit.clone(),
@@ -344,6 +344,10 @@ impl Gateway {
         let door = DoorParts {
             orders: orders.clone(),
             connected: Arc::clone(&sessions.connected),
+            exports: exports.clone(),
+            store: Arc::clone(&store),
+            audit: audit.clone(),
+            clock: door_clock,
         };
         let door = Door::bind(&config.data_dir, door)?;
         let reload = Reload {
@@ -541,20 +545,18 @@ impl Gateway {
 /// The numbers of the store's checkers, those that are new in the settings included. They are on disk before anybody can
 /// grant one.
 fn number_checkers(store: &Store, config: &FreshnessConfig) -> Result<Checkers, BindError> {
-    let mut checkers = store.load_checkers()?;
-    let mut batch = store.batch();
-    let mut is_anything_new = false;
+    let known = store.load_checkers()?;
+    let mut checkers = known.clone();
     for name in &config.checkers {
-        if let Some(number) = checkers.enrol(name)? {
-            batch.put_checker(number, name);
-            is_anything_new = true;
-        }
+        checkers.enrol(name)?;
     }
-    if is_anything_new {
+    let numbered = checkers.numbered(&config.checkers).into_values();
+    let granted = numbered.filter(|_| config.are_checkers_granted);
+    checkers.grant_by_all(granted.collect());
+    if checkers != known {
+        let mut batch = store.batch();
+        batch.put_checkers(&checkers);
         store.commit(batch)?;
-    }
-    if config.are_checkers_granted {
-        checkers.grant_by_all();
     }
     Ok(checkers)
 }

@@ -170,13 +170,13 @@ impl Checkers {
         let names: Vec<String> = names.into_iter().map(Into::into).collect();
         assert!(names.len() <= MOST_CHECKERS, "a store has fewer checkers");
         let mut checkers = Self::restore(names);
-        checkers.grant_by_all();
+        checkers.granted_by_all = checkers.numbers().collect();
         checkers
     }
 
-    /// Has everybody grant all that are numbered by now, save who withdraws it.
-    pub fn grant_by_all(&mut self) {
-        self.granted_by_all = self.numbers().collect();
+    /// Has everybody grant these and no others, save who withdraws it.
+    pub fn grant_by_all(&mut self, granted: CheckerSet) {
+        self.granted_by_all = granted;
     }
 
     /// Whom everybody has granted who did not withdraw it.
@@ -217,6 +217,11 @@ impl Checkers {
             .iter()
             .map(|name| Some((name.clone(), self.number(name)?)));
         numbered.flatten().collect()
+    }
+
+    /// All of them, by number.
+    pub fn iter(&self) -> impl Iterator<Item = (CheckerNumber, &str)> {
+        self.numbers().zip(self.names.iter().map(String::as_str))
     }
 
     /// The names of these, by number. One that has none is left out.

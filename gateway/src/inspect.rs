@@ -20,6 +20,7 @@ use waypost_proto::{
 use crate::{
     config::{self, Config, ConfigError},
     console::{parse_user, print},
+    hex::hex,
     sharing::Sharing,
     store::{Day, OpenError, PingKey, PingRow, ReadError, Store},
 };
@@ -168,11 +169,7 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
         users.count() as u64
     };
     Ok(StoreReport {
-        incarnation: store
-            .incarnation()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect(),
+        incarnation: hex(&store.incarnation()),
         position: recovered.position,
         users: users.len() as u64,
         paused_users: withheld(Sharing::Paused),
@@ -466,11 +463,7 @@ mod tests {
     #[test]
     fn the_store_as_a_whole_is_counted_beside_its_gateway() {
         let (folder, store) = store();
-        let incarnation: String = store
-            .incarnation()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let incarnation = hex(&store.incarnation());
         let json: serde_json::Value =
             serde_json::from_str(&inspect(&folder, &["--json"]).unwrap()).unwrap();
         let mut expected = serde_json::json!({

@@ -229,14 +229,41 @@ fn show(
         invited.uri,
         invited.user,
         invited.device,
-        format_duration(left),
+        in_words(left),
     )?;
     Ok(())
+}
+
+/// A time with its units apart from its numbers: `1 day`, `10 m 30 s`.
+fn in_words(time: Duration) -> String {
+    let text = format_duration(time).to_string();
+    let mut words = String::new();
+    for (at, character) in text.char_indices() {
+        if character.is_ascii_alphabetic()
+            && text[..at].ends_with(|last: char| last.is_ascii_digit())
+        {
+            words.push(' ');
+        }
+        words.push(character);
+    }
+    words
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_time_has_its_units_apart_from_its_numbers() {
+        for (seconds, words) in [
+            (24 * 60 * 60, "1 day"),
+            (24 * 60 * 60 - 1, "23 h 59 m 59 s"),
+            (49 * 60 * 60, "2 days 1 h"),
+            (0, "0 s"),
+        ] {
+            assert_eq!(in_words(Duration::from_secs(seconds)), words);
+        }
+    }
 
     #[test]
     fn an_invitation_is_shown_as_a_picture_and_as_text() {
@@ -255,7 +282,7 @@ mod tests {
             &invited.code,
             &invited.uri,
             &invited.user,
-            "10m",
+            "Works for  10 m, and once",
             "ops, night-watch",
             "\u{2580}",
         ] {

@@ -10,6 +10,8 @@
 //! could not hear, which is its [`coverage`], and its [`deadlines`] say who was not heard in time; both are on the
 //! [`bulletin`] that the feed reads, and checkers set the latter by [`orders`]. So does the operator, at the door of
 //! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
+//! A holder's wishes come from a device or by that door: to [`export`] what is held, and to [`erase`] it. Commands that
+//! find no gateway do these things [`standalone`]. The [`audit`] log says who did what.
 //! Certificates and revocation lists that change are taken into use by `reload`.
 //! Devices come by their certificates through [`enrol`], at a port of its own, if they are [invited](mod@invite).
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
@@ -25,7 +27,8 @@
 //! 5. Only [`store`] knows RocksDB, and it gives it no ping unsealed. Only [`worker`], [`transport`], `steer`,
 //!    [`newcomers`], `accept`, `handshake`, [`session`], [`connected`] and the door of [`enrol`] speak QUIC, and only
 //!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
-//! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder.
+//! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder, or to the operator
+//!    at the machine for its holder.
 
 mod accept;
 pub mod admin;
@@ -54,6 +57,7 @@ pub mod gather;
 pub mod grants;
 pub mod handoff;
 mod handshake;
+mod hex;
 pub mod inspect;
 pub mod invite;
 pub mod logging;
@@ -70,6 +74,7 @@ pub mod revoke;
 pub mod seal;
 pub mod session;
 pub mod sharing;
+pub mod standalone;
 mod steer;
 pub mod store;
 mod sync;

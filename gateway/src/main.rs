@@ -6,6 +6,8 @@ use clap::{Parser, Subcommand};
 use waypost_gateway::{
     audit::command::{self as audit, AuditArgs},
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
+    erase::command::EraseArgs,
+    export::command::{self as export, ExportArgs},
     inspect::{self, InspectArgs},
     invite::InviteArgs,
     pki::command::{self as pki, PkiArgs},
@@ -49,6 +51,10 @@ enum Command {
     Keys(KeysArgs),
     /// Serve a device or user no more
     Revoke(RevokeArgs),
+    /// Give out everything that is held on a user, for the holder
+    Export(ExportArgs),
+    /// Erase everything that is held on a user, as the holder wishes
+    Erase(EraseArgs),
     /// Follow how fresh each user's last sign of life is
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
@@ -67,6 +73,10 @@ fn main() -> ExitCode {
         Command::Revoke(args) => {
             revoke::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
         }
+        Command::Export(args) => {
+            export::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+        Command::Erase(args) => cli::erase(&args),
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

@@ -13,6 +13,7 @@ use waypost_proto::id::{DeviceId, UserId};
 use crate::{
     deadlines::{Checker, NotSet, Setting},
     enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
+    erase::{Finished, NoPlace},
     grants::{CheckerNumber, CheckerSet},
     revocation::{NoRoom, Subject},
     sync::{mpsc, oneshot},
@@ -28,6 +29,8 @@ pub enum Order {
     SetDeadlines(SetDeadlines, Reply<u64, NotSet>),
     /// Of the operator.
     Revoke(Revoke, Reply<Revoked, NoRoom>),
+    /// Of the operator, as the holder wishes: erase everything that is held on a user.
+    Erase(UserId, Reply<Erasing, NoPlace>),
     /// Of an operator's backend: invite a device.
     Invite(Invite, Reply<Invitation, NotInvited>),
     /// Of a newcomer: redeem an invitation.
@@ -61,6 +64,15 @@ pub struct Revoked {
     pub before_ms: Option<u64>,
     /// Since when it is revoked now; none if it is not.
     pub now_ms: Option<u64>,
+}
+
+/// An erasure whose fence is on disk.
+#[derive(Debug)]
+pub struct Erasing {
+    /// Whether it was made now.
+    pub is_new: bool,
+    /// Tells when nothing is left.
+    pub finished: Finished,
 }
 
 /// An invitation that an operator makes.
@@ -168,6 +180,15 @@ impl OrderHandle {
     /// When it is not.
     pub async fn revoke(&self, order: Revoke) -> Result<Revoked, OrderError<NoRoom>> {
         self.give(|reply| Order::Revoke(order, reply)).await
+    }
+
+    /// Erases everything that is held on a user, and returns when the fence is on disk: from then on the committer takes
+    /// nothing of the user. To order it again does no harm.
+    ///
+    /// # Errors
+    /// When it is not.
+    pub async fn erase(&self, user: UserId) -> Result<Erasing, OrderError<NoPlace>> {
+        self.give(|reply| Order::Erase(user, reply)).await
     }
 
     /// Makes an invitation, and returns when it is on disk.

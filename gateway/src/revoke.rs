@@ -7,8 +7,6 @@ use std::{
     fmt,
     io::{self, Write},
     path::PathBuf,
-    thread,
-    time::Duration,
 };
 
 use clap::Args;
@@ -16,13 +14,14 @@ use serde::Serialize;
 use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
+    audit::chain::What,
     clock::system_now_ms,
-    config::{self, Config, ConfigError},
     console::{parse_user, print},
     control::{self, Answer, Command, ControlError, Outcome},
     inspect::Moment,
     revocation::{MOST_REVOKED, NoRoom, Revocation, Subject},
-    store::{CommitError, OpenError, ReadError, Store, StoreConfig},
+    standalone::{self, StandaloneError, by_gateway_or_alone},
+    store::{CommitError, OpenError, ReadError, Store},
 };
 
 /// Arguments of `waypost revoke`.
@@ -36,7 +35,8 @@ Examples:
 What is revoked is the name: no certificate of it is let in again, whenever it was made. A device that comes
 back to its holder gets a new number, or the revocation is lifted. What was stored before stays.
 When this returns, nothing more of the device is stored, and its open connections are closed. Without a
-running gateway it is written to the store, and in force from the next start on.")]
+running gateway it is written to the store, and in force from the next start on. Either way it is in the
+audit log.")]
 pub struct RevokeArgs {
     /// The gateway's data folder. The gateway may be running
     #[arg(long = "data", value_name = "DIR")]
@@ -70,7 +70,7 @@ pub struct RevokeArgs {
 )]
 pub enum RevokeError {
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Standalone(#[from] StandaloneError),
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
@@ -157,23 +157,16 @@ fn carry_out(args: &RevokeArgs, subject: Subject) -> Result<(Outcome, bool), Rev
         false => Command::Revoke(subject.into()),
         true => Command::Lift(subject.into()),
     };
-    let mut attempt = 1;
-    loop {
-        match control::ask(&args.data_dir, &command)? {
-            Some(Answer::Done(outcome)) => return Ok((outcome, true)),
-            Some(Answer::Refused(reason)) => return Err(RevokeError::Refused(reason)),
-            None => {}
-        }
-        match write(args, subject) {
-            Ok(outcome) => return Ok((outcome, false)),
-            // A gateway that starts or stops has the store, and does not listen yet or any more.
-            Err(RevokeError::Open(OpenError::Locked { .. })) if attempt < ATTEMPTS => {
-                attempt += 1;
-                thread::sleep(BETWEEN_ATTEMPTS);
-            }
-            Err(error) => return Err(error),
-        }
-    }
+    by_gateway_or_alone(
+        || match control::ask(&args.data_dir, &command)? {
+            None => Ok(None),
+            Some(Answer::Done(outcome)) => Ok(Some(outcome)),
+            Some(Answer::Refused(reason)) => Err(RevokeError::Refused(reason)),
+            Some(other) => Err(RevokeError::Refused(format!("it answers {other:?}"))),
+        },
+        || write(args, subject),
+        |error| matches!(error, RevokeError::Standalone(error) if error.is_locked()),
+    )
 }
 
 /// Does what the committer would, in a store that nobody else has open.
@@ -185,20 +178,8 @@ fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
         ..
     } = args;
     let is_lifted = *is_lifted;
-    // To open it for writing would make one where there is none.
-    drop(Store::open_read_only(data_dir)?);
-    let config = Config::load(
-        config.as_deref(),
-        config::environment(),
-        Some(data_dir.clone()),
-    )?;
-    // No ping goes by this, also if this is not the gateway's configuration.
-    let config = StoreConfig {
-        retention: Duration::MAX,
-        ..config.store
-    };
     let now_ms = system_now_ms();
-    let store = Store::open(data_dir, &config, now_ms)?;
+    let store = standalone::open_store(data_dir, config.as_deref(), now_ms)?;
     let kept = store.load_revocations()?;
     let before_ms = kept
         .iter()
@@ -215,6 +196,11 @@ fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
         return Err(NoRoom.into());
     }
     let (_, recovered) = store.load_devices()?;
+    let what = match is_lifted {
+        false => What::Revoked,
+        true => What::RevocationLifted,
+    };
+    standalone::record(data_dir, what, subject.user(), now_ms)?;
     let now_ms = (!is_lifted).then_some(now_ms);
     let mut batch = store.batch();
     batch.put_position(recovered.position + 1);
@@ -294,13 +280,9 @@ impl fmt::Display for List {
     }
 }
 
-/// A start takes seconds, and so does a stop in order.
-const ATTEMPTS: u32 = 150;
-const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(200);
-
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, time::Duration};
 
     use clap::Parser;
     use prost::Message;
@@ -309,8 +291,9 @@ mod tests {
 
     use super::*;
     use crate::{
+        audit,
         seal::master::{self, SealingConfig},
-        store::{Day, PingKey, record},
+        store::{Day, PingKey, StoreConfig, record},
     };
 
     #[derive(Parser)]
@@ -392,6 +375,13 @@ mod tests {
             "days are the gateway's to drop"
         );
         assert_eq!(store.load_devices().unwrap().1.position, 3, "a commit each");
+
+        let log = folder.path().join(audit::FILE_NAME);
+        let held = audit::read(&log, |_| ()).unwrap();
+        assert!(matches!(held, audit::Read::Whole { .. }), "{held:?}");
+        let log = fs::read_to_string(log).unwrap();
+        let deeds = ["\"revoked\"", "\"revocation_lifted\""].map(|what| log.matches(what).count());
+        assert_eq!(deeds, [2, 1], "what was so already is no deed:\n{log}");
     }
 
     #[test]

@@ -53,7 +53,7 @@ use crate::{
     allowance::{Allowance, Allowances},
     clock::system_now_ms,
     commit::{Answer, Bell, CommitHandle, Mail, Mailbox, NotQueued, Stopped},
-    connected::Connected,
+    connected::{Connected, Ending},
     enrol::{Renewals, outcome_label, refused},
     export::stream::Exports,
     metrics::Metrics,
@@ -185,9 +185,9 @@ pub(crate) async fn serve(
         Err(end) => end,
     };
     drop(shell);
-    let end = match end {
-        End::Peer(quinn::ConnectionError::LocallyClosed) if present.is_ended() => End::revoked(),
-        end => end,
+    let end = match (end, present.ended()) {
+        (End::Peer(quinn::ConnectionError::LocallyClosed), Some(why)) => End::because(why),
+        (end, _) => end,
     };
     drop(present);
     parts.takeovers.release(device, &mailbox);
@@ -234,8 +234,12 @@ impl End {
 }
 
 impl End {
+    fn because(why: Ending) -> Self {
+        Self::ours(why.close_code(), why)
+    }
+
     fn erased() -> Self {
-        Self::ours(CloseCode::Erased, "the holder has erased this user")
+        Self::because(Ending::Erased)
     }
 
     fn taken_over() -> Self {
@@ -247,7 +251,7 @@ impl End {
     }
 
     fn revoked() -> Self {
-        Self::ours(CloseCode::Revoked, Refusal::Revoked)
+        Self::because(Ending::Revoked)
     }
 }
 

@@ -9,7 +9,7 @@
 use rustc_hash::FxHashMap;
 use waypost_proto::{id::UserId, session::Wish};
 
-use crate::grants::CheckerSet;
+use crate::{deadlines::Said, grants::CheckerSet};
 
 /// Whether a user's silence means anything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +85,21 @@ impl Turn {
             Self::Sharing(sharing) => sharing.as_label(),
             Self::Granted => "granted",
             Self::Withdrawn => "withdrawn",
+        }
+    }
+}
+
+impl Transition {
+    /// That a holder has everything erased, in a commit that says nothing else; and who is told that.
+    #[must_use]
+    pub fn erased(user: UserId, told: CheckerSet, said: Said) -> Self {
+        Self {
+            user,
+            turn: Turn::Sharing(Sharing::Erased),
+            checkers: told,
+            at_ms: said.at_ms,
+            position: said.position,
+            number: 0,
         }
     }
 }

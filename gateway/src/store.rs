@@ -69,10 +69,13 @@ use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
 
-use crate::seal::{
-    MasterKey,
-    key_store::{self, KeyError, KeyStore},
-    master::{self, MasterKeyError, SealingConfig},
+use crate::{
+    hex::hex,
+    seal::{
+        MasterKey,
+        key_store::{self, KeyError, KeyStore},
+        master::{self, MasterKeyError, SealingConfig},
+    },
 };
 
 pub use holders::{KeptHolders, UserEvents};
@@ -81,7 +84,7 @@ pub use notices::KeptDeadlines;
 pub use retention::Retention;
 pub use settings::StoreConfig;
 pub use space::Space;
-pub use view::UserView;
+pub use view::{Held, UserView};
 
 /// The open store. The gateway has it open for writing, alone; any number of readers may be beside it.
 pub struct Store {
@@ -102,6 +105,13 @@ pub struct Store {
 /// What only the writer has.
 struct Writer {
     watermark: Watermark,
+    _lock: Lock,
+}
+
+/// The right to change what lies in a data folder beside the store: nobody has that open for writing until this is
+/// dropped.
+#[derive(Debug)]
+pub struct Claim {
     _lock: Lock,
 }
 
@@ -405,9 +415,7 @@ impl Store {
         let lock = folder
             .lock()
             .map_err(unusable)?
-            .ok_or_else(|| OpenError::Locked {
-                path: data_dir.to_owned(),
-            })?;
+            .ok_or_else(|| locked(data_dir))?;
         let master = config.sealing.master_key(data_dir)?;
         let watermark = watermark::read(&folder.watermark())
             .map_err(|source| OpenError::Watermark {
@@ -473,6 +481,25 @@ impl Store {
             .map_err(failed)?;
         store.make_day(Day::of_ms(now_ms)).map_err(failed)?;
         Ok(store)
+    }
+
+    /// Keeps everybody from opening the store of a data folder for writing.
+    ///
+    /// # Errors
+    /// When there is none, or somebody has it open.
+    pub fn claim(data_dir: &Path) -> Result<Claim, OpenError> {
+        let folder = Folder::of_data_dir(data_dir);
+        if !folder.holds_database() {
+            return Err(OpenError::NoStore {
+                path: data_dir.to_owned(),
+            });
+        }
+        let lock = folder.lock().map_err(|source| OpenError::Folder {
+            path: folder.path().to_owned(),
+            source,
+        })?;
+        let lock = lock.ok_or_else(|| locked(data_dir))?;
+        Ok(Claim { _lock: lock })
     }
 
     /// Opens the store of a data folder for reading: everything that was committed before now. Works
@@ -549,6 +576,12 @@ impl Store {
             room: Room::new(0), // nothing is written
             writer: None,
         })
+    }
+
+    /// Whether it can open what is sealed: a reader without the master key cannot.
+    #[must_use]
+    pub fn has_keys(&self) -> bool {
+        self.keys.is_some()
     }
 
     /// Names this store: random, made with it.
@@ -1217,6 +1250,12 @@ fn fixed<const BYTES: usize>(value: Vec<u8>) -> Option<[u8; BYTES]> {
     value.try_into().ok()
 }
 
+fn locked(data_dir: &Path) -> OpenError {
+    OpenError::Locked {
+        path: data_dir.to_owned(),
+    }
+}
+
 fn behind(folder: &Folder, recovered: u64, watermark: u64) -> OpenError {
     OpenError::BehindWatermark {
         recovered,
@@ -1253,10 +1292,6 @@ fn bad_value(family: &str, key: &[u8], source: RecordError) -> ReadError {
         key: hex(key),
         source,
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

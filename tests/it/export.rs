@@ -1,16 +1,25 @@
-//! Export: the holder gets everything that is held on the user, as it is at one moment, on the device.
+//! Export: the holder gets everything that is held on the user, as it is at one moment, on the device; and the operator
+//! gets the same for the holder, with a running gateway and without one.
+
+use std::{fs, os::unix::fs::PermissionsExt};
 
 use serde_json::{Value, json};
+use tokio::io::AsyncReadExt;
 use waypost_proto::{
     ping::Ping,
     session::Lane,
     v1::{self, control, control_result::Outcome, device_frame, gateway_frame},
 };
-use waypost_tests::{Stream, World, hello, ping};
+use waypost_tests::{
+    Process, Stream, World,
+    command::{self, waypost},
+    hello, ping, ping_at,
+};
 
-/// Asks, and reads the stream that the gateway opens: the answer, and the lines behind it.
-async fn exported(stream: &mut Stream, id: u64) -> (Outcome, Vec<Value>) {
-    let action = Some(control::Action::Export(control::Export::default()));
+/// Asks, and reads the stream that the gateway opens: the answer, and the text behind it.
+async fn exported_as(stream: &mut Stream, id: u64, format: control::Format) -> (Outcome, Vec<u8>) {
+    let format = format.into();
+    let action = Some(control::Action::Export(control::Export { format }));
     let control = v1::Control { id, action };
     stream.send(device_frame::Kind::Control(control)).await;
     let (frame, text) = stream.link().read_uni().await;
@@ -18,9 +27,24 @@ async fn exported(stream: &mut Stream, id: u64) -> (Outcome, Vec<Value>) {
         panic!("{frame:?}");
     };
     assert_eq!(result.id, id);
+    (result.outcome(), text)
+}
+
+/// The same as lines.
+async fn exported(stream: &mut Stream, id: u64) -> (Outcome, Vec<Value>) {
+    let (outcome, text) = exported_as(stream, id, control::Format::JsonLines).await;
     let text = String::from_utf8(text).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-    (result.outcome(), lines.collect())
+    (outcome, lines.collect())
+}
+
+/// The text without what says when it was made: the first time and the first position in it.
+fn without_its_moment(text: &[u8]) -> String {
+    let text = String::from_utf8(text.to_vec()).unwrap();
+    let (before, after) = text.split_once("\"exported\":").unwrap();
+    let (moment, after) = after.split_once(",\"state\":").unwrap();
+    assert!(moment.contains("\"position\":"), "{moment}");
+    format!("{before}{after}")
 }
 
 fn of_kind<'a>(lines: &'a [Value], kind: &str) -> Vec<&'a Value> {
@@ -107,7 +131,7 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     assert_eq!(lines.last(), Some(&end));
 
     // It is on record, and the lane goes on.
-    let log = std::fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
+    let log = fs::read_to_string(world.config().data_dir.join("audit.log")).unwrap();
     let recorded = format!(r#""who":{{"holder":"{}"}},"what":"exported""#, device.id);
     assert!(log.contains(&recorded), "{log}");
     let map = control::Export {
@@ -158,4 +182,147 @@ async fn more_exports_than_are_made_at_a_time_are_put_off_and_a_device_that_goes
     let (outcome, lines) = exported(&mut live, 1).await;
     assert_eq!(outcome, Outcome::Done);
     assert_eq!(of_kind(&lines, "ping").len(), 900);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_gives_what_the_device_gets_with_a_gateway_and_without_one() {
+    let mut world = World::start().await;
+    let data_dir = world.config().data_dir.clone();
+    let device = world.device(1);
+    let user = device.id.user.to_string();
+    for other in [device.sibling(&world, 2), world.device(9)] {
+        let mut lane = world.connect(&other).await.open(hello(Lane::Live, 0)).await;
+        let epoch = lane.welcome().await.epoch;
+        lane.send_pings(epoch, &[ping(77)]).await;
+        lane.ack().await;
+    }
+    let mut live = world
+        .connect(&device)
+        .await
+        .open(hello(Lane::Live, 0))
+        .await;
+    let epoch = live.welcome().await.epoch;
+    let pings: Vec<Ping> = (1..=900).map(ping).collect();
+    live.send_pings(epoch, &pings).await;
+    live.ack().await;
+    for (id, action) in [
+        (1, control::Action::Pause(control::Pause {})),
+        (2, control::Action::Resume(control::Resume {})),
+    ] {
+        live.control(id, action).await;
+    }
+    let mut checker = world.checker().await;
+    checker.watch(v1::WatchRequest::default()).await.unwrap();
+    world
+        .metrics_until(|page| page.value("waypost_audit_entries_total") == 2.0)
+        .await;
+    let (_, lines) = exported_as(&mut live, 3, control::Format::JsonLines).await;
+    let (_, map) = exported_as(&mut live, 4, control::Format::Geojson).await;
+    let lines = without_its_moment(&lines);
+    let map = without_its_moment(&map);
+    assert_eq!(lines.matches("\"kind\":\"ping\"").count(), 901);
+
+    let file = world.scratch("held.json");
+    let file_name = file.to_str().unwrap();
+    for is_running in [true, false] {
+        if !is_running {
+            world.stop_gateway().await;
+        }
+        let ran = waypost(&data_dir, &["export"], &["--user", &user]).await;
+        assert_eq!(ran.code, Some(0), "{}", ran.said);
+        assert_eq!(without_its_moment(&ran.out), lines, "running: {is_running}");
+        let to_file = [
+            "--user", &user, "--format", "geojson", "--output", file_name,
+        ];
+        let ran = waypost(&data_dir, &["export"], &to_file).await;
+        assert_eq!(ran.code, Some(0), "{}", ran.said);
+        let mode = fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(
+            without_its_moment(&fs::read(&file).unwrap()),
+            map,
+            "running: {is_running}"
+        );
+        fs::remove_file(&file).unwrap();
+
+        let nobody = world.device(5).id.user.to_string();
+        let to_file = ["--user", &nobody, "--output", file_name];
+        let ran = waypost(&data_dir, &["export"], &to_file).await;
+        assert_eq!(ran.code, Some(1));
+        assert!(ran.said.contains("never heard of the id"), "{}", ran.said);
+        assert!(!file.exists());
+    }
+    let log = fs::read_to_string(data_dir.join("audit.log")).unwrap();
+    let recorded = format!(r#""who":"operator","what":"exported","whose":{{"users":["{user}"]}}"#);
+    assert_eq!(log.matches(&recorded).count(), 4, "{log}");
+    let verified = waypost::<&str>(&data_dir, &["audit", "verify"], &[]).await;
+    assert_eq!(verified.code, Some(0), "{}", verified.said);
+}
+
+/// Whoever takes nothing is not waited for, and what was cut off is not taken for a whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_export_that_is_cut_off_is_said_and_holds_up_no_stop() {
+    let mut gateway = Process::start(&[]).await;
+    let device = gateway.device(1);
+    let mut live = gateway
+        .connect(&device)
+        .await
+        .open(hello(Lane::Live, 0))
+        .await;
+    let epoch = live.welcome().await.epoch;
+    // Far more than fits into a pipe and a socket.
+    const BATCHES: u64 = 8;
+    for batch in 0..BATCHES {
+        let seqs = batch * 1_000 + 1..=(batch + 1) * 1_000;
+        let pings: Vec<Ping> = seqs
+            .map(|seq| ping_at(seq, ping(1).time_ms + seq))
+            .collect();
+        live.send_pings(epoch, &pings).await;
+        live.ack().await;
+    }
+    let user = device.id.user.to_string();
+    let options = ["--user", user.as_str()];
+    let data_dir = gateway.data_dir().to_owned();
+    let whole = waypost(&data_dir, &["export"], &options).await;
+    assert_eq!(whole.code, Some(0), "{}", whole.said);
+    let exported = String::from_utf8(whole.out).unwrap();
+    assert!(exported.trim_end().ends_with(r#""pings":8000}"#));
+
+    for is_killed in [true, false] {
+        // As many as are made at a time. From their first bytes on nobody reads what they write.
+        let mut stalled = Vec::new();
+        let mut beginning = [0; 100];
+        for _ in 0..4 {
+            let mut export = command::begin(&data_dir, &["export"], &options);
+            let out = export.stdout.as_mut().unwrap();
+            out.read_exact(&mut beginning).await.unwrap();
+            stalled.push(export);
+        }
+        let further = waypost(&data_dir, &["export"], &options).await;
+        assert_eq!(further.code, Some(1));
+        assert!(further.said.contains("try again"), "{}", further.said);
+        if is_killed {
+            gateway.kill();
+            gateway.restart().await;
+        } else {
+            gateway.terminate();
+            assert_eq!(gateway.exit_code().await, Some(0));
+        }
+        for export in stalled {
+            let cut_off = command::ended(export).await;
+            assert_eq!(cut_off.code, Some(1));
+            assert!(cut_off.said.contains("cut off"), "{}", cut_off.said);
+            let text = String::from_utf8(cut_off.out).unwrap();
+            assert!(text.len() + beginning.len() < exported.len());
+            assert!(!text.contains(r#""kind":"end""#));
+        }
+    }
+    let file = gateway.scratch("held.jsonl");
+    let to_file = ["--user", &user, "--output", file.to_str().unwrap()];
+    let again = waypost(&data_dir, &["export"], &to_file).await;
+    assert_eq!(again.code, Some(0), "without a gateway: {}", again.said);
+    assert_eq!(
+        without_its_moment(&fs::read(&file).unwrap()),
+        without_its_moment(exported.as_bytes())
+    );
 }

@@ -81,8 +81,8 @@ const CONTROLS: [(&str, &str, &str, &str); 15] = [
     (
         "publishes_a_position_before_its_news",
         "commit.rs",
-        "        self.vigil.publish(news);\n        self.freshness.publish(position, self.resolved_ms, &[], &[]);",
-        "        self.freshness.publish(position, self.resolved_ms, &[], &[]);\n        self.vigil.publish(news);",
+        "        self.vigil.publish(news);\n        self.freshness\n            .publish(position, self.resolved_ms, &[], &news.transitions);",
+        "        self.freshness\n            .publish(position, self.resolved_ms, &[], &news.transitions);\n        self.vigil.publish(news);",
     ),
     (
         "hears_of_no_order_while_it_waits",

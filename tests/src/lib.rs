@@ -8,10 +8,11 @@
 //! For crashes, a [`fleet`] of [`Survivor`]s keeps a [`ledger`], which an [`audit`] compares with the store;
 //! [`power_cut`] and [`FailingDisk`] stand between a process and its disk, and [`Mount`] is a small disk that
 //! can be filled and frozen. For abuse, a [`crowd`] sends [`packets`] and worse. [`silence`] judges what a
-//! checker was told. [`soak`] says how long all of that goes on, and from which seed.
+//! checker was told. A [`command`] is what an operator types. [`soak`] says how long all of that goes on, and from which seed.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
 pub mod audit;
+pub mod command;
 pub mod crowd;
 mod failing_disk;
 pub mod fleet;

@@ -10,6 +10,8 @@ use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 use waypost_proto::id::UserId;
 
+use crate::hex::hex;
+
 /// Users that a deed names. Of more it has the number and a digest.
 pub const MOST_NAMED: usize = 100;
 
@@ -186,10 +188,6 @@ impl Chain {
 #[derive(Deserialize)]
 struct Timed {
     at_ms: u64,
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 const HASH_DIGITS: usize = 64;

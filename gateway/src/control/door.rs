@@ -5,7 +5,8 @@
 //! # Bounds
 //!
 //! `MOST_CALLERS` are served at a time, each for one line of [`LINE_BYTES`] and `CALL_TIMEOUT`; `BACKLOG` more wait in
-//! the kernel, and who comes after those is refused by it.
+//! the kernel, and who comes after those is refused by it. Some of the callers may take longer: see the file beside
+//! this one. A stop waits for none of them.
 
 use std::{
     fs, io,
@@ -28,19 +29,42 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Answer, Command, ControlError, LINE_BYTES, Outcome, SOCKET, Target};
+use super::{
+    Answer, Command, ControlError, LINE_BYTES, Outcome, SOCKET, Target,
+    long::{LongCalls, LongParts},
+};
 use crate::{
-    connected::Connected,
+    audit::Audit,
+    clock::Clock,
+    connected::{Connected, Ending},
+    export::stream::Exports,
     orders::{OrderHandle, Revoke, Revoked},
+    store::Store,
 };
 
 /// What commands reach.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct DoorParts {
     /// The committer.
     pub orders: OrderHandle,
     /// Those whose connections are open.
     pub connected: Arc<Connected>,
+    /// Who gives what is held on a user.
+    pub exports: Exports,
+    /// Where it is seen how far an erasure is.
+    pub store: Arc<Store>,
+    /// Where erasures are recorded.
+    pub audit: Audit,
+    /// The gateway's clock.
+    pub clock: Clock,
+}
+
+/// What a caller reaches.
+#[derive(Clone, Debug)]
+struct Reach {
+    orders: OrderHandle,
+    connected: Arc<Connected>,
+    long: LongCalls,
 }
 
 /// The socket, until dropped. Nothing is answered until [`Door::run`].
@@ -48,7 +72,7 @@ pub struct DoorParts {
 pub struct Door {
     listener: UnixListener,
     path: PathBuf,
-    parts: DoorParts,
+    reach: Reach,
 }
 
 impl Door {
@@ -63,10 +87,30 @@ impl Door {
             path: path.clone(),
             source,
         })?;
+        let DoorParts {
+            orders,
+            connected,
+            exports,
+            store,
+            audit,
+            clock,
+        } = parts;
+        let long = LongCalls::new(LongParts {
+            orders: orders.clone(),
+            connected: Arc::clone(&connected),
+            exports,
+            store,
+            audit,
+            clock,
+        });
         Ok(Self {
             listener,
             path,
-            parts,
+            reach: Reach {
+                orders,
+                connected,
+                long,
+            },
         })
     }
 
@@ -76,11 +120,11 @@ impl Door {
         loop {
             let has_room = callers.len() < MOST_CALLERS;
             tokio::select! {
-                () = cancel.cancelled() => return,
+                () = cancel.cancelled() => break,
                 Some(_) = callers.join_next() => {}
                 accepted = self.listener.accept(), if has_room => match accepted {
                     Ok((stream, _)) => {
-                        callers.spawn(serve(stream, self.parts.clone()));
+                        callers.spawn(serve(stream, self.reach.clone()));
                     }
                     Err(error) => {
                         warn!(%error, "an operator's command could not be taken");
@@ -89,6 +133,8 @@ impl Door {
                 }
             }
         }
+        // They are broken off where they are, and hold nothing of the store any more.
+        callers.shutdown().await;
     }
 }
 
@@ -113,40 +159,62 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     UnixListener::from_std(net::UnixListener::from(OwnedFd::from(socket)))
 }
 
-async fn serve(stream: UnixStream, parts: DoorParts) {
-    match timeout(CALL_TIMEOUT, answer(stream, &parts)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!(%error, "an operator's command broke off"),
-        Err(_) => warn!("an operator's command was not done in time"),
+async fn serve(mut stream: UnixStream, reach: Reach) {
+    let served = async {
+        let command = in_time(command(&mut stream)).await??;
+        reach.obey(command, &mut stream).await
+    };
+    match served.await {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::TimedOut => {
+            warn!("an operator's command was not done or not read in time");
+        }
+        Err(error) => debug!(%error, "an operator's command broke off"),
     }
 }
 
-async fn answer(mut stream: UnixStream, parts: &DoorParts) -> io::Result<()> {
+async fn command(stream: &mut UnixStream) -> io::Result<serde_json::Result<Command>> {
     let mut line = String::new();
     let (read, _) = stream.split();
     BufReader::new(read.take(LINE_BYTES))
         .read_line(&mut line)
         .await?;
-    let answer = match serde_json::from_str(&line) {
-        Ok(command) => parts.obey(command).await,
-        Err(error) => Answer::Refused(format!("this version does not know this command: {error}")),
-    };
-    let mut line = serde_json::to_vec(&answer)?;
-    line.push(b'\n');
-    stream.write_all(&line).await
+    Ok(serde_json::from_str(&line))
 }
 
-impl DoorParts {
-    async fn obey(&self, command: Command) -> Answer {
-        match command {
-            Command::Revoke(target) => self.revoke(&target, false).await,
-            Command::Lift(target) => self.revoke(&target, true).await,
-        }
+/// What may take no longer than `CALL_TIMEOUT`.
+async fn in_time<T>(part: impl Future<Output = T>) -> io::Result<T> {
+    Ok(timeout(CALL_TIMEOUT, part).await?)
+}
+
+/// Says a line.
+pub(super) async fn say(stream: &mut UnixStream, answer: &Answer) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    in_time(stream.write_all(&line)).await?
+}
+
+impl Reach {
+    async fn obey(
+        &self,
+        command: serde_json::Result<Command>,
+        stream: &mut UnixStream,
+    ) -> io::Result<()> {
+        let answer = match command {
+            Ok(Command::Revoke(target)) => in_time(self.revoke(&target, false)).await?,
+            Ok(Command::Lift(target)) => in_time(self.revoke(&target, true)).await?,
+            Ok(Command::Export(wanted)) => return self.long.export(&wanted, stream).await,
+            Ok(Command::Erase(holder)) => return self.long.erase(&holder, stream).await,
+            Err(error) => {
+                Answer::Refused(format!("this version does not know this command: {error}"))
+            }
+        };
+        say(stream, &answer).await
     }
 
     async fn revoke(&self, target: &Target, is_lifted: bool) -> Answer {
         let Some(subject) = target.subject() else {
-            return Answer::Refused("the user is no UUID in lower case".to_owned());
+            return Answer::Refused(NO_USER.to_owned());
         };
         let revoked = self.orders.revoke(Revoke { subject, is_lifted }).await;
         let Revoked { before_ms, now_ms } = match revoked {
@@ -154,7 +222,7 @@ impl DoorParts {
             Err(error) => return Answer::Refused(error.to_string()),
         };
         let ended = match now_ms {
-            Some(_) => self.connected.end(subject),
+            Some(_) => self.connected.end(subject, Ending::Revoked),
             None => 0,
         };
         match (before_ms, now_ms) {
@@ -170,8 +238,10 @@ impl DoorParts {
     }
 }
 
-/// Commands are typed by people.
-const MOST_CALLERS: usize = 8;
+/// Why a command about nobody is refused.
+pub(super) const NO_USER: &str = "the user is no UUID in lower case";
+/// Commands are typed by people. Those that take long are fewer, so that a revocation finds a place.
+const MOST_CALLERS: usize = 16;
 const BACKLOG: i32 = 16;
 /// How long a command may take, with a slow commit in it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,7 +1,8 @@
-//! Export to a device: everything that is held on its user, on a stream of its own.
+//! Exports from a running gateway: to a device, on a stream of its own, and to the operator, in chunks.
 //!
-//! Knows the store, the audit log and a QUIC stream; what the text looks like knows the parent. The store is read on a
-//! thread where a slow disk or a slow device keeps nobody else waiting.
+//! Knows the store, the audit log and a QUIC stream; what the text looks like knows the parent, and how chunks get to
+//! the operator the door of [`crate::control`]. The store is read on a thread where a slow disk or a slow reader keeps
+//! nobody else waiting.
 //!
 //! # Bounds
 //!
@@ -9,6 +10,7 @@
 //! records of the user's devices and the user's transitions. A device that takes nothing for `PATIENCE` is given up.
 
 use std::{
+    fmt,
     io::{self, Write},
     path::PathBuf,
     sync::Arc,
@@ -19,6 +21,7 @@ use bytes::{Bytes, BytesMut};
 use quinn::Connection;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::task::TaskTracker;
@@ -29,22 +32,24 @@ use waypost_proto::{
     v1::{self, control, control_result::Outcome},
 };
 
-use super::{Exporter, Format, Subject};
+use super::{
+    Format,
+    source::{self, NotHeld, Source, SourceError},
+};
 use crate::{
     audit::{
         self, Audit,
         chain::{Deed, What, Who, Whose},
     },
     clock::Clock,
-    grants::Checkers,
     metrics::Metrics,
-    store::{ReadError, Store},
+    store::Store,
 };
 
-/// Exports that are under way at a time: each reads as fast as its device does.
+/// Exports that are under way at a time: each reads as fast as whoever gets it.
 const MOST_EXPORTS: usize = 4;
 
-/// What is read ahead of the device, in chunks.
+/// What is read ahead, in chunks.
 const CHUNKS_AHEAD: usize = 4;
 const CHUNK_BYTES: usize = 16 << 10;
 
@@ -57,7 +62,6 @@ pub struct Exports {
     store: Arc<Store>,
     audit: Audit,
     audit_log: PathBuf,
-    checkers: Arc<Checkers>,
     clock: Clock,
     metrics: Metrics,
     retention: Duration,
@@ -74,8 +78,6 @@ pub struct ExportParts {
     pub audit: Audit,
     /// The audit log's file, which knows who watched.
     pub audit_log: PathBuf,
-    /// The store's checkers.
-    pub checkers: Arc<Checkers>,
     /// The gateway's clock.
     pub clock: Clock,
     /// What is counted.
@@ -84,19 +86,43 @@ pub struct ExportParts {
     pub retention: Duration,
 }
 
-/// Why an export did not come to its end. What was sent lacks its last line.
+/// Why an export was not begun, or did not come to its end. What was sent then lacks its last line.
 #[derive(Debug, thiserror::Error)]
-enum ExportError {
+pub(crate) enum ExportError {
+    #[error(transparent)]
+    NotHeld(#[from] NotHeld),
+    #[error("as many exports as are made at a time are under way; try again in a minute")]
+    NoRoom,
     #[error("it could not be recorded in the audit log, and so was not begun")]
     NotRecorded(#[from] audit::NotRecorded),
-    #[error("what is held could not be read: {0}")]
-    Read(#[from] ReadError),
-    #[error("what is held could not be put together: {0}")]
-    Text(#[from] io::Error),
-    #[error("the device takes nothing any more")]
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error("whoever should get it takes nothing any more")]
     NotReading,
     #[error("the connection broke: {0}")]
     Broken(String),
+}
+
+/// An export that is on record and under way.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    chunks: mpsc::Receiver<Bytes>,
+    written: JoinHandle<Result<(), SourceError>>,
+}
+
+impl Reading {
+    /// The next chunk; none when nothing more comes, for whatever reason.
+    pub(crate) async fn next(&mut self) -> Option<Bytes> {
+        self.chunks.recv().await
+    }
+
+    /// Whether that was all.
+    pub(crate) async fn end(self) -> Result<(), ExportError> {
+        // It would wait for a place for its next chunk.
+        drop(self.chunks);
+        let written = self.written.await;
+        Ok(written.map_err(|error| ExportError::Broken(error.to_string()))??)
+    }
 }
 
 impl Exports {
@@ -107,7 +133,6 @@ impl Exports {
             store: parts.store,
             audit: parts.audit,
             audit_log: parts.audit_log,
-            checkers: parts.checkers,
             clock: parts.clock,
             metrics: parts.metrics,
             retention: parts.retention,
@@ -135,22 +160,43 @@ impl Exports {
         let (exports, connection) = (self.clone(), connection.clone());
         self.under_way.spawn(async move {
             let exported = exports.export(connection, device, id, format, room).await;
-            let metrics = &exports.metrics.exports;
-            match exported {
-                Ok(()) => {
-                    metrics.finished.increment(1);
-                    info!(%device, "exported what is held on the user");
-                }
-                Err(error) => {
-                    metrics.failed.increment(1);
-                    warn!(%device, %error, "an export did not come to its end");
-                }
-            }
+            exports.note(&format_args!("device {device}"), &exported);
         });
         true
     }
 
-    /// Waits until those that are under way have ended, which they do when their connections are closed.
+    /// Begins to read for the operator everything that is held on a user.
+    pub(crate) async fn begin_for_operator(
+        &self,
+        user: UserId,
+        format: Format,
+    ) -> Result<Reading, ExportError> {
+        let room = Arc::clone(&self.room).try_acquire_owned();
+        let room = room.map_err(|_| ExportError::NoRoom)?;
+        let store = Arc::clone(&self.store);
+        let held = tokio::task::spawn_blocking(move || source::check_held(&store, user));
+        held.await
+            .map_err(|error| ExportError::Broken(error.to_string()))??;
+        self.record(Who::Operator, user).await?;
+        Ok(self.read(user, format, room))
+    }
+
+    /// Counts how an export ended, and says it.
+    pub(crate) fn note(&self, whom: &dyn fmt::Display, exported: &Result<(), ExportError>) {
+        let metrics = &self.metrics.exports;
+        match exported {
+            Ok(()) => {
+                metrics.finished.increment(1);
+                info!(to = %whom, "exported what is held on the user");
+            }
+            Err(error) => {
+                metrics.failed.increment(1);
+                warn!(to = %whom, %error, "an export did not come to its end");
+            }
+        }
+    }
+
+    /// Waits until those that are under way have ended, which they do when nobody takes what they read.
     pub async fn ended(&self) {
         self.under_way.close();
         self.under_way.wait().await;
@@ -164,73 +210,65 @@ impl Exports {
         format: Format,
         room: OwnedSemaphorePermit,
     ) -> Result<(), ExportError> {
-        let broken = |error: &dyn std::fmt::Display| ExportError::Broken(error.to_string());
+        let broken = |error: &dyn fmt::Display| ExportError::Broken(error.to_string());
         let mut stream = timeout(PATIENCE, connection.open_uni())
             .await
             .map_err(|_| ExportError::NotReading)?
             .map_err(|error| broken(&error))?;
-        // First on record, then on its way.
         let recorded = self
-            .audit
-            .record(Deed {
-                at_ms: self.clock.now_ms(),
-                who: Who::Holder(device.to_string()),
-                what: What::Exported,
-                whose: Whose::of(&[device.user]),
-            })
+            .record(Who::Holder(device.to_string()), device.user)
             .await;
         let outcome = match recorded {
             Ok(()) => Outcome::Done,
             Err(_) => Outcome::TryLater,
         };
-        let (chunks, mut read) = mpsc::channel(CHUNKS_AHEAD);
-        let head = chunks.send(first_frame(id, outcome)).await;
-        head.expect("there is room for the first");
-        let reading = recorded.map_err(ExportError::from).map(|()| {
-            let exports = self.clone();
-            tokio::task::spawn_blocking(move || {
-                // As long as it reads, also when the device has gone meanwhile.
-                let _room = room;
-                exports.write(device.user, format, Chunks::new(chunks))
-            })
-        });
-        while let Some(chunk) = read.recv().await {
+        let mut send = async |chunk: Bytes| {
             timeout(PATIENCE, stream.write_chunk(chunk))
                 .await
                 .map_err(|_| ExportError::NotReading)?
-                .map_err(|error| broken(&error))?;
+                .map_err(|error| broken(&error))
+        };
+        send(first_frame(id, outcome)).await?;
+        recorded?;
+        let mut reading = self.read(device.user, format, room);
+        while let Some(chunk) = reading.next().await {
+            send(chunk).await?;
         }
-        let written = reading?.await;
-        written.map_err(|error| broken(&error))??;
+        reading.end().await?;
         // An error means that the device has gone with the last chunk.
         stream.finish().map_err(|error| broken(&error))?;
         stream.stopped().await.map_err(|error| broken(&error))?;
         Ok(())
     }
 
-    /// Writes what is held on a user, as it was at one moment.
-    fn write(&self, user: UserId, format: Format, out: Chunks) -> Result<(), ExportError> {
-        let view = self.store.view_of(user);
-        let subject = Subject {
-            user,
+    /// First on record, then on its way.
+    async fn record(&self, who: Who, user: UserId) -> Result<(), audit::NotRecorded> {
+        let deed = Deed {
             at_ms: self.clock.now_ms(),
-            position: view.position()?,
-            sharing: view.sharing()?,
-            retention_days: self.retention.as_secs().div_ceil(24 * 60 * 60),
-            recipients: audit::recipients(&self.audit_log, user)?,
-            decisions: view.decisions()?,
-            checkers: Arc::clone(&self.checkers),
+            who,
+            what: What::Exported,
+            whose: Whose::of(&[user]),
         };
-        let (devices, transitions) = (view.devices()?, view.transitions()?);
-        let mut exporter = Exporter::begin(out, format, &subject, &devices, &transitions)?;
-        for row in view.rows() {
-            let row = row?;
-            for ping in &row.record.pings {
-                exporter.ping(row.key.device, row.key.epoch, row.record.receive_ms, ping)?;
-            }
+        self.audit.record(deed).await
+    }
+
+    fn read(&self, user: UserId, format: Format, room: OwnedSemaphorePermit) -> Reading {
+        let (chunks, read) = mpsc::channel(CHUNKS_AHEAD);
+        let exports = self.clone();
+        let written = self.under_way.spawn_blocking(move || {
+            // As long as it reads, also when whoever wanted it has gone meanwhile.
+            let _room = room;
+            let source = Source {
+                store: &exports.store,
+                audit_log: &exports.audit_log,
+                retention: exports.retention,
+            };
+            source.write(user, format, exports.clock.now_ms(), Chunks::new(chunks))
+        });
+        Reading {
+            chunks: read,
+            written,
         }
-        exporter.end()?;
-        Ok(())
     }
 }
 
@@ -248,7 +286,7 @@ fn first_frame(id: u64, outcome: Outcome) -> Bytes {
     bytes.freeze()
 }
 
-/// Text on its way to a stream, in chunks.
+/// Text on its way, in chunks.
 struct Chunks {
     chunk: Vec<u8>,
     chunks: mpsc::Sender<Bytes>,
@@ -273,6 +311,9 @@ impl Write for Chunks {
     }
 
     fn flush(&mut self) -> io::Result<()> {
+        if self.chunk.is_empty() {
+            return Ok(());
+        }
         let chunk = std::mem::take(&mut self.chunk);
         let sent = self.chunks.blocking_send(chunk.into());
         sent.map_err(|_| io::ErrorKind::BrokenPipe.into())

@@ -4,7 +4,7 @@
 //!
 //! # Families
 //!
-//! - `checkers`: a checker's number, one byte → its name. A row is never changed or deleted.
+//! - `checkers`: a checker's number, one byte → its name, which is never another, and whether everybody has granted it.
 //! - `grants`: `user` → what its holder has decided of each checker. There is a row once something was decided, until
 //!   everything is erased.
 
@@ -16,7 +16,7 @@ use super::{
     Batch, ReadError, Store, bad_key, bad_value,
     record::{self, RecordError},
 };
-use crate::grants::{CheckerNumber, Checkers, Decision, Decisions};
+use crate::grants::{CheckerNumber, CheckerSet, Checkers, Decision, Decisions};
 
 pub(super) const CHECKERS: &str = "checkers";
 pub(super) const GRANTS: &str = "grants";
@@ -26,6 +26,8 @@ pub(super) const GRANTS: &str = "grants";
 struct CheckerRow {
     #[prost(string, tag = "1")]
     name: String,
+    #[prost(bool, tag = "2")]
+    is_granted_by_all: bool,
 }
 
 /// All that a holder has decided.
@@ -47,10 +49,16 @@ struct DecisionRow {
 }
 
 impl Batch {
-    /// Gives a name a number.
-    pub fn put_checker(&mut self, number: CheckerNumber, name: &str) {
-        let name = name.to_owned();
-        self.put(CHECKERS, &[number.get()], &CheckerRow { name });
+    /// Keeps all checkers, with their numbers.
+    pub fn put_checkers(&mut self, checkers: &Checkers) {
+        let by_all = checkers.are_granted_by_all();
+        for (number, name) in checkers.iter() {
+            let row = CheckerRow {
+                name: name.to_owned(),
+                is_granted_by_all: by_all.contains(number),
+            };
+            self.put(CHECKERS, &[number.get()], &row);
+        }
     }
 
     /// Keeps what a holder has decided.
@@ -74,18 +82,23 @@ impl Store {
         let rows = self
             .db
             .iterator_cf(&self.family(CHECKERS), IteratorMode::Start);
-        let mut names = Vec::new();
+        let (mut names, mut by_all) = (Vec::new(), CheckerSet::default());
         for row in rows {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             // Without a gap, since they are given in order and never taken.
-            if key[..] != [u8::try_from(names.len()).unwrap_or(u8::MAX)] {
-                return Err(bad_key(CHECKERS, &key));
-            }
+            let number = u32::try_from(names.len()).ok().and_then(CheckerNumber::new);
+            let number = number.filter(|number| key[..] == [number.get()]);
+            let number = number.ok_or_else(|| bad_key(CHECKERS, &key))?;
             let row: CheckerRow =
                 record::decode_row(&value).map_err(|source| bad_value(CHECKERS, &key, source))?;
             names.push(row.name);
+            if row.is_granted_by_all {
+                by_all = by_all.union(number.into());
+            }
         }
-        Ok(Checkers::restore(names))
+        let mut checkers = Checkers::restore(names);
+        checkers.grant_by_all(by_all);
+        Ok(checkers)
     }
 
     /// What each holder has decided who has decided anything.
@@ -140,7 +153,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{grants::CheckerSet, store::StoreConfig};
+    use crate::store::StoreConfig;
 
     const NOON_MS: u64 = 1_767_268_800_000;
     const USER: UserId = UserId([7; 16]);
@@ -160,11 +173,12 @@ mod tests {
         let mut batch = store.batch();
         for name in ["ops", "night-watch"] {
             let number = checkers.enrol(name).unwrap().unwrap();
-            batch.put_checker(number, name);
+            checkers.grant_by_all(number.into());
             decisions.grant(number, CheckerSet::default(), NOON_MS);
         }
         let ops = checkers.number("ops").unwrap();
         assert!(decisions.withdraw(ops, CheckerSet::default(), NOON_MS + 1));
+        batch.put_checkers(&checkers);
         batch.put_decisions(USER, &decisions);
         store.commit(batch).unwrap();
         drop(store);

@@ -951,3 +951,49 @@ fn a_store_without_its_own_master_key_refuses_to_open_and_makes_none() {
     fs::write(&master, key).unwrap();
     assert_eq!(rows(&open(&folder)).len(), 1);
 }
+
+#[test]
+fn a_claim_keeps_writers_out_until_it_is_dropped_and_readers_never() {
+    let folder = TempDir::new().unwrap();
+    let error = Store::claim(folder.path()).unwrap_err();
+    assert!(matches!(error, OpenError::NoStore { .. }), "{error}");
+    let store = open(&folder);
+    let error = Store::claim(folder.path()).unwrap_err();
+    assert!(matches!(error, OpenError::Locked { .. }), "{error}");
+    drop(store);
+    let claim = Store::claim(folder.path()).unwrap();
+    let error = Store::open(folder.path(), &StoreConfig::default(), NOW_MS).err();
+    assert!(matches!(error, Some(OpenError::Locked { .. })), "{error:?}");
+    drop(Store::open_read_only(folder.path()).unwrap());
+    drop(claim);
+    open(&folder);
+}
+
+#[test]
+fn what_is_held_of_a_user_is_known_from_the_first_row_to_the_fence() {
+    use crate::{
+        bulletin::News, deadlines::Said, erase::Erasure, grants::CheckerSet, sharing::Transition,
+    };
+
+    let folder = TempDir::new().unwrap();
+    let store = open(&folder);
+    let user = UserId([1; 16]);
+    assert_eq!(store.held_of(user).unwrap(), Held::Nothing);
+    let day = Day::of_ms(NOW_MS);
+    commit(&store, 1, day, device(1, 1), &pings(1, 1)).unwrap();
+    assert_eq!(store.held_of(user).unwrap(), Held::Something);
+    assert_eq!(store.held_of(UserId([2; 16])).unwrap(), Held::Nothing);
+    let mut batch = store.batch();
+    let said = Said {
+        position: 2,
+        at_ms: NOW_MS,
+    };
+    let fence = Transition::erased(user, CheckerSet::ALL, said);
+    batch.put_news(&News {
+        transitions: vec![fence],
+        ..News::default()
+    });
+    store.commit(batch).unwrap();
+    let begun = Erasure::begun_by(&fence);
+    assert_eq!(store.held_of(user).unwrap(), Held::Erased(begun));
+}

@@ -20,9 +20,21 @@ use super::{
     settings,
 };
 use crate::{
+    erase::Erasure,
     grants::Decisions,
     sharing::{Sharing, Transition},
 };
+
+/// Whether there is anything of a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Held {
+    /// The store has never heard of the user.
+    Nothing,
+    /// It holds something of the user, or has invited a device.
+    Something,
+    /// Everything was erased, or is on its way to be.
+    Erased(Erasure),
+}
 
 /// One user's rows at one moment.
 pub struct UserView<'a> {
@@ -42,6 +54,25 @@ impl fmt::Debug for UserView<'_> {
 }
 
 impl Store {
+    /// Whether there is anything of a user now.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn held_of(&self, user: UserId) -> Result<Held, ReadError> {
+        let value = self
+            .db
+            .get_cf(&self.family(USERS), user.0)
+            .map_err(|error| ReadError::RocksDb(error.into_string()))?;
+        if let Some(value) = value {
+            let (_, erasure) = holders::withheld(&user.0, &value)?;
+            return Ok(erasure.map_or(Held::Something, Held::Erased));
+        }
+        Ok(match self.last_device(user)? {
+            None => Held::Nothing,
+            Some(_) => Held::Something,
+        })
+    }
+
     /// What is held on a user now. What is committed later is not in it.
     #[must_use]
     pub fn view_of(&self, user: UserId) -> UserView<'_> {

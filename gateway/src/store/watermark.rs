@@ -24,7 +24,7 @@ use std::{
 use ring::digest::{SHA256, digest};
 use tracing::warn;
 
-use crate::durable;
+use crate::{durable, hex::hex};
 
 /// How often the file is written while commits go on: how much of the newest loss it may miss. A sync a
 /// second is nothing beside those of the commits.
@@ -170,10 +170,7 @@ fn content(noted: Noted) -> String {
         None => noted.position.to_string(),
     };
     let digest = digest(&SHA256, numbers.as_bytes());
-    let check: String = digest.as_ref()[..CHECK_BYTES]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect();
+    let check = hex(&digest.as_ref()[..CHECK_BYTES]);
     format!("{numbers} {check}\n")
 }
 
