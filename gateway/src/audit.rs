@@ -155,7 +155,7 @@ pub fn recipients(path: &Path, user: UserId) -> io::Result<Vec<Recipient>> {
         let is_of_user = match deed.whose {
             Whose::Everybody | Whose::Many { .. } => true,
             Whose::Users(users) => users.contains(&name),
-            Whose::Nobody => false,
+            Whose::Device(_) | Whose::Nobody => false,
         };
         if is_of_user {
             let (_, last_ms) = found.entry(checker).or_insert((deed.at_ms, deed.at_ms));

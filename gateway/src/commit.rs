@@ -56,7 +56,7 @@ use crate::{
     metrics::{Fates, Metrics},
     orders::{self, Invite, Order, Orders, Redeem, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
-    revocation::{NoRoom, Revocations},
+    revocation::{NoRoom, Revocations, Subject},
     sharing::{Holders, Sharing, Transition},
     store::{Batch, CommitError, Day, PingKey, Store, record},
     vigil::Vigil,
@@ -473,7 +473,10 @@ impl Committer {
                 Some(_) => What::Revoked,
                 None => What::RevocationLifted,
             },
-            whose: Whose::of(&[subject.user()]),
+            whose: match subject {
+                Subject::User(user) => Whose::of(&[user]),
+                Subject::Device(device) => Whose::Device(device.to_string()),
+            },
         });
         reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
@@ -748,7 +751,7 @@ impl Committer {
         match request {
             Request::Hello(claim) => {
                 let gaps_before = record.gaps;
-                let admission = record.admit(claim);
+                let admission = record.admit_above(claim, self.store.epochs_issued());
                 judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
                 // Counted for each; said of so many that one device cannot fill the log.
                 if admission == Admission::LostAcknowledged

@@ -4,13 +4,15 @@
 //! know the user as erased. The eraser does the rest on a thread of its own, since it takes as long as the disk needs:
 //! it counts what there is, destroys the user's key, deletes the rows, has the files written anew in which they lay, and
 //! looks for them once more. Each step
-//! may be done twice, so one that a crash has interrupted is begun again at the next start. Knows the steps and the
-//! store; must not know sessions, or who may erase.
+//! may be done twice, so one that a crash has interrupted is begun again at the next start. A store that was put back from
+//! before an erasure is told of it by [`replay`]. Knows the steps and the store; must not know sessions, or who may erase.
 //!
 //! # Bounds
 //!
 //! 256 erasures wait; further ones are put off before anything has changed. They are carried out one after
 //! the other. Of each that has ever been, some 60 bytes of memory stay, for the receipt.
+
+pub mod replay;
 
 use std::{fmt, io, sync::Arc, thread};
 
@@ -209,15 +211,21 @@ impl Eraser {
         Ok(receiver)
     }
 
-    fn serve(&mut self) {
+    /// Finishes all that is begun, and says how many failed; of each the log says why.
+    pub fn finish_begun(&mut self) -> usize {
         let begun = self.erasures.iter();
         let left: Vec<_> = begun
             .filter(|(_, erasure)| erasure.finished_ms.is_none())
             .map(|(&user, _)| user)
             .collect();
-        for user in left {
-            self.finish(user);
-        }
+        let finished = left.iter().filter_map(|&user| self.finish(user));
+        let finished = finished.count();
+        left.len() - finished
+    }
+
+    fn serve(&mut self) {
+        // Those that failed are begun again at the next start.
+        self.finish_begun();
         while let Some(Job { user, begun, tell }) = self.jobs.blocking_recv() {
             if let Some(begun) = begun {
                 self.erasures.insert(user, begun);
@@ -267,7 +275,7 @@ impl Eraser {
             self.note(user, erasure)?;
         }
         // From here on whatever copy there is of a row, in a file or a backup, cannot be read any more.
-        store.destroy_key(&user)?;
+        store.destroy_key(&user, erasure.fenced_ms)?;
         let mut batch = store.batch();
         batch.delete_user(user, &store.days(), &events);
         store.commit(batch)?;
@@ -330,10 +338,10 @@ mod tests {
         store::{Day, PingKey, StoreConfig, record},
     };
 
-    const ALICE: UserId = UserId([1; 16]);
-    const BOB: UserId = UserId([2; 16]);
+    pub(super) const ALICE: UserId = UserId([1; 16]);
+    pub(super) const BOB: UserId = UserId([2; 16]);
 
-    fn open(folder: &Path) -> Arc<Store> {
+    pub(super) fn open(folder: &Path) -> Arc<Store> {
         Arc::new(Store::open(folder, &StoreConfig::default(), system_now_ms()).unwrap())
     }
 
@@ -348,7 +356,7 @@ mod tests {
     }
 
     /// Two users with two devices each, pings on two days, a pause and a call.
-    fn filled(folder: &Path) -> Arc<Store> {
+    pub(super) fn filled(folder: &Path) -> Arc<Store> {
         let store = open(folder);
         let today = Day::of_ms(system_now_ms());
         store.open_day(today.next()).unwrap();
@@ -398,13 +406,13 @@ mod tests {
         store
     }
 
-    const EACH: Counts = Counts {
+    pub(super) const EACH: Counts = Counts {
         devices: 2,
         pings: 8,
         events: 2,
     };
 
-    fn fence(store: &Store) {
+    pub(super) fn fence(store: &Store) {
         let mut batch = store.batch();
         batch.put_news(&News {
             transitions: vec![turned(ALICE, 5, Sharing::Erased)],
@@ -413,7 +421,7 @@ mod tests {
         store.commit(batch).unwrap();
     }
 
-    fn eraser(store: &Arc<Store>) -> Eraser {
+    pub(super) fn eraser(store: &Arc<Store>) -> Eraser {
         let kept = store.load_holders().unwrap();
         let (_, jobs) = queue();
         Eraser::new(
@@ -438,7 +446,7 @@ mod tests {
                 eraser(&store).note(ALICE, &erasure).unwrap();
             }
             if 2 <= steps {
-                assert!(store.destroy_key(&ALICE).unwrap());
+                assert!(store.destroy_key(&ALICE, 7).unwrap());
             }
             if 3 <= steps {
                 let events = store.events_of_user(ALICE).unwrap();
@@ -468,8 +476,8 @@ mod tests {
             assert_eq!(eraser.count(ALICE).unwrap(), Counts::default());
             assert_eq!(eraser.count(BOB).unwrap(), EACH, "and nobody else");
             assert_eq!(eraser.finish(ALICE), Some(receipt), "once");
-            assert!(!store.destroy_key(&ALICE).unwrap(), "no key is left");
-            assert!(store.destroy_key(&BOB).unwrap());
+            assert!(!store.destroy_key(&ALICE, 7).unwrap(), "no key is left");
+            assert!(store.destroy_key(&BOB, 7).unwrap());
             drop(eraser);
             drop(store);
             let kept = open(folder.path()).load_holders().unwrap();

@@ -60,6 +60,8 @@ pub enum What {
     Revoked,
     /// One that was revoked is served again.
     RevocationLifted,
+    /// The store was put back from a backup.
+    Restored,
 }
 
 /// Whose data something was done to.
@@ -72,6 +74,8 @@ pub enum Whose {
     Everybody,
     /// That of these users.
     Users(Vec<String>),
+    /// What concerns one device of a user.
+    Device(String),
     /// That of more users than can be named.
     Many {
         /// How many.

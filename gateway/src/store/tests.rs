@@ -852,8 +852,8 @@ fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
     // As a backup of the store has it.
     let backup = killed(&folder);
     fs::remove_dir_all(backup.path().join("keys")).unwrap();
-    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(true));
-    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(false));
+    assert_eq!(store.destroy_key(&UserId([2; 16]), 7), Ok(true));
+    assert_eq!(store.destroy_key(&UserId([2; 16]), 7), Ok(false));
     let left = killed(&folder);
     fs::create_dir(backup.path().join("keys")).unwrap();
     for file in files_of_keys(&left) {
