@@ -18,7 +18,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use waypost_proto::id::{DeviceId, UserId};
 
-use crate::revocation::Subject;
+use crate::{revocation::Subject, store::Checkpoint};
 
 pub use self::door::{Door, DoorParts};
 
@@ -30,6 +30,8 @@ pub enum Command {
     Revoke(Target),
     /// Serve them again.
     Lift(Target),
+    /// Make a checkpoint of the store, for a backup to copy. Whoever asks holds [`crate::store::BackupLock`].
+    Checkpoint,
 }
 
 /// Whom a command is about.
@@ -49,6 +51,8 @@ pub struct Target {
 pub enum Answer {
     /// It is on disk and in force.
     Done(Outcome),
+    /// The checkpoint is in its place.
+    Checkpointed(Checkpoint),
     /// It is not, for this reason.
     Refused(String),
 }

@@ -326,6 +326,7 @@ impl Gateway {
         let door = DoorParts {
             orders: orders.clone(),
             connected: Arc::clone(&sessions.connected),
+            store: Arc::downgrade(&store),
         };
         let door = Door::bind(&config.data_dir, door)?;
         let reload = Reload {

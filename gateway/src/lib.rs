@@ -12,6 +12,8 @@
 //! [`control`], with each [`revocation`]; the connections of the revoked are found among those that are [`connected`].
 //! Certificates and revocation lists that change are taken into use by `reload`.
 //! Devices come by their certificates through [`enrol`], at a port of its own, if they are [invited](mod@invite).
+//! [`backup`] copies the store to elsewhere and [`restore`] puts it back; an erasure outlives both, for it is on a list
+//! beside the keys that [`erase`] goes by at each start.
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -32,6 +34,7 @@ pub mod admin;
 pub mod admission;
 pub mod allowance;
 pub mod audit;
+pub mod backup;
 pub mod bulletin;
 pub mod cli;
 pub mod clock;
@@ -64,6 +67,7 @@ pub mod pki;
 mod port;
 pub mod rate;
 mod reload;
+pub mod restore;
 pub mod revocation;
 pub mod revoke;
 pub mod seal;

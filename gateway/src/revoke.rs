@@ -84,6 +84,9 @@ pub enum RevokeError {
     /// The gateway will not.
     #[error("the gateway refuses: {0}")]
     Refused(String),
+    /// The gateway speaks of something else.
+    #[error("the gateway answered another question; whether it has done it is not known")]
+    NoAnswer,
     /// The output is closed.
     #[error("cannot write the report: {0}")]
     Output(#[from] io::Error),
@@ -162,6 +165,7 @@ fn carry_out(args: &RevokeArgs, subject: Subject) -> Result<(Outcome, bool), Rev
         match control::ask(&args.data_dir, &command)? {
             Some(Answer::Done(outcome)) => return Ok((outcome, true)),
             Some(Answer::Refused(reason)) => return Err(RevokeError::Refused(reason)),
+            Some(Answer::Checkpointed(_)) => return Err(RevokeError::NoAnswer),
             None => {}
         }
         match write(args, subject) {

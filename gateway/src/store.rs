@@ -227,6 +227,15 @@ pub enum OpenError {
         /// The folder.
         path: PathBuf,
     },
+    /// A restore was cut short.
+    #[error(
+        "a store was being put back in {path}, and is not whole: run `waypost restore` again, or remove store.restoring \
+         to begin with an empty store"
+    )]
+    PutBackInPart {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A later version wrote it.
     #[error(
         "the store in {path} has format {found}; this version knows format {FORMAT} only, so use a later one"
@@ -405,7 +414,13 @@ impl Store {
     /// # Errors
     /// When it is in use, damaged, of a later version, or has lost acknowledged data.
     pub fn open(data_dir: &Path, config: &StoreConfig, now_ms: u64) -> Result<Self, OpenError> {
-        Self::open_in(Folder::of_data_dir(data_dir), data_dir, config, now_ms)
+        let folder = Folder::of_data_dir(data_dir);
+        if !folder.holds_database() && Folder::put_back_in(data_dir).path().exists() {
+            return Err(OpenError::PutBackInPart {
+                path: data_dir.to_owned(),
+            });
+        }
+        Self::open_in(folder, data_dir, config, now_ms)
     }
 
     /// The same of a store that is being put back, and is not in its place yet.

@@ -94,10 +94,16 @@ impl World {
 
     pub async fn restart(&mut self) {
         self.stop_gateway().await;
+        self.start_gateway().await;
+    }
+
+    /// Starts a gateway where one was stopped.
+    pub async fn start_gateway(&mut self) {
         self.running = Some(run(&self.config).await);
     }
 
-    async fn stop_gateway(&mut self) {
+    /// Stops the gateway as SIGTERM would, and leaves its folder to the test.
+    pub async fn stop_gateway(&mut self) {
         let running = self.running.take().unwrap();
         running.stop.cancel();
         running.ended.await.unwrap().unwrap();

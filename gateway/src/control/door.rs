@@ -14,7 +14,7 @@ use std::{
         unix::{fs::PermissionsExt, net},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -32,6 +32,7 @@ use super::{Answer, Command, ControlError, LINE_BYTES, Outcome, SOCKET, Target};
 use crate::{
     connected::Connected,
     orders::{OrderHandle, Revoke, Revoked},
+    store::Store,
 };
 
 /// What commands reach.
@@ -41,6 +42,8 @@ pub struct DoorParts {
     pub orders: OrderHandle,
     /// Those whose connections are open.
     pub connected: Arc<Connected>,
+    /// What is backed up. It is held open by those who write to it.
+    pub store: Weak<Store>,
 }
 
 /// The socket, until dropped. Nothing is answered until [`Door::run`].
@@ -141,6 +144,25 @@ impl DoorParts {
         match command {
             Command::Revoke(target) => self.revoke(&target, false).await,
             Command::Lift(target) => self.revoke(&target, true).await,
+            Command::Checkpoint => self.checkpoint().await,
+        }
+    }
+
+    /// On a thread that may wait for the disk.
+    async fn checkpoint(&self) -> Answer {
+        let Some(store) = self.store.upgrade() else {
+            return Answer::Refused("the gateway stops".to_owned());
+        };
+        match tokio::task::spawn_blocking(move || store.checkpoint()).await {
+            Ok(Ok(checkpoint)) => {
+                info!(
+                    position = checkpoint.position,
+                    "a backup is made of this moment"
+                );
+                Answer::Checkpointed(checkpoint)
+            }
+            Ok(Err(error)) => Answer::Refused(error.to_string()),
+            Err(error) => Answer::Refused(format!("it broke off: {error}")),
         }
     }
 

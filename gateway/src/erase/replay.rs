@@ -30,7 +30,9 @@ pub fn replay(
     now_ms: u64,
 ) -> Result<Vec<UserId>, EraseError> {
     let kept = store.load_holders()?.erasures;
-    let of_store = kept.iter().map(|(user, erasure)| (*user, erasure.fenced_ms));
+    let of_store = kept
+        .iter()
+        .map(|(user, erasure)| (*user, erasure.fenced_ms));
     let known: Vec<_> = of_store.chain(witnessed.iter().copied()).collect();
     store.note_erased(&known)?;
     let in_store: BTreeSet<_> = kept.iter().map(|(user, _)| *user).collect();

@@ -15,9 +15,7 @@ use std::{
 };
 
 use super::{
-    key_store::{
-        ERASED, KeyError, MODE, damaged, path_of, remove, replace, segments_of, unusable,
-    },
+    key_store::{ERASED, KeyError, MODE, damaged, path_of, remove, replace, segments_of, unusable},
     segment::Header,
 };
 use crate::durable;
@@ -151,7 +149,10 @@ mod tests {
         let copied = open(&to, 1);
         let gone = all.iter().filter(|user| copied.key(user).is_none());
         assert_eq!(gone.collect::<Vec<_>>(), [&all[5], &all[4_096]]);
-        assert_eq!(copied.erased().collect::<Vec<_>>(), store.erased().collect::<Vec<_>>());
+        assert_eq!(
+            copied.erased().collect::<Vec<_>>(),
+            store.erased().collect::<Vec<_>>()
+        );
         assert_eq!(copied.made(), 4_097);
     }
 

@@ -301,7 +301,9 @@ impl KeyStore {
 
     /// The users who were erased, with when, in milliseconds since 1970-01-01 UTC.
     pub fn erased(&self) -> impl Iterator<Item = (UserId, u64)> {
-        self.erased.iter().map(|(user, erased_ms)| (*user, *erased_ms))
+        self.erased
+            .iter()
+            .map(|(user, erased_ms)| (*user, *erased_ms))
     }
 
     /// Puts users on the list of the erased. Who is on it stays on it, with the time that is there.

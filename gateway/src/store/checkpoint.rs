@@ -35,6 +35,8 @@ pub struct Checkpoint {
     /// It holds everybody who was heard up to this moment, in milliseconds since 1970-01-01 UTC. None if the gateway
     /// never heard anybody.
     pub heard_until_ms: Option<u64>,
+    /// So many keys of users had been made: as many are needed to read it.
+    pub keys_made: u64,
 }
 
 /// Why there is no checkpoint.
@@ -90,6 +92,7 @@ impl Store {
             life: hex(&self.facts.life),
             position: noted.position,
             heard_until_ms: noted.heard_until_ms,
+            keys_made: self.writable_keys()?.lock().made(),
         })
     }
 

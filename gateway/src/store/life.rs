@@ -17,7 +17,9 @@
 use ring::rand::{SecureRandom, SystemRandom};
 use rocksdb::WriteBatch;
 
-use super::{CommitError, META, META_POSITION, ReadError, Store, fixed, permanent_family, settings};
+use super::{
+    CommitError, META, META_POSITION, ReadError, Store, fixed, permanent_family, settings,
+};
 
 pub(super) const META_LIFE: &[u8] = b"life";
 pub(super) const META_EPOCHS_ISSUED: &[u8] = b"epochs_issued";
@@ -31,17 +33,18 @@ struct Beginning {
 
 /// More than any store commits in a second.
 const COMMITS_PER_SECOND_BITS: u32 = 20;
-/// 2020-01-01 UTC, in seconds: before any store. Counted from then, seconds are epochs until 2156.
-const BEGINNING_OF_EPOCHS_S: u64 = 1_577_836_800;
+/// 2026-01-01 UTC: before any store.
+const BEGINNING_OF_EPOCHS_MS: u64 = 1_767_225_600_000;
+/// Two epochs a second, until 2094: a device may begin a connection a second and 60 at once, and gets at most one epoch on
+/// each (`devices.allowance`).
+const MS_PER_EPOCH: u64 = 500;
 
 impl Beginning {
-    /// Beyond all that any life that began before `now_ms` can have given out: less than 2^20 commits a second, and to
-    /// a device less than an epoch a second.
+    /// Beyond all that any life that began a minute or more before `now_ms` can have given out.
     fn at(now_ms: u64, last_position: u64) -> Self {
-        let now_s = now_ms / 1_000;
-        // Below 2^53 for as long as anybody cares, so that it is a number in JSON as well.
-        let position = now_s << COMMITS_PER_SECOND_BITS;
-        let epochs = now_s.saturating_sub(BEGINNING_OF_EPOCHS_S);
+        // Below 2^53 for two centuries, so that it is a number in JSON as well.
+        let position = (now_ms / 1_000) << COMMITS_PER_SECOND_BITS;
+        let epochs = now_ms.saturating_sub(BEGINNING_OF_EPOCHS_MS) / MS_PER_EPOCH;
         Self {
             position: position.max(last_position.saturating_add(1)),
             // The last one is left, or no device would ever get another.
@@ -122,9 +125,9 @@ mod tests {
     fn a_later_life_begins_above_all_that_an_earlier_one_can_have_given_out() {
         let first = Beginning::at(NOON_MS, 7);
         let second = Beginning::at(NOON_MS + 3_600_000, 7);
-        // A million commits and an epoch in each second of that hour.
+        // A million commits and a connection in each second of that hour, and all connections that it may begin at once.
         assert!(first.position + 3_600 * 1_000_000 < second.position);
-        assert!(first.epochs_issued + 3_599 < second.epochs_issued);
+        assert!(first.epochs_issued + 3_600 + 60 < second.epochs_issued);
         assert!(7 < first.position && second.position < 1 << 53);
         // With a clock that was set back.
         let last = u64::from(u32::MAX) << 21;

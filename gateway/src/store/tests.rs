@@ -841,6 +841,56 @@ fn a_sealed_row_that_was_changed_or_moved_is_said_to_be_damaged() {
     assert!(damaged(1), "on another day");
 }
 
+/// A store of what the checkpoint of another one holds.
+fn of_checkpoint(store: &TempDir) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("store")).unwrap();
+    let from = checkpoint_in(store.path());
+    fs::rename(from, folder.path().join("store/rocksdb")).unwrap();
+    folder
+}
+
+#[test]
+fn a_checkpoint_has_every_row_of_its_commits_while_days_turn_and_go() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let user = |position: u64| device((position % 200) as u8, (position / 200) as u32);
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let (store, folder) = (&store, &folder);
+        scope.spawn(move || {
+            let mut day = Day::of_ms(NOW_MS);
+            let mut position = 0;
+            while stopped.try_recv() != Err(std::sync::mpsc::TryRecvError::Disconnected) {
+                // As often as can be: each row is the first of its day.
+                day = day.next();
+                position += 1;
+                store.open_day(day).unwrap();
+                commit(store, position, day, user(position), &pings(1, 1)).unwrap();
+                // None of those whose rows are counted.
+                store.drop_days_before(Day::of_ms(NOW_MS)).unwrap();
+            }
+        });
+        for _ in 0..40 {
+            let noted = store.checkpoint().unwrap();
+            let copy = of_checkpoint(folder);
+            let copy = Store::open_read_only(copy.path()).unwrap();
+            let (devices, recovered) = copy.load_devices().unwrap();
+            assert!(noted.position <= recovered.position);
+            assert_eq!(devices.len() as u64, recovered.position);
+            let rows = copy
+                .rows()
+                .filter(|row| matches!(row, Err(ReadError::Sealed { .. })));
+            assert_eq!(
+                rows.count() as u64,
+                recovered.position,
+                "rows without a family"
+            );
+        }
+        drop(stop);
+    });
+}
+
 #[test]
 fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
     let folder = tempfile::tempdir().unwrap();
