@@ -116,11 +116,10 @@ impl Manifest {
                 && !file.name.contains('/')
                 && !file.name.starts_with('.')
         };
-        manifest
-            .all_files()
-            .all(is_plain)
-            .then_some(manifest)
-            .ok_or(Fault::Damaged)
+        if !manifest.all_files().all(is_plain) {
+            return Err(Fault::Damaged);
+        }
+        Ok(manifest)
     }
 }
 
