@@ -126,6 +126,50 @@ pub fn read(path: &Path, mut seen: impl FnMut(&str)) -> io::Result<Read> {
     }
 }
 
+/// Gives all deeds of a log, in order. One of a later version is passed over.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn deeds(path: &Path, mut each: impl FnMut(Deed)) -> io::Result<()> {
+    for line in BufReader::new(File::open(path)?).lines() {
+        let line = line?;
+        let json = line.split_once(' ').map_or("", |(_, json)| json);
+        if let Ok(deed) = serde_json::from_str(json) {
+            each(deed);
+        }
+    }
+    Ok(())
+}
+
+/// Adds a deed to a log while no gateway runs. It is on disk when this returns.
+///
+/// # Errors
+/// When the log does not hold together, or cannot be written.
+pub fn append(path: &Path, deed: &Deed) -> io::Result<()> {
+    let (mut chain, kept_bytes) = match read(path, |_| ()) {
+        Ok(Read::Whole { chain, bytes, .. }) => (chain, bytes),
+        Ok(Read::Broken { line, broken }) => {
+            let text = format!("line {line}: {broken}");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (Chain::default(), 0),
+        Err(error) => return Err(error),
+    };
+    let mut file = open_to_append(path)?;
+    file.set_len(kept_bytes)?;
+    file.write_all(chain.append(deed).as_bytes())?;
+    file.sync_all()?;
+    durable::sync_folder(path.parent().unwrap_or_else(|| Path::new(".")))
+}
+
+fn open_to_append(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+}
+
 /// A checker that was told when a user was heard, never where.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recipient {
@@ -143,26 +187,20 @@ pub struct Recipient {
 pub fn recipients(path: &Path, user: UserId) -> io::Result<Vec<Recipient>> {
     let name = user.to_string();
     let mut found: BTreeMap<String, (u64, u64)> = BTreeMap::new();
-    for line in BufReader::new(File::open(path)?).lines() {
-        let line = line?;
-        let json = line.split_once(' ').map_or("", |(_, json)| json);
-        // A deed of a later version is none that this one could judge.
-        let Ok(deed) = serde_json::from_str::<Deed>(json) else {
-            continue;
-        };
+    deeds(path, |deed| {
         let (Who::Checker(checker), What::WatchStarted) = (deed.who, deed.what) else {
-            continue;
+            return;
         };
         let is_of_user = match deed.whose {
             Whose::Everybody | Whose::Many { .. } => true,
             Whose::Users(users) => users.contains(&name),
-            Whose::Nobody => false,
+            Whose::Device(_) | Whose::Nobody => false,
         };
         if is_of_user {
             let (_, last_ms) = found.entry(checker).or_insert((deed.at_ms, deed.at_ms));
             *last_ms = deed.at_ms;
         }
-    }
+    })?;
     let recipient = |(checker, watched_ms)| Recipient {
         checker,
         watched_ms,
@@ -292,11 +330,7 @@ impl LogFile {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(path)?;
+        let file = open_to_append(path)?;
         let is_torn = kept_bytes < file.metadata()?.len();
         if is_torn {
             file.set_len(kept_bytes)?;

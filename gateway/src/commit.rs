@@ -537,7 +537,7 @@ impl Committer {
                 Some(_) => What::Revoked,
                 None => What::RevocationLifted,
             },
-            whose: Whose::of(&[subject.user()]),
+            whose: Whose::of_subject(subject),
         });
         reply.answer(Ok(Revoked { before_ms, now_ms }));
         Ok(())
@@ -875,7 +875,7 @@ impl Committer {
         match request {
             Request::Hello(claim) => {
                 let gaps_before = record.gaps;
-                let admission = record.admit(claim);
+                let admission = record.admit_above(claim, self.store.epochs_issued());
                 judged.gaps = judged.gaps.saturating_add(record.gaps - gaps_before);
                 // Counted for each; said of so many that one device cannot fill the log.
                 if admission == Admission::LostAcknowledged

@@ -25,7 +25,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use waypost_proto::id::{DeviceId, UserId};
 
-use crate::{erase::Erasure, export::Format, revocation::Subject};
+use crate::{erase::Erasure, export::Format, revocation::Subject, store::Checkpoint};
 
 pub use self::{
     call::Call,
@@ -44,6 +44,8 @@ pub enum Command {
     Export(Wanted),
     /// Erase everything that is held on a user, for ever.
     Erase(Holder),
+    /// Make a checkpoint of the store, for a backup to copy. Whoever asks holds [`crate::store::BackupLock`].
+    Checkpoint,
 }
 
 /// Whose data a command is about.
@@ -81,6 +83,8 @@ pub struct Target {
 pub enum Answer {
     /// It is on disk and in force.
     Done(Outcome),
+    /// The checkpoint is in its place.
+    Checkpointed(Checkpoint),
     /// It is not, for this reason.
     Refused(String),
     /// How far an erasure is. What it is about is fenced off, on disk.

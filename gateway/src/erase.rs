@@ -5,9 +5,9 @@
 //! it counts what there is, destroys the user's key, deletes the rows, has the files written anew in which they lay, and
 //! looks for them once more. Each step
 //! may be done twice, so one that a crash has interrupted is begun again at the next start. It also has the files written
-//! anew in which events lay whose retention is over. Knows who waits and for
-//! whom; the steps are in their own file, since [`command`] does them as well where no gateway runs. Must not know
-//! sessions, or who may erase.
+//! anew in which events lay whose retention is over. A store that was put back from before an erasure is told of it by
+//! [`replay`]. Knows who waits and for whom; the steps are in their own file, since [`command`] does them as well where no
+//! gateway runs. Must not know sessions, or who may erase.
 //!
 //! # Bounds
 //!
@@ -15,6 +15,7 @@
 //! the other. Of each that has ever been, some 60 bytes of memory stay, for the receipt.
 
 pub mod command;
+pub mod replay;
 mod steps;
 
 use std::{fmt, io, sync::Arc, thread};
@@ -235,18 +236,24 @@ impl Eraser {
         Ok(receiver)
     }
 
-    fn serve(&mut self) {
+    /// Finishes all that is begun, and says how many failed; of each the log says why.
+    pub fn finish_begun(&mut self) -> usize {
         let begun = self.erasures.iter();
         let left: Vec<_> = begun
             .filter(|(_, erasure)| erasure.finished_ms.is_none())
             .map(|(&user, _)| user)
             .collect();
-        for user in left {
-            self.finish(user);
-        }
+        let finished = left.iter().filter_map(|&user| self.finish(user));
+        let finished = finished.count();
+        left.len() - finished
+    }
+
+    fn serve(&mut self) {
+        // Those that failed are begun again at the next start.
+        self.finish_begun();
         while let Some(job) = self.jobs.blocking_recv() {
             let Job::Erase { user, begun, tell } = job else {
-                if let Err(error) = self.store.purge_events() {
+                if let Err(error) = self.steps.purge_events() {
                     warn!(%error, "the files in which forgotten events lay could not be written anew; it is tried again tomorrow");
                 }
                 continue;
@@ -322,10 +329,10 @@ mod tests {
         store::{Day, PingKey, StoreConfig, record},
     };
 
-    const ALICE: UserId = UserId([1; 16]);
-    const BOB: UserId = UserId([2; 16]);
+    pub(super) const ALICE: UserId = UserId([1; 16]);
+    pub(super) const BOB: UserId = UserId([2; 16]);
 
-    fn open(folder: &Path) -> Arc<Store> {
+    pub(super) fn open(folder: &Path) -> Arc<Store> {
         Arc::new(Store::open(folder, &StoreConfig::default(), system_now_ms()).unwrap())
     }
 
@@ -341,7 +348,7 @@ mod tests {
     }
 
     /// Two users with two devices each, pings on two days, a pause, a call and a grant.
-    fn filled(folder: &Path) -> Arc<Store> {
+    pub(super) fn filled(folder: &Path) -> Arc<Store> {
         let store = open(folder);
         let today = Day::of_ms(system_now_ms());
         store.open_day(today.next()).unwrap();
@@ -395,13 +402,13 @@ mod tests {
         store
     }
 
-    const EACH: Counts = Counts {
+    pub(super) const EACH: Counts = Counts {
         devices: 2,
         pings: 8,
         events: 3,
     };
 
-    fn fence(store: &Store) {
+    pub(super) fn fence(store: &Store) {
         let mut batch = store.batch();
         batch.put_news(&News {
             transitions: vec![turned(ALICE, 5, Sharing::Erased)],
@@ -410,7 +417,7 @@ mod tests {
         store.commit(batch).unwrap();
     }
 
-    fn eraser(store: &Arc<Store>) -> Eraser {
+    pub(super) fn eraser(store: &Arc<Store>) -> Eraser {
         let kept = store.load_holders().unwrap();
         let (_, jobs) = queue();
         Eraser::new(
@@ -435,7 +442,7 @@ mod tests {
                 eraser(&store).steps.note(ALICE, &erasure).unwrap();
             }
             if 2 <= steps {
-                assert!(store.destroy_key(&ALICE).unwrap());
+                assert!(store.destroy_key(&ALICE, 7).unwrap());
             }
             if 3 <= steps {
                 let events = store.events_of_user(ALICE).unwrap();
@@ -465,8 +472,8 @@ mod tests {
             assert_eq!(eraser.steps.count(ALICE).unwrap(), Counts::default());
             assert_eq!(eraser.steps.count(BOB).unwrap(), EACH, "and nobody else");
             assert_eq!(eraser.finish(ALICE), Some(receipt), "once");
-            assert!(!store.destroy_key(&ALICE).unwrap(), "no key is left");
-            assert!(store.destroy_key(&BOB).unwrap());
+            assert!(!store.destroy_key(&ALICE, 7).unwrap(), "no key is left");
+            assert!(store.destroy_key(&BOB, 7).unwrap());
             drop(eraser);
             drop(store);
             let kept = open(folder.path()).load_holders().unwrap();

@@ -31,7 +31,7 @@ use crate::{
     control::{ControlError, Door, DoorParts},
     disk::DiskWatch,
     enrol::{Enrolment, EnrolmentError, EnrolmentParts, Renewals, invitations::Invitations},
-    erase::{self, Eraser},
+    erase::{self, EraseError, Eraser},
     export::stream::{ExportParts, Exports},
     feed::{Feed, FeedError, FeedParts, FreshnessConfig},
     freshness::{Freshness, Grants},
@@ -68,6 +68,8 @@ pub enum BindError {
     /// The numbers of new checkers could not be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
+    #[error(transparent)]
+    Erase(#[from] EraseError),
     #[error(transparent)]
     Worker(#[from] WorkerError),
     #[error(transparent)]
@@ -167,6 +169,8 @@ impl Gateway {
         let tls_files = tls_files.and(config.enrolment.files());
 
         let store = Arc::new(Store::open(&config.data_dir, &config.store, began_ms)?);
+        // Before anything is read of it that is served.
+        erase::replay::replay(&store, &[], began_ms)?;
         let (devices, recovered) = store.load_devices()?;
         let clock = Clock::starting_at(recovered.high_water_ms);
         // Nothing is said of the time since an earlier process until it is written down that nobody was heard in it.
@@ -304,7 +308,7 @@ impl Gateway {
                 checkers: Arc::clone(&checkers),
                 inviter: enrolment.as_ref().map(|one| one.inviter.clone()),
                 revocations: Arc::clone(&revocations),
-                incarnation: store.incarnation(),
+                incarnation: store.life(),
                 token_key: store.secret(),
                 clock: clock.clone(),
                 readiness: readiness.clone(),

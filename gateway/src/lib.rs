@@ -14,6 +14,8 @@
 //! find no gateway do these things [`standalone`]. The [`audit`] log says who did what.
 //! Certificates and revocation lists that change are taken into use by `reload`.
 //! Devices come by their certificates through [`enrol`], at a port of its own, if they are [invited](mod@invite).
+//! [`backup`] copies the store to elsewhere and [`restore`] puts it back; an erasure outlives both, for it is on a list
+//! beside the keys that [`erase`] goes by at each start.
 //! [`disk`] watches whether the disk answers and has room; `durable` makes files that outlive a loss of
 //! power. [`gateway`] builds the parts and owns their tasks.
 //!
@@ -35,6 +37,7 @@ pub mod admin;
 pub mod admission;
 pub mod allowance;
 pub mod audit;
+pub mod backup;
 pub mod bulletin;
 pub mod cli;
 pub mod clock;
@@ -69,6 +72,7 @@ pub mod pki;
 mod port;
 pub mod rate;
 mod reload;
+pub mod restore;
 pub mod revocation;
 pub mod revoke;
 pub mod seal;

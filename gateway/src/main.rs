@@ -5,12 +5,14 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use waypost_gateway::{
     audit::command::{self as audit, AuditArgs},
+    backup::command::{self as backup, BackupArgs},
     cli::{self, CheckConfigArgs, Failure, ServeArgs},
     erase::command::EraseArgs,
     export::command::{self as export, ExportArgs},
     inspect::{self, InspectArgs},
     invite::InviteArgs,
     pki::command::{self as pki, PkiArgs},
+    restore::command::{self as restore, RestoreArgs},
     revoke::{self, RevokeArgs},
     seal::command::{self as keys, KeysArgs},
     watch::WatchArgs,
@@ -59,6 +61,10 @@ enum Command {
     Watch(WatchArgs),
     /// Show what is in a store: counts and times, never positions
     Inspect(InspectArgs),
+    /// Copy the store to a folder of backups, beside a running gateway or without one
+    Backup(BackupArgs),
+    /// Put a store back from a backup
+    Restore(RestoreArgs),
     /// Check the record of who did what to whose data
     Audit(AuditArgs),
 }
@@ -80,6 +86,12 @@ fn main() -> ExitCode {
         Command::Watch(args) => cli::watch(args),
         Command::Inspect(args) => {
             inspect::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+        Command::Backup(args) => {
+            backup::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
+        }
+        Command::Restore(args) => {
+            restore::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)
         }
         Command::Audit(args) => {
             audit::run(&args, &mut std::io::stdout().lock()).map_err(Failure::from)

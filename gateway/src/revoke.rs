@@ -14,7 +14,7 @@ use serde::Serialize;
 use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
-    audit::chain::What,
+    audit::chain::{What, Whose},
     clock::system_now_ms,
     console::{parse_user, print},
     control::{self, Answer, Command, ControlError, Outcome},
@@ -200,7 +200,7 @@ fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
         false => What::Revoked,
         true => What::RevocationLifted,
     };
-    standalone::record(data_dir, what, subject.user(), now_ms)?;
+    standalone::record(data_dir, what, Whose::of_subject(subject), now_ms)?;
     let now_ms = (!is_lifted).then_some(now_ms);
     let mut batch = store.batch();
     batch.put_position(recovered.position + 1);

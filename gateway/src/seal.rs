@@ -2,7 +2,8 @@
 //!
 //! Knows the cipher, and keys while they are in memory. Must not know files, where a master key comes from, or
 //! what is sealed. Its parts: the [`master`] key wraps the data keys, a `segment` is a file of wrapped keys, the
-//! [`key_store`] keeps those files, and [`command`] is `waypost keys`.
+//! [`key_store`] keeps those files and beside them the list of the `erased`, [`copy`] makes a copy of all of them, and
+//! [`command`] is `waypost keys`.
 //!
 //! # The cipher
 //!
@@ -12,6 +13,8 @@
 //! Keys, and what is derived of them, are wiped when they are dropped.
 
 pub mod command;
+pub mod copy;
+mod erased;
 pub mod key_store;
 pub mod master;
 mod segment;

@@ -9,8 +9,6 @@ use std::{
     time::Duration,
 };
 
-use waypost_proto::id::UserId;
-
 use crate::{
     audit::{
         self,
@@ -105,14 +103,14 @@ pub(crate) fn open_store(
 pub(crate) fn record(
     data_dir: &Path,
     what: What,
-    user: UserId,
+    whose: Whose,
     at_ms: u64,
 ) -> Result<(), StandaloneError> {
     let deed = Deed {
         at_ms,
         who: Who::Operator,
         what,
-        whose: Whose::of(&[user]),
+        whose,
     };
     let set_aside = audit::record_alone(data_dir, &deed).map_err(|source| {
         let path = data_dir.join(audit::FILE_NAME);

@@ -5,7 +5,8 @@
 //!
 //! # Families
 //!
-//! - `meta`: format version, incarnation, secret, and the last position, which every commit writes.
+//! - `meta`: format version, incarnation, secret, what a restore has changed (`life`), and the last position, which
+//!   every commit writes.
 //! - `devices`: one record a device ([`record::encode_device`]).
 //! - `coverage`, `deadlines` and `deadline_events`: when the gateway could not hear, and who is expected (`notices`).
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
@@ -43,11 +44,13 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
+mod checkpoint;
 mod enrolment;
 mod folder;
 mod grants;
 mod holders;
 mod keys;
+mod life;
 mod notices;
 pub mod record;
 mod retention;
@@ -78,6 +81,8 @@ use crate::{
     },
 };
 
+pub use checkpoint::{Checkpoint, CheckpointError, checkpoint_in};
+pub use folder::BackupLock;
 pub use holders::{KeptHolders, UserEvents};
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
@@ -105,6 +110,8 @@ pub struct Store {
 /// What only the writer has.
 struct Writer {
     watermark: Watermark,
+    /// One checkpoint at a time.
+    checkpoint: Mutex<()>,
     _lock: Lock,
 }
 
@@ -118,8 +125,12 @@ pub struct Claim {
 /// What `meta` said when the store was opened.
 struct Facts {
     incarnation: [u8; 16],
+    /// The same until a restore.
+    life: [u8; 16],
     secret: [u8; 32],
     position: u64,
+    /// Other lives of the store may have issued epochs up to this one.
+    epochs_issued: u32,
     /// How many users' keys have ever been used.
     keys_used: u64,
     /// From the watermark's file: up to when the gateway could hear, as far as is known.
@@ -230,6 +241,15 @@ pub enum OpenError {
         /// The folder.
         path: PathBuf,
     },
+    /// A restore was cut short.
+    #[error(
+        "a store was being put back in {path}, and is not whole: run `waypost restore` again, or remove store.restoring \
+         to begin with an empty store"
+    )]
+    PutBackInPart {
+        /// The folder.
+        path: PathBuf,
+    },
     /// A later version wrote it.
     #[error(
         "the store in {path} has format {found}; this version knows format {FORMAT} only, so use a later one"
@@ -332,6 +352,9 @@ pub enum CommitError {
     /// Users' keys could not be made or destroyed for good.
     #[error("the users' keys could not be written: {0}")]
     Keys(String),
+    /// The system gave no random numbers.
+    #[error("the system gives no random numbers")]
+    NoRandomness,
 }
 
 /// A failed read.
@@ -408,6 +431,32 @@ impl Store {
     /// When it is in use, damaged, of a later version, or has lost acknowledged data.
     pub fn open(data_dir: &Path, config: &StoreConfig, now_ms: u64) -> Result<Self, OpenError> {
         let folder = Folder::of_data_dir(data_dir);
+        if !folder.holds_database() && Folder::put_back_in(data_dir).path().exists() {
+            return Err(OpenError::PutBackInPart {
+                path: data_dir.to_owned(),
+            });
+        }
+        Self::open_in(folder, data_dir, config, now_ms)
+    }
+
+    /// The same of a store that is being put back, and is not in its place yet.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn open_put_back(
+        data_dir: &Path,
+        config: &StoreConfig,
+        now_ms: u64,
+    ) -> Result<Self, OpenError> {
+        Self::open_in(Folder::put_back_in(data_dir), data_dir, config, now_ms)
+    }
+
+    fn open_in(
+        folder: Folder,
+        data_dir: &Path,
+        config: &StoreConfig,
+        now_ms: u64,
+    ) -> Result<Self, OpenError> {
         let unusable = |source| OpenError::Folder {
             path: folder.path().to_owned(),
             source,
@@ -427,6 +476,7 @@ impl Store {
             return Err(behind(&folder, 0, watermark.position));
         }
         folder.keep_log_of_unclean_stop(now_ms).map_err(unusable)?;
+        folder.drop_abandoned_checkpoint().map_err(unusable)?;
         folder.make_database().map_err(unusable)?;
 
         let failed = |error| open_error(data_dir, error);
@@ -469,6 +519,7 @@ impl Store {
             room,
             writer: Some(Writer {
                 watermark,
+                checkpoint: Mutex::new(()),
                 _lock: lock,
             }),
         };
@@ -584,7 +635,7 @@ impl Store {
         self.keys.is_some()
     }
 
-    /// Names this store: random, made with it.
+    /// Names this store: random, made with it. To devices and to the keys a store that was put back is the same one.
     #[must_use]
     pub fn incarnation(&self) -> [u8; 16] {
         self.facts.incarnation
@@ -620,7 +671,7 @@ impl Store {
         // The position is kept apart from the records, so that none is used twice even if the record
         // that had the last one is gone.
         let mut recovered = Recovered {
-            position: self.facts.position,
+            position: self.last_position()?,
             high_water_ms: self.facts.heard_until_ms.unwrap_or_default(),
         };
         let devices = self.devices().collect::<Result<Vec<_>, _>>()?;
@@ -744,15 +795,30 @@ impl Store {
     }
 
     /// Destroys a user's key: no row that was sealed with it can be read again, wherever a copy of it is. Says whether
-    /// there was one. A row that is committed later gets another key.
+    /// there was one. A row that is committed later gets another key. Beside the keys it is kept that the user was
+    /// erased at `erased_ms`, for a store that is put back from before.
     ///
     /// # Errors
     /// When that is not sure. It is as final as a failed commit.
-    pub fn destroy_key(&self, user: &UserId) -> Result<bool, CommitError> {
-        self.writer()?;
-        let keys = self.keys.as_ref().ok_or(CommitError::ReadOnly)?;
-        let destroyed = keys.lock().destroy(user);
+    pub fn destroy_key(&self, user: &UserId, erased_ms: u64) -> Result<bool, CommitError> {
+        let destroyed = self.writable_keys()?.lock().destroy(user, erased_ms);
         destroyed.map_err(|error| self.fail(CommitError::Keys(error.to_string())))
+    }
+
+    /// The users who were ever erased, as it is kept beside the keys: with when, in milliseconds since 1970-01-01 UTC.
+    #[must_use]
+    pub fn erased(&self) -> Vec<(UserId, u64)> {
+        let keys = self.keys.as_ref().map(Mutex::lock);
+        keys.map_or_else(Vec::new, |keys| keys.erased().collect())
+    }
+
+    /// Keeps beside the keys that users were erased.
+    ///
+    /// # Errors
+    /// As [`Self::destroy_key`].
+    pub fn note_erased(&self, users: &[(UserId, u64)]) -> Result<(), CommitError> {
+        let noted = self.writable_keys()?.lock().note_erased(users);
+        noted.map_err(|error| self.fail(CommitError::Keys(error.to_string())))
     }
 
     /// Looks how much room there is. Waits for the disk if that hangs.
@@ -881,6 +947,11 @@ impl Store {
         self.db
             .write_opt(writes, &settings::synced())
             .map_err(|error| CommitError::RocksDb(error.into_string()))
+    }
+
+    fn writable_keys(&self) -> Result<&Mutex<KeyStore>, CommitError> {
+        self.writer()?;
+        self.keys.as_ref().ok_or(CommitError::ReadOnly)
     }
 
     fn writer(&self) -> Result<&Writer, CommitError> {
@@ -1170,17 +1241,28 @@ fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
             found,
         });
     }
+    let incarnation = read(META_INCARNATION)?
+        .and_then(fixed)
+        .ok_or_else(|| damaged("its incarnation"))?;
     Ok(Some(Facts {
         heard_until_ms: None,
+        life: match read(life::META_LIFE)? {
+            None => incarnation,
+            Some(life) => fixed(life).ok_or_else(|| damaged("its life"))?,
+        },
+        epochs_issued: match read(life::META_EPOCHS_ISSUED)? {
+            None => 0,
+            Some(issued) => fixed(issued)
+                .map(u32::from_be_bytes)
+                .ok_or_else(|| damaged("its number of epochs"))?,
+        },
         keys_used: match read(META_KEYS_USED)? {
             None => 0,
             Some(used) => fixed(used)
                 .map(u64::from_be_bytes)
                 .ok_or_else(|| damaged("its number of keys"))?,
         },
-        incarnation: read(META_INCARNATION)?
-            .and_then(fixed)
-            .ok_or_else(|| damaged("its incarnation"))?,
+        incarnation,
         secret: read(META_SECRET)?
             .and_then(fixed)
             .ok_or_else(|| damaged("its token key"))?,
@@ -1195,7 +1277,9 @@ fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     let mut facts = Facts {
         heard_until_ms: None,
         keys_used: 0,
+        epochs_issued: 0,
         incarnation: [0; 16],
+        life: [0; 16],
         secret: [0; 32],
         position: 0,
     };
@@ -1203,6 +1287,7 @@ fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
     random
         .fill(&mut facts.incarnation)
         .map_err(|_| OpenError::NoRandomness)?;
+    facts.life = facts.incarnation;
     random
         .fill(&mut facts.secret)
         .map_err(|_| OpenError::NoRandomness)?;

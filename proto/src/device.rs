@@ -209,11 +209,18 @@ impl DeviceRecord {
 
     /// Answers Hello: resumes the device's epoch or begins the next.
     pub fn admit(&mut self, claim: Claim) -> Admission {
+        self.admit_above(claim, 0)
+    }
+
+    /// The same where a store that was lost may have issued any epoch up to `issued`: the next one lies above those as
+    /// well.
+    pub fn admit_above(&mut self, claim: Claim, issued: u32) -> Admission {
         if claim.epoch != 0 && !claim.is_foreign && claim.epoch < self.epoch {
             return Admission::Fenced;
         }
         // Far more than any store that was restored from a backup can lag behind: a number made up.
-        let is_made_up = MAX_EPOCH_LEAD < claim.epoch.saturating_sub(self.epoch);
+        let known = self.epoch.max(issued);
+        let is_made_up = MAX_EPOCH_LEAD < claim.epoch.saturating_sub(known);
         let claim = if is_made_up { Claim::default() } else { claim };
         let admission = if claim.epoch == 0 || claim.is_foreign {
             Admission::NewEpoch
@@ -225,9 +232,9 @@ impl DeviceRecord {
             self.gaps = self.gaps.saturating_add(given_up);
             return Admission::Resumed;
         };
-        // An epoch above both, so that no (epoch, seq) can ever name two pings. A device that has burnt
+        // An epoch above all, so that no (epoch, seq) can ever name two pings. A device that has burnt
         // through four thousand million epochs gets no more.
-        let Some(epoch) = self.epoch.max(claim.epoch).checked_add(1) else {
+        let Some(epoch) = known.max(claim.epoch).checked_add(1) else {
             return Admission::Fenced;
         };
         self.epoch = epoch;
@@ -447,6 +454,27 @@ mod tests {
         assert_eq!(device.admit(claim(1)), Admission::Fenced);
         assert_eq!(device.admit(claim(2)), Admission::Resumed);
         assert_eq!(device.epoch, 2);
+    }
+
+    #[test]
+    fn an_epoch_that_a_lost_store_may_have_issued_is_not_issued_again() {
+        const ISSUED: u32 = 200_000_000;
+        // Fresh, and known from before; without an epoch, and with one that the lost store has issued.
+        for record in [DeviceRecord::default(), device_in_epoch(3)] {
+            for (claimed, expected) in [
+                (0, Admission::NewEpoch),
+                (7, Admission::LostAcknowledged),
+                (ISSUED + 2, Admission::LostAcknowledged),
+            ] {
+                let mut device = record.clone();
+                assert_eq!(device.admit_above(claim(claimed), ISSUED), expected);
+                assert_eq!(device.epoch, ISSUED.max(claimed) + 1);
+            }
+        }
+        // Who was acknowledged no more than the record remembers goes on.
+        let mut device = device_in_epoch(3);
+        assert_eq!(device.admit_above(claim(3), ISSUED), Admission::Resumed);
+        assert_eq!(device.epoch, 3);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod audit;
+mod backup;
 mod checker;
 mod crash;
 mod discovery;

@@ -104,7 +104,7 @@ impl World {
         self.running = Some(run(&self.config).await);
     }
 
-    /// Stops the gateway as SIGTERM would, and leaves its folder.
+    /// Stops the gateway as SIGTERM would, and leaves its folder to the test.
     pub async fn stop_gateway(&mut self) {
         let running = self.running.take().unwrap();
         running.stop.cancel();

@@ -10,7 +10,7 @@ use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 use waypost_proto::id::UserId;
 
-use crate::hex::hex;
+use crate::{hex::hex, revocation::Subject};
 
 /// Users that a deed names. Of more it has the number and a digest.
 pub const MOST_NAMED: usize = 100;
@@ -66,6 +66,8 @@ pub enum What {
     Revoked,
     /// One that was revoked is served again.
     RevocationLifted,
+    /// The store was put back from a backup.
+    Restored,
 }
 
 /// Whose data something was done to.
@@ -78,6 +80,8 @@ pub enum Whose {
     Everybody,
     /// That of these users.
     Users(Vec<String>),
+    /// What concerns one device of a user.
+    Device(String),
     /// That of more users than can be named.
     Many {
         /// How many.
@@ -88,6 +92,15 @@ pub enum Whose {
 }
 
 impl Whose {
+    /// What concerns a user, or one device.
+    #[must_use]
+    pub fn of_subject(subject: Subject) -> Self {
+        match subject {
+            Subject::User(user) => Self::of(&[user]),
+            Subject::Device(device) => Self::Device(device.to_string()),
+        }
+    }
+
     /// The data of these users, in ascending order.
     #[must_use]
     pub fn of(users: &[UserId]) -> Self {

@@ -15,7 +15,7 @@ use std::{
         unix::{fs::PermissionsExt, net},
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -51,7 +51,7 @@ pub struct DoorParts {
     pub connected: Arc<Connected>,
     /// Who gives what is held on a user.
     pub exports: Exports,
-    /// Where it is seen how far an erasure is.
+    /// What is backed up, and where it is seen how far an erasure is.
     pub store: Arc<Store>,
     /// Where erasures are recorded.
     pub audit: Audit,
@@ -64,6 +64,8 @@ pub struct DoorParts {
 struct Reach {
     orders: OrderHandle,
     connected: Arc<Connected>,
+    /// It is held open by those who write to it.
+    store: Weak<Store>,
     long: LongCalls,
 }
 
@@ -95,6 +97,7 @@ impl Door {
             audit,
             clock,
         } = parts;
+        let checkpointed = Arc::downgrade(&store);
         let long = LongCalls::new(LongParts {
             orders: orders.clone(),
             connected: Arc::clone(&connected),
@@ -109,6 +112,7 @@ impl Door {
             reach: Reach {
                 orders,
                 connected,
+                store: checkpointed,
                 long,
             },
         })
@@ -205,11 +209,30 @@ impl Reach {
             Ok(Command::Lift(target)) => in_time(self.revoke(&target, true)).await?,
             Ok(Command::Export(wanted)) => return self.long.export(&wanted, stream).await,
             Ok(Command::Erase(holder)) => return self.long.erase(&holder, stream).await,
+            Ok(Command::Checkpoint) => in_time(self.checkpoint()).await?,
             Err(error) => {
                 Answer::Refused(format!("this version does not know this command: {error}"))
             }
         };
         say(stream, &answer).await
+    }
+
+    /// On a thread that may wait for the disk.
+    async fn checkpoint(&self) -> Answer {
+        let Some(store) = self.store.upgrade() else {
+            return Answer::Refused("the gateway stops".to_owned());
+        };
+        match tokio::task::spawn_blocking(move || store.checkpoint()).await {
+            Ok(Ok(checkpoint)) => {
+                info!(
+                    position = checkpoint.position,
+                    "a backup is made of this moment"
+                );
+                Answer::Checkpointed(checkpoint)
+            }
+            Ok(Err(error)) => Answer::Refused(error.to_string()),
+            Err(error) => Answer::Refused(format!("it broke off: {error}")),
+        }
     }
 
     async fn revoke(&self, target: &Target, is_lifted: bool) -> Answer {

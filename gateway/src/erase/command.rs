@@ -19,7 +19,7 @@ use waypost_proto::id::UserId;
 
 use super::{EraseError, Erasure, Steps};
 use crate::{
-    audit::chain::What,
+    audit::chain::{What, Whose},
     bulletin::News,
     clock::{Clock, system_now_ms},
     console::{parse_user, print},
@@ -232,7 +232,7 @@ fn alone(args: &EraseArgs) -> Result<Erasure, EraseCommandError> {
                 position: recovered.position + 1,
                 at_ms: clock.now_ms(),
             };
-            standalone::record(data_dir, What::Erased, *user, said.at_ms)?;
+            standalone::record(data_dir, What::Erased, Whose::of(&[*user]), said.at_ms)?;
             fence(&store, *user, said)?
         }
     };
@@ -243,11 +243,7 @@ fn alone(args: &EraseArgs) -> Result<Erasure, EraseCommandError> {
 }
 
 /// From this commit on nothing more is taken of the user, and checkers are told so by the next gateway.
-fn fence(
-    store: &Store,
-    user: UserId,
-    said: Said,
-) -> Result<Erasure, EraseCommandError> {
+fn fence(store: &Store, user: UserId, said: Said) -> Result<Erasure, EraseCommandError> {
     let by_all = store.load_checkers()?.are_granted_by_all();
     let told = store.decisions_of(user)?.visibility(by_all).granted;
     let fence = Transition::erased(user, told, said);

@@ -67,7 +67,7 @@ impl Steps {
             self.note(user, erasure)?;
         }
         // From here on whatever copy there is of a row, in a file or a backup, cannot be read any more.
-        store.destroy_key(&user)?;
+        store.destroy_key(&user, erasure.fenced_ms)?;
         let mut batch = store.batch();
         batch.delete_user(user, &store.days(), &events);
         store.commit(batch)?;
@@ -78,6 +78,11 @@ impl Steps {
         self.find_nothing(user)?;
         erasure.finished_ms = Some(self.clock.now_ms());
         self.note(user, erasure)
+    }
+
+    /// Has the files written anew in which events lay that were forgotten.
+    pub(super) fn purge_events(&self) -> io::Result<()> {
+        self.store.purge_events()
     }
 
     pub(super) fn find_nothing(&self, user: UserId) -> Result<(), EraseError> {

@@ -17,7 +17,10 @@ use super::{
     source::{self, NotHeld, Source, SourceError},
 };
 use crate::{
-    audit::{self, chain::What},
+    audit::{
+        self,
+        chain::{What, Whose},
+    },
     clock::system_now_ms,
     console::parse_user,
     control::{Answer, Call, Command, ControlError},
@@ -158,7 +161,12 @@ fn of_store(args: &ExportArgs) -> Result<Begun, ExportCommandError> {
     let store = Store::open_sealed_read_only(data_dir, sealing).map_err(StandaloneError::from)?;
     check_keys(&store, data_dir)?;
     source::check_held(&store, *user)?;
-    standalone::record(data_dir, What::Exported, *user, system_now_ms())?;
+    standalone::record(
+        data_dir,
+        What::Exported,
+        Whose::of(&[*user]),
+        system_now_ms(),
+    )?;
     drop(claim);
     Ok(Begun::FromStore {
         store: Box::new(store),

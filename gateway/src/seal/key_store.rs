@@ -8,12 +8,14 @@
 //! `keys/` holds files of at most 4,096 keys each. New keys are appended to the newest file, all of one commit
 //! with one sync, before the commit that uses them. To destroy a key its file is written anew without it, put in the
 //! place of the old one, and the old one's blocks are overwritten. No key is anywhere else: RocksDB, its log and its
-//! backups hold none. Backups of this folder keep destroyed keys alive, so they should be short-lived.
+//! backups hold none. Backups of this folder keep destroyed keys alive, so they should be short-lived. Before a key is
+//! destroyed for good, its user is on the list of the erased, in the file `erased`.
 //!
 //! # Bounds
 //!
 //! In memory there is one key, some 80 bytes, for each user that was ever stored and not erased; they are those that
-//! the certificate authority has admitted. On disk a key takes 68 bytes.
+//! the certificate authority has admitted. On disk a key takes 68 bytes. Of each user who was ever erased there are 24
+//! bytes, in memory and on disk.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -27,6 +29,7 @@ use waypost_proto::id::UserId;
 
 use super::{
     DataKey, MasterId, MasterKey, NoRandomness,
+    erased::{self, Erased},
     segment::{self, End, Fault, HEADER_BYTES, Header, MOST_SLOTS, SLOT_BYTES, Segment},
 };
 use crate::durable;
@@ -40,6 +43,7 @@ pub struct KeyStore {
     keys: FxHashMap<UserId, Kept>,
     /// How many keys were ever made.
     made: u64,
+    erased: Erased,
     newest: Option<Newest>,
     /// What only the writer has.
     lock: Option<File>,
@@ -133,8 +137,9 @@ pub enum KeyError {
 const FOLDER: &str = "keys";
 const LOCK: &str = "lock";
 const SUFFIX: &str = ".keys";
+pub(super) const ERASED: &str = "erased";
 /// Nobody else may read them, wrapped as they are.
-const MODE: u32 = 0o600;
+pub(super) const MODE: u32 = 0o600;
 
 /// The folder of the keys in a data folder.
 #[must_use]
@@ -197,6 +202,7 @@ impl KeyStore {
             master,
             keys: FxHashMap::default(),
             made: 0,
+            erased: read_erased(folder, &incarnation)?,
             newest: None,
             lock: None,
         };
@@ -293,16 +299,43 @@ impl KeyStore {
         Ok(())
     }
 
-    /// Destroys a user's key, and says whether there was one. When it returns, the key is in no file of the folder,
-    /// the blocks that it was in were overwritten as far as the file system and the disk do that, and it was wiped from
-    /// memory. A user who is stored again later gets another key.
+    /// The users who were erased, with when, in milliseconds since 1970-01-01 UTC.
+    pub fn erased(&self) -> impl Iterator<Item = (UserId, u64)> {
+        self.erased
+            .iter()
+            .map(|(user, erased_ms)| (*user, *erased_ms))
+    }
+
+    /// Puts users on the list of the erased. Who is on it stays on it, with the time that is there.
     ///
     /// # Errors
-    /// When that is not sure. It may be tried again after a restart.
-    pub fn destroy(&mut self, user: &UserId) -> Result<bool, KeyError> {
+    /// When that is not sure.
+    pub fn note_erased(&mut self, users: &[(UserId, u64)]) -> Result<(), KeyError> {
         if self.lock.is_none() {
             return Err(KeyError::ReadOnly);
         }
+        let is_new = |(user, _): &&(UserId, u64)| !self.erased.contains_key(user);
+        let new: Vec<_> = users.iter().filter(is_new).copied().collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let mut erased = self.erased.clone();
+        erased.extend(new);
+        let path = self.folder.join(ERASED);
+        durable::replace_file(&path, &erased::encode(&erased, &self.incarnation), MODE)
+            .map_err(unusable(&path))?;
+        self.erased = erased;
+        Ok(())
+    }
+
+    /// Destroys a user's key, and says whether there was one. When it returns, the key is in no file of the folder,
+    /// the blocks that it was in were overwritten as far as the file system and the disk do that, it was wiped from
+    /// memory, and the user is on the list of the erased. A user who is stored again later gets another key.
+    ///
+    /// # Errors
+    /// When that is not sure. It may be tried again after a restart.
+    pub fn destroy(&mut self, user: &UserId, erased_ms: u64) -> Result<bool, KeyError> {
+        self.note_erased(&[(*user, erased_ms)])?;
         let Some(kept) = self.keys.get(user) else {
             return Ok(false);
         };
@@ -395,12 +428,28 @@ fn begin(folder: &Path, segment: u32, header: &Header) -> Result<Newest, KeyErro
     })
 }
 
-fn path_of(folder: &Path, segment: u32) -> PathBuf {
+pub(super) fn path_of(folder: &Path, segment: u32) -> PathBuf {
     folder.join(format!("{segment:08}{SUFFIX}"))
 }
 
+fn read_erased(folder: &Path, incarnation: &[u8; 16]) -> Result<Erased, KeyError> {
+    let path = folder.join(ERASED);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Erased::new()),
+        Err(error) => return Err(unusable(&path)(error)),
+    };
+    erased::decode(&bytes, incarnation).map_err(|fault| match fault {
+        erased::Fault::OtherStore => KeyError::OtherStore(folder.to_owned()),
+        erased::Fault::Damaged => KeyError::Damaged {
+            path,
+            problem: fault.to_string(),
+        },
+    })
+}
+
 /// The numbers of the files of a folder, in order; what a crash left of a file that was never finished is not one.
-fn segments_of(folder: &Path) -> Result<Vec<u32>, KeyError> {
+pub(super) fn segments_of(folder: &Path) -> Result<Vec<u32>, KeyError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -466,7 +515,7 @@ fn append_to(path: &Path) -> io::Result<File> {
 }
 
 /// Puts a file in the place of one, and overwrites what the old one held.
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), KeyError> {
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), KeyError> {
     let replaced = File::options()
         .write(true)
         .open(path)
@@ -475,7 +524,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), KeyError> {
 }
 
 /// Deletes a file and overwrites what it held: first the name, for a file of zeros is no file of keys.
-fn remove(path: &Path) -> Result<(), KeyError> {
+pub(super) fn remove(path: &Path) -> Result<(), KeyError> {
     let removed = File::options().write(true).open(path).and_then(|old| {
         fs::remove_file(path)?;
         durable::sync_folder(path.parent().unwrap_or(path))?;
@@ -490,7 +539,7 @@ fn overwrite(mut old: File) -> io::Result<()> {
     old.sync_data()
 }
 
-fn unusable(path: &Path) -> impl Fn(io::Error) -> KeyError {
+pub(super) fn unusable(path: &Path) -> impl Fn(io::Error) -> KeyError {
     let path = path.to_owned();
     move |source| KeyError::Unusable {
         path: path.clone(),
@@ -498,7 +547,7 @@ fn unusable(path: &Path) -> impl Fn(io::Error) -> KeyError {
     }
 }
 
-fn damaged(path: &Path) -> impl Fn(Fault) -> KeyError {
+pub(super) fn damaged(path: &Path) -> impl Fn(Fault) -> KeyError {
     let path = path.to_owned();
     move |fault| KeyError::Damaged {
         path: path.clone(),
@@ -572,11 +621,13 @@ mod tests {
             paths.map(|number| path_of(&self.path(), number)).collect()
         }
 
-        /// All bytes of all files of the folder.
+        /// All bytes of all files of the folder but the list of the erased.
         fn bytes(&self) -> Vec<u8> {
             let files = fs::read_dir(self.path()).unwrap();
-            files
-                .flat_map(|file| fs::read(file.unwrap().path()).unwrap())
+            let paths = files.map(|file| file.unwrap().path());
+            paths
+                .filter(|path| !path.ends_with(ERASED))
+                .flat_map(|path| fs::read(path).unwrap())
                 .collect()
         }
     }
@@ -659,14 +710,14 @@ mod tests {
             let old = keys.folder.path().join("old");
             fs::hard_link(&path, &old).unwrap();
             assert!(has(&fs::read(&old).unwrap(), &slot[20..]));
-            assert!(store.destroy(&user(gone)).unwrap());
+            assert!(store.destroy(&user(gone), 7).unwrap());
             assert!(store.key(&user(gone)).is_none());
             for bytes in [keys.bytes(), fs::read(&old).unwrap()] {
                 assert!(!has(&bytes, &slot[20..]) && !has(&bytes, &user(gone).0));
             }
             fs::remove_file(&old).unwrap();
         }
-        assert!(!store.destroy(&user(4)).unwrap());
+        assert!(!store.destroy(&user(4), 7).unwrap());
         drop(store);
         assert_eq!(keys.files().len(), 1, "an empty file goes");
         let mut store = keys.open().unwrap();
@@ -680,7 +731,7 @@ mod tests {
         store.make(&[user(4)]).unwrap();
         assert_ne!(print_of(store.key(&user(4)).unwrap()), before[&user(4)]);
         for gone in 3..6 {
-            store.destroy(&user(gone)).unwrap();
+            store.destroy(&user(gone), 7).unwrap();
         }
         drop(store);
         let store = keys.open().unwrap();
@@ -689,6 +740,34 @@ mod tests {
             (7, 1),
             "the count stays"
         );
+        let erased: Vec<_> = store.erased().collect();
+        assert_eq!(erased, [0, 1, 2, 3, 4, 5].map(|gone| (user(gone), 7)));
+        let list = fs::read(keys.path().join(ERASED)).unwrap();
+        assert!(!has(&list, &keys.master[..8]) && has(&list, &user(5).0));
+    }
+
+    #[test]
+    fn who_was_erased_is_on_the_list_before_the_key_is_gone_and_stays_on_it() {
+        let keys = Keys::new();
+        let mut store = keys.open().unwrap();
+        store.make(&users(0..2)).unwrap();
+        // Also of whom nothing was ever stored, and each once.
+        assert!(!store.destroy(&user(9), 5).unwrap());
+        store.note_erased(&[(user(9), 6), (user(8), 6)]).unwrap();
+        // A crash right behind the list leaves the key, and the erasure is begun again.
+        store.note_erased(&[(user(1), 6)]).unwrap();
+        drop(store);
+        let mut store = keys.open().unwrap();
+        let expected = [(user(1), 6), (user(8), 6), (user(9), 5)];
+        assert_eq!(store.erased().collect::<Vec<_>>(), expected);
+        assert!(store.destroy(&user(1), 7).unwrap());
+        assert_eq!(store.erased().collect::<Vec<_>>(), expected);
+        drop(store);
+        let path = keys.path().join(ERASED);
+        let mut list = fs::read(&path).unwrap();
+        list[40] ^= 1;
+        fs::write(&path, &list).unwrap();
+        assert!(matches!(keys.open(), Err(KeyError::Damaged { .. })));
     }
 
     fn slot_of(bytes: &[u8], user: &UserId) -> Option<Vec<u8>> {

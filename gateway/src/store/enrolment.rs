@@ -67,9 +67,14 @@ impl Batch {
             self.delete(INVITATIONS, &code.0);
         }
         if let Some(numbered) = change.numbered {
-            let last_device = numbered.device;
-            self.put(ENROLLED, &numbered.user.0, &EnrolledRow { last_device });
+            self.put_last_device(numbered);
         }
+    }
+
+    /// Says which number was the last that a device of its user was given.
+    pub fn put_last_device(&mut self, device: DeviceId) {
+        let last_device = device.device;
+        self.put(ENROLLED, &device.user.0, &EnrolledRow { last_device });
     }
 }
 

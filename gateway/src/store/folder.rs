@@ -1,5 +1,5 @@
-//! The store's folder: who may write in it, whether the last writer closed it in order, and copies of
-//! the write-ahead log from before a recovery.
+//! The store's folder: who may write in it, whether the last writer closed it in order, copies of
+//! the write-ahead log from before a recovery, and the checkpoint that a backup is made of.
 //!
 //! Knows files and their names. Must not know RocksDB's API or what is stored.
 
@@ -16,6 +16,14 @@ use crate::durable;
 
 /// The subfolder of the data folder that holds all of the store.
 const STORE: &str = "store";
+/// The same of a store that is being put back, until it is whole.
+const PUT_BACK: &str = "store.restoring";
+/// What a backup copies.
+const CHECKPOINT: &str = "checkpoint";
+/// What RocksDB names it until it is whole.
+const CHECKPOINT_BEGUN: &str = "checkpoint.tmp";
+/// Held by a process that makes a backup.
+const BACKUP_LOCK: &str = "backup-lock";
 const DATABASE: &str = "rocksdb";
 const LOCK: &str = "lock";
 const RUNNING: &str = "running";
@@ -41,10 +49,33 @@ pub(super) struct Lock {
     _file: File,
 }
 
+/// The right to make a backup of a store, until dropped: as long as somebody has it, the checkpoint is in use.
+#[derive(Debug)]
+pub struct BackupLock {
+    _file: File,
+}
+
+impl BackupLock {
+    /// Takes it for the store of a data folder. `Ok(None)` when somebody else has it.
+    ///
+    /// # Errors
+    /// When the folder of the store cannot be used.
+    pub fn take(data_dir: &Path) -> io::Result<Option<Self>> {
+        Folder::of_data_dir(data_dir).lock_backup()
+    }
+}
+
 impl Folder {
     pub(super) fn of_data_dir(data_dir: &Path) -> Self {
         Self {
             path: data_dir.join(STORE),
+        }
+    }
+
+    /// Where a store is put together that is put back.
+    pub(super) fn put_back_in(data_dir: &Path) -> Self {
+        Self {
+            path: data_dir.join(PUT_BACK),
         }
     }
 
@@ -86,6 +117,43 @@ impl Folder {
             Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    pub(super) fn checkpoint(&self) -> PathBuf {
+        self.path.join(CHECKPOINT)
+    }
+
+    fn lock_backup(&self) -> io::Result<Option<BackupLock>> {
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(self.path.join(BACKUP_LOCK))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(BackupLock { _file: file })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Removes the checkpoint, or what there is of it.
+    pub(super) fn drop_checkpoint(&self) -> io::Result<()> {
+        for name in [CHECKPOINT, CHECKPOINT_BEGUN] {
+            match fs::remove_dir_all(self.path.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the checkpoint of a backup that was killed. One that is being copied stays: whoever copies it removes it.
+    pub(super) fn drop_abandoned_checkpoint(&self) -> io::Result<()> {
+        let is_there = |name| self.path.join(name).exists();
+        if (is_there(CHECKPOINT) || is_there(CHECKPOINT_BEGUN)) && self.lock_backup()?.is_some() {
+            self.drop_checkpoint()?;
+        }
+        Ok(())
     }
 
     /// If the last writer did not close the store, keeps a copy of the write-ahead log as it was left,
@@ -283,6 +351,24 @@ mod tests {
         }
         folder.drop_recoveries_before(Day::of_ms(0).next()).unwrap();
         assert!(made_ms(&folder).is_empty());
+    }
+
+    #[test]
+    fn a_checkpoint_goes_when_nobody_copies_it_any_more() {
+        let data_dir = tempfile::tempdir().unwrap();
+        let folder = folder(data_dir.path());
+        for name in [CHECKPOINT, CHECKPOINT_BEGUN] {
+            let lock = BackupLock::take(data_dir.path()).unwrap();
+            assert!(lock.is_some());
+            assert!(BackupLock::take(data_dir.path()).unwrap().is_none());
+            let begun = folder.path().join(name);
+            fs::create_dir(&begun).unwrap();
+            folder.drop_abandoned_checkpoint().unwrap();
+            assert!(begun.exists(), "somebody copies it");
+            drop(lock);
+            folder.drop_abandoned_checkpoint().unwrap();
+            assert!(!begun.exists());
+        }
     }
 
     #[test]

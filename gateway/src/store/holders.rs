@@ -245,7 +245,8 @@ impl Store {
         }
     }
 
-    /// How much there is of a user: devices and pings.
+    /// How much there is of a user: devices and pings. A row that is sealed with a key that is gone counts as one ping;
+    /// there is at least one in it.
     ///
     /// # Errors
     /// When it cannot be read.
@@ -256,7 +257,10 @@ impl Store {
             counts.devices += 1;
         }
         for row in self.rows_of(user) {
-            counts.pings += row?.record.pings.len() as u64;
+            counts.pings += match row {
+                Err(ReadError::Sealed { .. }) => 1,
+                row => row?.record.pings.len() as u64,
+            };
         }
         Ok(counts)
     }
@@ -290,7 +294,7 @@ impl Store {
 
     /// Makes what was deleted of a user go from the files as well: all that is in memory is written to tables, so that
     /// the log is not needed any more, the tables in which rows of the user could be are written anew, and copies of the
-    /// log from before a recovery are removed.
+    /// log from before a recovery and what is left of a backup are removed.
     ///
     /// # Errors
     /// When they cannot be written.
@@ -314,6 +318,7 @@ impl Store {
             notices::DEADLINES,
             notices::EVENTS,
         ]);
+        self.folder.drop_abandoned_checkpoint()?;
         self.folder
             .drop_recoveries_before(keys::Day::of_ms(u64::MAX))
     }

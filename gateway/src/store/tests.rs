@@ -841,6 +841,49 @@ fn a_sealed_row_that_was_changed_or_moved_is_said_to_be_damaged() {
     assert!(damaged(1), "on another day");
 }
 
+/// A store of what the checkpoint of another one holds.
+fn of_checkpoint(store: &TempDir) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("store")).unwrap();
+    let from = checkpoint_in(store.path());
+    fs::rename(from, folder.path().join("store/rocksdb")).unwrap();
+    folder
+}
+
+#[test]
+fn a_checkpoint_has_every_row_of_its_commits_while_days_turn() {
+    for _ in 0..5 {
+        let folder = tempfile::tempdir().unwrap();
+        let store = open(&folder);
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                // As often as can be: each row is the first of its day.
+                let mut day = Day::of_ms(NOW_MS);
+                for number in 1..=60_u8 {
+                    day = day.next();
+                    store.open_day(day).unwrap();
+                    let user = device(number, 7);
+                    commit(&store, number.into(), day, user, &pings(1, 1)).unwrap();
+                }
+            });
+            let mut is_last = false;
+            while !is_last {
+                is_last = writer.is_finished();
+                let noted = store.checkpoint().unwrap();
+                let copy = of_checkpoint(&folder);
+                let copy = Store::open_read_only(copy.path()).unwrap();
+                let (devices, recovered) = copy.load_devices().unwrap();
+                assert!(noted.position <= recovered.position);
+                assert_eq!(devices.len() as u64, recovered.position);
+                let sealed = |row: &Result<_, _>| matches!(row, Err(ReadError::Sealed { .. }));
+                let rows = copy.rows().filter(sealed).count() as u64;
+                assert_eq!(rows, recovered.position, "rows without a family");
+            }
+        });
+        assert!(store.checkpoint().unwrap().position == 60);
+    }
+}
+
 #[test]
 fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
     let folder = tempfile::tempdir().unwrap();
@@ -852,8 +895,8 @@ fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
     // As a backup of the store has it.
     let backup = killed(&folder);
     fs::remove_dir_all(backup.path().join("keys")).unwrap();
-    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(true));
-    assert_eq!(store.destroy_key(&UserId([2; 16])), Ok(false));
+    assert_eq!(store.destroy_key(&UserId([2; 16]), 7), Ok(true));
+    assert_eq!(store.destroy_key(&UserId([2; 16]), 7), Ok(false));
     let left = killed(&folder);
     fs::create_dir(backup.path().join("keys")).unwrap();
     for file in files_of_keys(&left) {

@@ -88,6 +88,11 @@ impl Watermark {
         })
     }
 
+    /// What was noted last.
+    pub(super) fn noted(&self) -> Noted {
+        self.noted.now()
+    }
+
     /// Notes that all commits up to this one are on disk.
     pub(super) fn note(&self, position: u64) {
         self.noted.position.fetch_max(position, Ordering::Relaxed);
@@ -160,7 +165,8 @@ fn keep_written(path: &Path, notes: &Notes, recovered: Noted, stopped: &mpsc::Re
     }
 }
 
-fn write(path: &Path, noted: Noted) -> io::Result<()> {
+/// Writes the file, of a store that nobody has open.
+pub(super) fn write(path: &Path, noted: Noted) -> io::Result<()> {
     durable::replace_file(path, content(noted).as_bytes(), MODE)
 }
 

@@ -1,0 +1,231 @@
+//! What the audit log says has happened since a backup was made, and must not be forgotten with what is lost.
+//!
+//! Plain data. Knows deeds. Must not know files or the store.
+//!
+//! Erasures are on the list beside the keys as well; that of the log is another witness, should the keys be from a copy that
+//! is older. Of revocations it is the only one, and of what holders decided of checkers. It knows the numbers of enrolled devices, which must not be given again: the
+//! certificates are out.
+
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashMap;
+use waypost_proto::id::{DeviceId, UserId};
+
+use crate::{
+    audit::chain::{Deed, What, Who, Whose},
+    revocation::Subject,
+};
+
+/// What is known of the time since a backup.
+#[derive(Debug)]
+pub struct Witness {
+    made_ms: u64,
+    erased: BTreeMap<UserId, u64>,
+    revocations: FxHashMap<Subject, Option<u64>>,
+    enrolled: BTreeMap<UserId, u32>,
+    grants: Vec<GrantChange>,
+}
+
+/// A holder has let a checker be told, or has taken that back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GrantChange {
+    /// Whose holder.
+    pub user: UserId,
+    /// The checker's name.
+    pub checker: String,
+    /// Whether it may be told since.
+    pub is_granted: bool,
+    /// Since when, in milliseconds since 1970-01-01 UTC.
+    pub at_ms: u64,
+}
+
+impl Witness {
+    /// One of what followed a moment, in milliseconds since 1970-01-01 UTC.
+    #[must_use]
+    pub fn of_what_followed(made_ms: u64) -> Self {
+        Self {
+            made_ms,
+            erased: BTreeMap::new(),
+            revocations: FxHashMap::default(),
+            enrolled: BTreeMap::new(),
+            grants: Vec::new(),
+        }
+    }
+
+    /// Hears of a deed. They come in the order in which they were done.
+    pub fn hear(&mut self, deed: &Deed) {
+        match &deed.what {
+            // Also from before: there is no way back from it.
+            What::Erased => {
+                for user in users_of(&deed.whose) {
+                    self.erased.entry(user).or_insert(deed.at_ms);
+                }
+            }
+            _ if deed.at_ms < self.made_ms => {}
+            What::Revoked | What::RevocationLifted => {
+                let since_ms = (deed.what == What::Revoked).then_some(deed.at_ms);
+                match &deed.whose {
+                    Whose::Device(device) => {
+                        let device = parse_device(device).map(Subject::Device);
+                        self.revocations
+                            .extend(device.map(|device| (device, since_ms)));
+                    }
+                    whose => {
+                        let users = users_of(whose).into_iter().map(Subject::User);
+                        self.revocations.extend(users.map(|user| (user, since_ms)));
+                    }
+                }
+            }
+            What::Enrolled => {
+                if let Who::Holder(device) = &deed.who
+                    && let Some(DeviceId { user, device }) = parse_device(device)
+                {
+                    let last = self.enrolled.entry(user).or_default();
+                    *last = device.max(*last);
+                }
+            }
+            what @ (What::Granted(checker) | What::Withdrawn(checker)) => {
+                let change = |user| GrantChange {
+                    user,
+                    checker: checker.clone(),
+                    is_granted: matches!(what, What::Granted(_)),
+                    at_ms: deed.at_ms,
+                };
+                let users = users_of(&deed.whose).into_iter();
+                self.grants.extend(users.map(change));
+            }
+            What::Started
+            | What::WatchStarted
+            | What::Invited
+            | What::Exported
+            | What::Restored => {}
+        }
+    }
+
+    /// Who was ever erased, and when, in milliseconds since 1970-01-01 UTC.
+    #[must_use]
+    pub fn erased(&self) -> Vec<(UserId, u64)> {
+        let erased = self.erased.iter();
+        erased
+            .map(|(user, erased_ms)| (*user, *erased_ms))
+            .collect()
+    }
+
+    /// Who was revoked since, with when; none for whom a revocation was lifted last.
+    pub fn revocations(&self) -> impl Iterator<Item = (Subject, Option<u64>)> {
+        self.revocations
+            .iter()
+            .map(|(subject, since_ms)| (*subject, *since_ms))
+    }
+
+    /// What holders decided of checkers since, in that order.
+    #[must_use]
+    pub fn grants(&self) -> &[GrantChange] {
+        &self.grants
+    }
+
+    /// The last device that was enrolled of each user.
+    pub fn enrolled(&self) -> impl Iterator<Item = DeviceId> {
+        let enrolled = self.enrolled.iter();
+        enrolled.map(|(&user, &device)| DeviceId { user, device })
+    }
+}
+
+fn users_of(whose: &Whose) -> Vec<UserId> {
+    match whose {
+        Whose::Users(users) => users
+            .iter()
+            .filter_map(|user| UserId::parse(user))
+            .collect(),
+        Whose::Nobody | Whose::Everybody | Whose::Device(_) | Whose::Many { .. } => Vec::new(),
+    }
+}
+
+/// Reads what the display of a device writes.
+fn parse_device(text: &str) -> Option<DeviceId> {
+    let (user, device) = text.split_once('/')?;
+    Some(DeviceId {
+        user: UserId::parse(user)?,
+        device: device.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALICE: UserId = UserId([1; 16]);
+    const BOB: UserId = UserId([2; 16]);
+
+    fn phone(device: u32) -> DeviceId {
+        DeviceId {
+            user: ALICE,
+            device,
+        }
+    }
+
+    #[test]
+    fn what_followed_holds_and_what_was_before_is_the_store_s_own() {
+        let deed = |at_ms, who, what, whose| Deed {
+            at_ms,
+            who,
+            what,
+            whose,
+        };
+        let of_phone = |number| Whose::Device(phone(number).to_string());
+        let holder = |number| Who::Holder(phone(number).to_string());
+        let (operator, bob) = (Who::Operator, Whose::of(&[BOB]));
+        let mut witness = Witness::of_what_followed(100);
+        for deed in [
+            deed(50, holder(1), What::Erased, Whose::of(&[BOB])),
+            deed(60, operator.clone(), What::Revoked, of_phone(1)),
+            deed(60, holder(9), What::Enrolled, Whose::of(&[ALICE])),
+            deed(
+                60,
+                holder(9),
+                What::Granted("ops".into()),
+                Whose::of(&[BOB]),
+            ),
+            deed(100, operator.clone(), What::Revoked, of_phone(2)),
+            deed(101, operator.clone(), What::Revoked, of_phone(3)),
+            deed(102, operator.clone(), What::RevocationLifted, of_phone(3)),
+            deed(103, operator, What::Revoked, bob),
+            deed(104, holder(5), What::Enrolled, Whose::of(&[ALICE])),
+            deed(105, holder(4), What::Enrolled, Whose::of(&[ALICE])),
+            deed(
+                105,
+                holder(1),
+                What::Granted("ops".into()),
+                Whose::of(&[BOB]),
+            ),
+            deed(
+                106,
+                holder(1),
+                What::Withdrawn("ops".into()),
+                Whose::of(&[BOB]),
+            ),
+            deed(106, holder(1), What::Erased, Whose::of(&[ALICE])),
+            deed(107, holder(1), What::Erased, Whose::of(&[ALICE])),
+        ] {
+            witness.hear(&deed);
+        }
+        assert_eq!(witness.erased(), [(ALICE, 106), (BOB, 50)]);
+        let mut revocations: Vec<_> = witness.revocations().collect();
+        revocations.sort_by_key(|(_, since_ms)| *since_ms);
+        let expected = [
+            (Subject::Device(phone(3)), None),
+            (Subject::Device(phone(2)), Some(100)),
+            (Subject::User(BOB), Some(103)),
+        ];
+        assert_eq!(revocations, expected);
+        assert_eq!(witness.enrolled().collect::<Vec<_>>(), [phone(5)]);
+        let change = |is_granted, at_ms| GrantChange {
+            user: BOB,
+            checker: "ops".into(),
+            is_granted,
+            at_ms,
+        };
+        let since = [change(true, 105), change(false, 106)];
+        assert_eq!(witness.grants(), since);
+    }
+}
