@@ -55,9 +55,7 @@ use crate::{
     handoff::{self, Reply, Requests, Rings, Submission},
     lookout::Look,
     metrics::{Fates, Metrics},
-    orders::{
-        self, Erasing, Invite, Order, Orders, Redeem, Redeemed, Revoke, Revoked, SetDeadlines,
-    },
+    orders::{self, Invite, Order, Orders, Redeem, Redeemed, Revoke, Revoked, SetDeadlines},
     rate::{Bucket, Rate},
     revocation::{NoRoom, Revocations},
     sharing::{Holders, Sharing, Transition, Turn},
@@ -548,7 +546,7 @@ impl Committer {
     fn erase(
         &mut self,
         user: UserId,
-        reply: orders::Reply<Erasing, NoPlace>,
+        reply: orders::Reply<orders::Erasing, NoPlace>,
     ) -> Result<(), CommitError> {
         let Some(place) = self.erase.place() else {
             reply.answer(Err(NoPlace));
@@ -572,7 +570,7 @@ impl Committer {
         }
         let begun = is_new.then(|| Erasure::begun_by(&fence));
         let finished = place.erase_and_tell(user, begun);
-        reply.answer(Ok(Erasing { is_new, finished }));
+        reply.answer(Ok(orders::Erasing { is_new, finished }));
         Ok(())
     }
 

@@ -127,7 +127,7 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     let first = of_kind(&lines, "ping")[0];
     let latitude = f64::from(ping(1).latitude_e7) / 1e7;
     assert_eq!(first["latitude"], json!(latitude));
-    let end = json!({"kind": "end", "devices": 2, "transitions": 2, "pings": 901});
+    let end = json!({"kind": "end", "checkers": 1, "devices": 2, "transitions": 2, "pings": 901});
     assert_eq!(lines.last(), Some(&end));
 
     // It is on record, and the lane goes on.

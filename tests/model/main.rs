@@ -63,19 +63,18 @@ macro_rules! control {
 #[test]
 fn whatever_happens_every_checker_is_told_what_is_true() {
     let seed = soak::fixed_seed(FIXED_SEED);
-    let runs = if std::env::var_os("SEED").is_some() {
-        1
-    } else {
-        RUNS
-    };
+    let is_repeated = std::env::var_os("SEED").is_some();
     let mut counts = Counts::default();
-    for run in 0..runs {
+    for run in 0..MOST_RUNS {
         counts.add(&hold(seed + run, open_feed!(waypost_gateway::feed)));
+        // Some of it depends on how threads meet, and on a busy machine takes longer to come.
+        let is_enough = RUNS <= run + 1 && never_came(&counts).is_empty();
+        if is_repeated || is_enough {
+            println!("{} runs: {counts:?}", run + 1);
+            return;
+        }
     }
-    println!("{runs} runs: {counts:?}");
-    if runs == RUNS {
-        assert_something_happened(&counts);
-    }
+    panic!("there were no {:?}: {counts:?}", never_came(&counts));
 }
 
 #[test]
@@ -116,7 +115,12 @@ control!(
 // Whom the skipped commit changed is told too late, or with one value too few that were overtaken.
 control!(
     resumes_a_commit_too_late,
-    ["was announced, and", "values overtaken"]
+    [
+        "was announced, and",
+        "values overtaken",
+        // It announces a commit that is about to be made, and so what that says beside entries.
+        "should have been told"
+    ]
 );
 control!(forgets_what_was_overtaken, ["values overtaken"]);
 control!(
@@ -160,8 +164,8 @@ fn run(seed: u64, open_feed: OpenFeed) -> Result<Counts, String> {
     outcome
 }
 
-/// What never came has proven nothing.
-fn assert_something_happened(counts: &Counts) {
+/// What has proven nothing, since it never came.
+fn never_came(counts: &Counts) -> Vec<&'static str> {
     let Counts {
         told,
         requests: _,
@@ -175,7 +179,7 @@ fn assert_something_happened(counts: &Counts) {
         crashes,
         rushes: _,
     } = *counts;
-    for (what, times) in [
+    let all = [
         ("values that were overtaken", told.coalesced),
         ("snapshots", told.snapshots),
         ("streams that were resumed", told.resumed),
@@ -192,13 +196,14 @@ fn assert_something_happened(counts: &Counts) {
         ("requests that went with a committer", lost),
         ("restarts", restarts),
         ("crashes", crashes),
-    ] {
-        assert!(0 < times, "there were no {what}: {counts:?}");
-    }
+    ];
+    let never = all.into_iter().filter(|(_, times)| *times == 0);
+    never.map(|(what, _)| what).collect()
 }
 
-/// How many runs `make test` makes.
+/// How many runs `make test` makes, at least and at most.
 const RUNS: u64 = 4;
+const MOST_RUNS: u64 = 16;
 const FIXED_SEED: u64 = 20_261_126;
 /// In how many a control must be caught.
 const MOST_CONTROL_RUNS: usize = 20;
