@@ -448,7 +448,7 @@ impl Erased {
     }
 
     /// The gateway runs again on what was put back: nothing of the erased user is served, or there.
-    async fn is_gone(self) {
+    async fn assert_gone(self) {
         let Self {
             world,
             gone,
@@ -548,7 +548,7 @@ async fn who_was_erased_after_a_backup_is_erased_in_what_is_put_back() {
     );
 
     world.start_gateway().await;
-    erased.is_gone().await;
+    erased.assert_gone().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -567,7 +567,7 @@ async fn who_was_erased_after_a_folder_was_copied_by_hand_is_erased_when_it_is_p
     lose_store(&data_dir);
     copy_folder(&world.scratch("store-copy"), &data_dir.join("store"));
     world.start_gateway().await;
-    erased.is_gone().await;
+    erased.assert_gone().await;
 }
 
 /// A stopped gateway with some pings, and one backup of it.
@@ -701,7 +701,7 @@ async fn a_backup_or_a_restore_that_is_killed_leaves_nothing_that_is_taken_for_w
     let made = backup(&data_dir, &to);
     assert!(!data_dir.join("store/checkpoint").exists());
     let files = fs::read_dir(to.join("files")).unwrap().count();
-    assert!(files <= made["files"].as_u64().unwrap() as usize, "{made}");
+    assert!(files as u64 <= made["files"].as_u64().unwrap(), "{made}");
     gateway.terminate();
     assert_eq!(gateway.exit_code().await, Some(0));
 

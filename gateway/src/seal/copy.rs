@@ -129,9 +129,9 @@ mod tests {
         drop(copied);
 
         // The files of the first copy, by another name, keep nothing either.
-        let slots = [5, 4_096].map(|n: usize| {
-            let (file, slot) = (path_of(&to, n as u32 / 4_096 + 1), n % 4_096);
-            let old = dir.path().join(format!("old-{n}"));
+        let slots = [(1, 5), (2, 0)].map(|(file, slot): (u32, usize)| {
+            let old = dir.path().join(format!("old-{file}"));
+            let file = path_of(&to, file);
             fs::hard_link(&file, &old).unwrap();
             let bytes = fs::read(&file).unwrap();
             let slot = bytes[52 + 68 * slot..][..68].to_vec();
