@@ -141,27 +141,6 @@ pub fn deeds(path: &Path, mut each: impl FnMut(Deed)) -> io::Result<()> {
     Ok(())
 }
 
-/// Adds a deed to a log while no gateway runs. It is on disk when this returns.
-///
-/// # Errors
-/// When the log does not hold together, or cannot be written.
-pub fn append(path: &Path, deed: &Deed) -> io::Result<()> {
-    let (mut chain, kept_bytes) = match read(path, |_| ()) {
-        Ok(Read::Whole { chain, bytes, .. }) => (chain, bytes),
-        Ok(Read::Broken { line, broken }) => {
-            let text = format!("line {line}: {broken}");
-            return Err(io::Error::new(io::ErrorKind::InvalidData, text));
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => (Chain::default(), 0),
-        Err(error) => return Err(error),
-    };
-    let mut file = open_to_append(path)?;
-    file.set_len(kept_bytes)?;
-    file.write_all(chain.append(deed).as_bytes())?;
-    file.sync_all()?;
-    durable::sync_folder(path.parent().unwrap_or_else(|| Path::new(".")))
-}
-
 fn open_to_append(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .create(true)
@@ -291,8 +270,8 @@ pub struct SetAside {
 ///
 /// # Errors
 /// When the deed is not on record for sure.
-pub fn record_alone(data_dir: &Path, deed: &Deed) -> io::Result<Option<SetAside>> {
-    let opened = LogFile::open(&data_dir.join(FILE_NAME), deed.at_ms)?;
+pub fn record_alone(path: &Path, deed: &Deed) -> io::Result<Option<SetAside>> {
+    let opened = LogFile::open(path, deed.at_ms)?;
     let mut log = opened.log;
     log.append(deed)?;
     Ok(opened.set_aside)
@@ -578,18 +557,26 @@ mod tests {
     async fn what_a_command_records_alone_is_in_the_same_chain_whatever_was_left_behind() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE_NAME);
-        assert_eq!(record_alone(folder.path(), &watched("a")).unwrap(), None);
+        assert_eq!(
+            record_alone(&folder.path().join(FILE_NAME), &watched("a")).unwrap(),
+            None
+        );
         record(folder.path(), &["b"]).await;
         let mut torn = fs::read_to_string(&path).unwrap();
         torn.push_str("0123");
         fs::write(&path, &torn).unwrap();
-        assert_eq!(record_alone(folder.path(), &watched("c")).unwrap(), None);
+        assert_eq!(
+            record_alone(&folder.path().join(FILE_NAME), &watched("c")).unwrap(),
+            None
+        );
         record(folder.path(), &[]).await;
         assert_eq!(whole(folder.path()).entries(), 5, "and two starts");
 
         let forged = fs::read_to_string(&path).unwrap().replace("\"c\"", "\"d\"");
         fs::write(&path, &forged).unwrap();
-        let set_aside = record_alone(folder.path(), &watched("e")).unwrap().unwrap();
+        let set_aside = record_alone(&folder.path().join(FILE_NAME), &watched("e"))
+            .unwrap()
+            .unwrap();
         assert_eq!((set_aside.line, set_aside.broken), (4, Broken::Hash));
         assert_eq!(fs::read_to_string(set_aside.kept).unwrap(), forged);
         assert_eq!(whole(folder.path()).entries(), 1);

@@ -201,7 +201,8 @@ pub fn restore(wanted: &Wanted<'_>) -> Result<PutBack, RestoreError> {
         what: What::Restored,
         whose: Whose::Everybody,
     };
-    audit::append(&audit_log, &deed).map_err(unusable(&audit_log))?;
+    // It holds together, as the witness has seen, so none is set aside.
+    audit::record_alone(&audit_log, &deed).map_err(unusable(&audit_log))?;
     let log = data_dir.join(audit::FILE_NAME);
     fs::rename(&audit_log, &log).map_err(unusable(&log))?;
     fs::rename(&put_back, &place).map_err(unusable(&place))?;

@@ -112,10 +112,9 @@ pub(crate) fn record(
         what,
         whose,
     };
-    let set_aside = audit::record_alone(data_dir, &deed).map_err(|source| {
-        let path = data_dir.join(audit::FILE_NAME);
-        StandaloneError::NotRecorded { path, source }
-    })?;
+    let path = data_dir.join(audit::FILE_NAME);
+    let set_aside = audit::record_alone(&path, &deed)
+        .map_err(|source| StandaloneError::NotRecorded { path, source })?;
     if let Some(set_aside) = set_aside {
         eprintln!(
             "waypost: somebody has changed the audit log: line {}: {}. It is kept as {}, and a new one is begun",

@@ -145,7 +145,7 @@ mod tests {
         let store = open(folder.path());
         fence_alice(&store);
         let fenced_ms = store.load_holders().unwrap().erasures[0].1.fenced_ms;
-        assert_eq!(finish(&store).count(ALICE).unwrap(), Counts::default());
+        assert_eq!(finish(&store).steps.count(ALICE).unwrap(), Counts::default());
         drop(store);
 
         // By hand, without any command.
@@ -162,8 +162,8 @@ mod tests {
         let begun = kept.erasures[0].1;
         assert_eq!((begun.fenced_ms, begun.position), (fenced_ms, last + 1));
         let eraser = finish(&store);
-        assert_eq!(eraser.count(ALICE).unwrap(), Counts::default());
-        assert_eq!(eraser.count(BOB).unwrap(), EACH, "and nobody else");
+        assert_eq!(eraser.steps.count(ALICE).unwrap(), Counts::default());
+        assert_eq!(eraser.steps.count(BOB).unwrap(), EACH, "and nobody else");
         drop((eraser, store));
 
         // The control: with the keys of before, nobody knows.

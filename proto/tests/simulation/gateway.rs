@@ -263,7 +263,10 @@ impl Gateway {
             {
                 pings += match &submission.request {
                     Request::Batch { batch, .. } => batch_len(batch),
-                    Request::Hello(_) | Request::Heartbeat | Request::Control { .. } => 1,
+                    Request::Hello(_)
+                    | Request::Heartbeat
+                    | Request::Control { .. }
+                    | Request::Checkers { .. } => 1,
                 };
                 taken.push(submission);
             }
@@ -409,21 +412,23 @@ impl Gateway {
                     is_paused: false,
                 })
             }
-            // No device of this world pauses.
-            Request::Heartbeat | Request::Control { .. } => Answer::Settled(Settled {
-                epoch: record.epoch,
-                pings: 0,
-                accepted: 0,
-                duplicate: 0,
-                filtered: 0,
-                rejects: Vec::new(),
-                settled: record.settled.clone(),
-                receive_ms,
-                commit_ms,
-                position,
-                retry_after_ms: 0,
-                is_paused: false,
-            }),
+            // No device of this world pauses or grants.
+            Request::Heartbeat | Request::Control { .. } | Request::Checkers { .. } => {
+                Answer::Settled(Settled {
+                    epoch: record.epoch,
+                    pings: 0,
+                    accepted: 0,
+                    duplicate: 0,
+                    filtered: 0,
+                    rejects: Vec::new(),
+                    settled: record.settled.clone(),
+                    receive_ms,
+                    commit_ms,
+                    position,
+                    retry_after_ms: 0,
+                    is_paused: false,
+                })
+            }
         };
         group.records.insert(device, record.clone());
         group.answers.push((link, lane, answer));

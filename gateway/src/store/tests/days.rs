@@ -25,7 +25,7 @@ use crate::{
     commit::{Answer, Bell, CommitConfig, CommitHandle, CommitParts, Committer, Mailbox},
     enrol::invitations::Invitations,
     erase,
-    freshness::Freshness,
+    freshness::{Freshness, Grants},
     metrics::Metrics,
     orders,
     sharing::Holders,
@@ -160,6 +160,7 @@ impl Play {
         let freshness = Freshness::restore(
             records.map(|(device, record)| (*device, record.clocks, record.position)),
             holders.withheld.iter().copied(),
+            Grants::everything(),
             heard_until_ms.unwrap_or_else(|| clock.now_ms() - 1),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -174,6 +175,7 @@ impl Play {
         let (handle, committer) = Committer::new(
             &CommitConfig::default(),
             CommitParts {
+                checkers: Arc::default(),
                 store: Arc::clone(&store),
                 freshness: Arc::clone(&freshness),
                 metrics: metrics.clone(),
