@@ -537,7 +537,8 @@ pub struct Receipt {
     /// The commit since which nothing more was taken; checkers know the user as ERASED at it.
     #[prost(uint64, tag = "3")]
     pub position: u64,
-    /// What was removed: records of devices, pings, and events that checkers had been told.
+    /// What was removed: records of devices, pings, and events that checkers had been told; what was decided of checkers
+    /// counts as one of those.
     #[prost(uint64, tag = "4")]
     pub devices: u64,
     #[prost(uint64, tag = "5")]
