@@ -172,6 +172,11 @@ fn fault_of(expected: &Expected, before: &Entry, entry: &Entry, at_most_ms: u64)
     };
     if entry.user != expected.user {
         Some("the entry is another user's".to_owned())
+    } else if entry.state == State::NeverSeen || entry.state == State::Withdrawn {
+        Some(format!(
+            "the state is {:?}: has the user granted this checker, as all have with `waypost serve --dev`?",
+            entry.state
+        ))
     } else if entry.state != State::Active {
         Some(format!("the state is {:?}", entry.state))
     } else if differs(entry.last_sample_ms, before.last_sample_ms, sample_ms) {

@@ -351,6 +351,54 @@ async fn the_same_backup_put_back_twice_is_two_lives_and_a_revocation_outlives_b
     }
 }
 
+/// Whom the holder has taken a grant from is told nothing by a backup from before that either.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grant_that_was_withdrawn_after_a_backup_stays_withdrawn() {
+    let mut gateway = Process::start(&[]).await;
+    let (data_dir, to) = (gateway.data_dir().to_owned(), gateway.scratch("backups"));
+    let device = gateway.device(1);
+    let link = gateway.connect(&device).await;
+    let mut live = link.open(hello(Lane::Live, 0)).await;
+    live.welcome().await;
+    backup(&data_dir, &to);
+    assert_eq!(gateway.entry(&device).await.state(), State::Active);
+    let name = "dev".to_owned();
+    let withdraw = control::Action::WithdrawChecker(control::WithdrawChecker { name });
+    let withdrawn = live.control(1, withdraw).await;
+    assert_eq!(withdrawn, v1::control_result::Outcome::Done);
+    gateway.terminate();
+    assert_eq!(gateway.exit_code().await, Some(0));
+    let log = data_dir.join("audit.log");
+    let since = fs::read(&log).unwrap();
+    for is_on_record in [true, false] {
+        lose_store(&data_dir);
+        if !is_on_record {
+            // The control: a log that ends before the withdrawal knows of none.
+            let text = String::from_utf8(since.clone()).unwrap();
+            let (before, _) = text.split_once("\"withdrawn\"").unwrap();
+            let whole = before.rfind('\n').unwrap() + 1;
+            fs::write(&log, &text[..whole]).unwrap();
+        }
+        let restored = restore(&to, &data_dir).unwrap();
+        assert_eq!(
+            restored["grant_changes"],
+            u64::from(is_on_record),
+            "{restored}"
+        );
+        gateway.restart().await;
+        let link = gateway.connect(&device).await;
+        link.open(hello(Lane::Live, 0)).await.welcome().await;
+        let told = gateway.entry(&device).await.state();
+        let expected = match is_on_record {
+            true => State::Withdrawn,
+            false => State::Active,
+        };
+        assert_eq!(told, expected);
+        gateway.terminate();
+        assert_eq!(gateway.exit_code().await, Some(0));
+    }
+}
+
 /// A course that no part of looks like anything else, and the parts of it that tell it.
 fn course() -> (Vec<Ping>, Vec<Vec<u8>>) {
     let mut pings: Vec<_> = (1..=40).map(ping).collect();

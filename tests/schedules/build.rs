@@ -74,7 +74,7 @@ const CONTROLS: [(&str, &str, &str, &str); 15] = [
     ),
     (
         "answers_an_order_before_the_commit",
-        "commit.rs",
+        "commit/orders.rs",
         "                self.say(&news)?;\n                Ok(self.position)",
         "                reply.answer(Ok(self.position + 1));\n                return self.say(&news);",
     ),
@@ -88,7 +88,7 @@ const CONTROLS: [(&str, &str, &str, &str); 15] = [
         "hears_of_no_order_while_it_waits",
         "commit.rs",
         "order = self.orders.next() => {",
-        "order = future::pending::<Order>() => {",
+        "order = future::pending::<super::orders::Order>() => {",
     ),
     (
         "an_order_does_not_look_whether_the_committer_is_gone",
@@ -106,8 +106,15 @@ const FILES: [(&str, &str); 4] = [
     ("scenario.rs", "scenario.rs"),
 ];
 
+/// A module of one of them, in a file of its own: where it is named, and that file.
+const MODULE: (&str, &str, &str) = (
+    "commit.rs",
+    "mod orders;",
+    "../../gateway/src/commit/orders.rs",
+);
+
 fn main() {
-    for (_, path) in FILES {
+    for path in FILES.map(|(_, path)| path).into_iter().chain([MODULE.2]) {
         println!("cargo::rerun-if-changed={path}");
     }
     write_out("as_it_is", |_, text| text);
@@ -131,32 +138,47 @@ fn write_out(variant: &str, change: impl Fn(&str, String) -> String) {
     let folder = Path::new(&out).join(variant);
     fs::create_dir_all(&folder).expect("a folder for the variant");
     for (name, path) in FILES {
-        let text = fs::read_to_string(path).expect("a file of the workspace");
-        // Its own tests have no place in a schedule.
-        let text = text.split("#[cfg(test)]").next().unwrap_or_default();
-        let text = change(name, text.to_owned());
-        fs::write(folder.join(name), beside_each_other(&text)).expect("the variant's file");
+        let mut text = beside_each_other(&change(name, read(path)), "super");
+        let (outer, named, module) = MODULE;
+        if name == outer {
+            let inner = change("commit/orders.rs", read(module));
+            let inner = beside_each_other(&inner, "super::super");
+            let opened = named.trim_end_matches(';');
+            text = text.replace(named, &format!("{opened} {{\n{inner}\n}}"));
+        }
+        fs::write(folder.join(name), text).expect("the variant's file");
     }
+}
+
+/// A file without its own tests, which have no place in a schedule.
+fn read(path: &str) -> String {
+    let text = fs::read_to_string(path).expect("a file of the workspace");
+    text.split("#[cfg(test)]")
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// The text with the files beside it imported, whichever variant they are of, and without a header, which
 /// a file that is included cannot have.
-fn beside_each_other(text: &str) -> String {
+fn beside_each_other(text: &str, beside: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines().filter(|line| !line.starts_with("//!")) {
         let mut line = line.to_owned();
         for (name, _) in FILES {
             let module = format!("{}::", name.trim_end_matches(".rs"));
-            line = line.replace(&format!("crate::{module}"), &format!("super::{module}"));
+            line = line.replace(&format!("crate::{module}"), &format!("{beside}::{module}"));
             // Within `use crate::{...}`, which rustfmt writes with one module to a line.
             if line.starts_with(&format!("    {module}")) && line.ends_with(',') {
-                lines.push(format!("use super::{};", line.trim().trim_end_matches(',')));
+                let imported = line.trim().trim_end_matches(',');
+                lines.push(format!("use {beside}::{imported};"));
                 line.clear();
             }
         }
         lines.push(line);
     }
     // Imports taken out of the braces come first.
-    lines.sort_by_key(|line| !line.starts_with("use super::"));
+    let is_import = format!("use {beside}::");
+    lines.sort_by_key(|line| !line.starts_with(&is_import));
     lines.join("\n")
 }

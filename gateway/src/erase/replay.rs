@@ -145,7 +145,10 @@ mod tests {
         let store = open(folder.path());
         fence_alice(&store);
         let fenced_ms = store.load_holders().unwrap().erasures[0].1.fenced_ms;
-        assert_eq!(finish(&store).steps.count(ALICE).unwrap(), Counts::default());
+        assert_eq!(
+            finish(&store).steps.count(ALICE).unwrap(),
+            Counts::default()
+        );
         drop(store);
 
         // By hand, without any command.
