@@ -53,10 +53,13 @@ impl Process {
     /// Starts one. Its ports are chosen once, so that devices find it again after a restart.
     pub async fn start(environment: &[(&str, &str)]) -> Self {
         let mut process = Self::prepared(environment);
-        for name in LISTEN {
-            process.set(name, &free_address(name).to_string());
-        }
-        process.restart().await;
+        // Nobody knows them yet, so they are chosen anew if somebody else is given one meanwhile.
+        let choose_ports = |process: &mut Self| {
+            for name in LISTEN {
+                process.set(name, &free_address(name).to_string());
+            }
+        };
+        process.start_until_ready(choose_ports).await;
         process
     }
 
@@ -104,8 +107,13 @@ impl Process {
 
     /// Starts it, also again after it was killed or has ended, and waits until it is ready.
     pub async fn restart(&mut self) {
+        self.start_until_ready(|_| ()).await;
+    }
+
+    async fn start_until_ready(&mut self, prepare: impl Fn(&mut Self)) {
         let starting = async {
             loop {
+                prepare(self);
                 let said_before = self.log_so_far().len();
                 let Err(status) = self.try_restart().await else {
                     return;
