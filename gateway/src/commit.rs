@@ -4,7 +4,8 @@
 //! publishes it, and only then answers. The next group is what queued up during the last fsync. Only when
 //! that was everything and there is a crowd, it lets requests gather for a moment: see [`crate::gather`].
 //! Between groups it writes what the [`Vigil`] has to say, and what is ordered (`orders`).
-//! Knows device records, who has paused or is revoked, and order; must not know connections, queues or RocksDB.
+//! Knows device records, who has paused or is revoked, what holders decide of checkers, and order; must not know
+//! connections, queues or RocksDB.
 //!
 //! # Bounds
 //!
@@ -383,7 +384,11 @@ impl Committer {
         if news.is_empty() {
             return Ok(());
         }
-        let mut batch = self.store.batch();
+        self.say_with(self.store.batch(), news)
+    }
+
+    /// The same, with what else is in a batch.
+    fn say_with(&mut self, mut batch: Batch, news: &News) -> Result<(), CommitError> {
         batch.put_news(news);
         let position = self.write(batch)?;
         self.vigil.publish(news);
@@ -500,9 +505,8 @@ impl Committer {
             if transition.turn == Turn::Withdrawn {
                 let names = self.checkers.names(transition.checkers);
                 for checker in names.map(Checker::named) {
-                    let (user, said) = (transition.user, judged.said);
-                    let forgotten = self.vigil.forget(checker, user, said);
-                    news.deadlines.extend(forgotten);
+                    news.deadlines
+                        .extend(self.vigil.forget(checker, transition.user));
                 }
             }
         }

@@ -337,41 +337,19 @@ impl Deadlines {
         Ok(())
     }
 
-    /// Removes a checker's deadline for a user of whom it may be told no more. If the user is late, that is called off: the
-    /// checker is told so if it may be told of the user again before it has heard of the withdrawal.
-    pub fn forget(
-        &mut self,
-        checker: Checker,
-        user: UserId,
-        said: Said,
-        changes: &mut Vec<Change>,
-    ) {
+    /// Removes a checker's deadline for a user of whom it may be told no more.
+    pub fn forget(&mut self, checker: Checker, user: UserId, changes: &mut Vec<Change>) {
         let number = self.number(checker);
-        let Some(&index) = self.by_user.get(&(number, user)) else {
-            return;
-        };
-        if let Some(late) = self.no_longer_late(index) {
-            changes.push(Change::Event(Event {
-                checker,
-                user,
-                kind: Kind::Recovered,
-                position: said.position,
-                at_ms: said.at_ms,
-                last_contact_ms: late.last_contact_ms,
-                due_ms: late.due_ms,
-            }));
+        if let Some(&index) = self.by_user.get(&(number, user)) {
+            self.remove(index);
+            changes.push(Change::Removed(checker, user));
         }
-        self.remove(index);
-        changes.push(Change::Removed(checker, user));
     }
 
     /// Removes all deadlines for a user, of whichever checker.
     pub fn forget_user(&mut self, user: UserId, changes: &mut Vec<Change>) {
-        for (number, &checker) in (0..).zip(&self.checkers.clone()) {
-            if let Some(&index) = self.by_user.get(&(number, user)) {
-                self.remove(index);
-                changes.push(Change::Removed(checker, user));
-            }
+        for checker in self.checkers.clone() {
+            self.forget(checker, user, changes);
         }
     }
 

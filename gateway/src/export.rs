@@ -180,8 +180,8 @@ impl<Out: Write> Exporter<Out> {
         devices: &[(DeviceId, DeviceRecord)],
         transitions: &[Transition],
     ) -> io::Result<Self> {
-        let user = std::iter::once(user_line(subject));
         let shown = subject.decisions.shown(&subject.checkers);
+        let user = std::iter::once(user_line(subject, &shown));
         let checkers = shown.iter().map(checker_line);
         let devices_lines = devices
             .iter()
@@ -261,12 +261,10 @@ fn write_line(out: &mut impl Write, line: &Line) -> io::Result<()> {
     out.write_all(b"\n")
 }
 
-fn user_line(subject: &Subject) -> Line {
+fn user_line(subject: &Subject, shown: &[CheckerGrant]) -> Line {
     // Whoever watches everybody is told of those only who have granted it.
-    let could_be_told = |recipient: &&Recipient| {
-        let shown = subject.decisions.shown(&subject.checkers);
-        shown.iter().any(|grant| grant.name == recipient.checker)
-    };
+    let could_be_told =
+        |recipient: &&Recipient| shown.iter().any(|grant| grant.name == recipient.checker);
     let recipients = subject.recipients.iter().filter(could_be_told);
     let told = recipients.map(|recipient| Told {
         checker: recipient.checker.clone(),

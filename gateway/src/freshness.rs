@@ -1,11 +1,12 @@
 //! How fresh every user is, in memory: written by the committer, read by the feed.
 //!
-//! Knows users, whether they share and with whom, clocks and positions. Must not know where commits come from, who reads, or what the time
-//! is; has no task of its own. What is published here is durable already.
+//! Knows users, whether they share and with whom, clocks and positions. Must not know where commits come from, who reads,
+//! or what the time is; has no task of its own. What is published here is durable already.
 //!
 //! # Bounds
 //!
-//! The users, which are all kept. For each reader that lags up to 48 bytes a user for changes that are void
+//! The users, which are all kept; some 30 bytes for each who has granted a checker and was never seen, and for each who
+//! has withdrawn a grant: both come by a device with a certificate only. For each reader that lags up to 48 bytes a user for changes that are void
 //! but counted, less where several lag at the same place, and up to some 30 bytes a user that the reader
 //! remembers. The last 16,384 values that were published, for readers that are level. No lock is held for
 //! longer than a block or a commit takes, save when one of the tables grows.

@@ -134,10 +134,11 @@ impl Vigil {
         }
     }
 
-    /// A checker may be told of a user no more: it expects nothing of it any more.
-    pub fn forget(&mut self, checker: Checker, user: UserId, said: Said) -> Vec<Change> {
+    /// A checker may be told of a user no more, and expects nothing of it any more. The user is not late then: to withdraw
+    /// is to be heard, and nobody is late while paused.
+    pub fn forget(&mut self, checker: Checker, user: UserId) -> Vec<Change> {
         let mut changes = Vec::new();
-        self.deadlines.forget(checker, user, said, &mut changes);
+        self.deadlines.forget(checker, user, &mut changes);
         changes
     }
 

@@ -26,10 +26,10 @@ use ring::digest::{Context, SHA256};
 
 use super::{
     BackupError,
-    manifest::{self, File, Manifest, hex},
+    manifest::{self, File, Manifest},
     unusable,
 };
-use crate::{durable, store::Checkpoint};
+use crate::{durable, hex::hex, store::Checkpoint};
 
 const FILES: &str = "files";
 /// What is being copied, before its digest is known.
@@ -207,8 +207,8 @@ impl Backups {
         })
     }
 
-    /// Removes all but the newest backups, if it is said how many are kept, and the files that none of the rest has. Gives the numbers of those
-    /// that were removed.
+    /// Removes all but the newest backups, if it is said how many are kept, and the files that none of the rest has. Gives
+    /// the numbers of those that were removed.
     ///
     /// # Errors
     /// When one cannot be removed.

@@ -8,7 +8,7 @@
 use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
-use crate::store::Checkpoint;
+use crate::{hex::hex, store::Checkpoint};
 
 /// The only form that this version knows.
 const FORM: u32 = 1;
@@ -128,12 +128,6 @@ impl Manifest {
 pub fn is_sha256(text: &str) -> bool {
     let is_digit = |byte: u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     text.len() == 64 && text.bytes().all(is_digit)
-}
-
-/// A digest as it is written here.
-#[must_use]
-pub fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn sha256(bytes: &[u8]) -> String {

@@ -177,12 +177,7 @@ impl Committer {
         news: &News,
     ) -> Result<(), CommitError> {
         batch.put_invitations(change);
-        batch.put_news(news);
-        let position = self.write(batch)?;
-        self.vigil.publish(news);
-        let turned = &news.transitions;
-        self.freshness
-            .publish(position, self.resolved_ms, &[], turned);
+        self.say_with(batch, news)?;
         let open = &self.metrics.enrolment.open_invitations;
         open.set(self.invitations.len() as f64);
         Ok(())

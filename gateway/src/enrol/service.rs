@@ -36,6 +36,7 @@ use super::{
 use crate::{
     feed::Peer,
     grants::{CheckerNumber, CheckerSet},
+    hex::hex,
     metrics::Metrics,
     orders::{Invite, OrderError, OrderHandle},
     tls,
@@ -212,11 +213,7 @@ fn valid_for_ms(wanted_ms: u64, usual_ms: u64) -> Result<u64, Status> {
 
 /// The SHA-256 in hexadecimal digits.
 fn hash_of(der: &[u8]) -> String {
-    let hash = digest::digest(&digest::SHA256, der);
-    hash.as_ref()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex(digest::digest(&digest::SHA256, der).as_ref())
 }
 
 fn milliseconds(duration: Duration) -> u64 {
