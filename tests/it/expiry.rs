@@ -24,7 +24,7 @@ const REFUSED: &str = "waypost_connections_refused_total{reason=\"expired\"}";
 const REFUSED_CHECKERS: &str = "waypost_freshness_refused_checkers_total{reason=\"expired\"}";
 
 /// For how long a certificate holds that is about to expire: time for all that has to happen before.
-const LIFE_S: u64 = 10;
+const LIFE_S: u64 = 5;
 
 /// A certificate, and the first moment at which it does not hold.
 fn short_lived(world: &World, identity: &Identity) -> (Credentials, u64) {
