@@ -13,7 +13,7 @@ use waypost_proto::{
     v1,
 };
 use waypost_tests::{
-    Device, Stream, World, hello,
+    Device, MetricsPage, Stream, World, hello,
     link::Returning,
     newcomer::{Newcomer, issued},
     ping, stored_seqs, until, within_minutes,
@@ -112,17 +112,26 @@ async fn comes_back(is_early: bool) {
         true => returning.connect_early(gateway).0,
         false => returning.connect(gateway).await,
     };
-    let second = connect().await;
+    let (second, accepted) = match is_early {
+        true => {
+            let (link, accepted) = returning.connect_early(gateway);
+            (link, Some(accepted))
+        }
+        false => (returning.connect(gateway).await, None),
+    };
     let mut lane = second.open(hello(Lane::Live, epoch)).await;
     lane.send_pings(epoch, &[ping(1)]).await;
     lane.welcome().await;
     assert_eq!(lane.ack().await.durable_upto, 1);
-    let resumed = match is_early {
-        true => "waypost_handshakes_total{kind=\"early_data\"}",
-        false => "waypost_handshakes_total{kind=\"resumed\"}",
+    if let Some(accepted) = accepted {
+        assert!(accepted.await, "its early data is taken");
+    }
+    // Whose handshake is over before its early data is looked at counts as resumed.
+    let resumed = |page: &MetricsPage| {
+        let of = |kind| page.value(&format!("waypost_handshakes_total{{kind=\"{kind}\"}}"));
+        of("resumed") + of("early_data")
     };
-    // It is counted when the handshake is over, which early data may come before.
-    world.metrics_until(|page| page.value(resumed) == 1.0).await;
+    assert_eq!(resumed(&world.metrics().await), 1.0);
     assert_eq!(second.closed().await, Some(CloseCode::Expired));
     assert!(expires_ms <= system_now_ms(), "not before its time");
     assert_eq!(clock.closed().await, Some(CloseCode::Expired));
