@@ -352,6 +352,7 @@ impl Gateway {
             store: Arc::clone(&store),
             audit: audit.clone(),
             clock: door_clock,
+            metrics: metrics.clone(),
         };
         let door = Door::bind(&config.data_dir, door)?;
         let reload = Reload {

@@ -37,6 +37,7 @@ mod exports;
 mod fates;
 mod freshness;
 mod limits;
+mod operator;
 mod process;
 mod resumption;
 mod series;
@@ -75,6 +76,7 @@ pub use self::{
     fates::{Fates, REJECTS},
     freshness::{FreshnessMetrics, RESETS, TURNS},
     limits::{LIMITS, LimitMetrics},
+    operator::OperatorMetrics,
     resumption::{DROPS, HANDSHAKES, ResumptionMetrics},
     series::ByLabel,
     sessions::{ADMISSIONS, FRAME_KINDS, SessionMetrics},
@@ -105,6 +107,7 @@ pub struct Handles {
     pub audit: AuditMetrics,
     pub erasures: ErasureMetrics,
     pub exports: ExportMetrics,
+    pub operator: OperatorMetrics,
 }
 
 struct Inner {
@@ -248,6 +251,7 @@ impl Handles {
             audit: AuditMetrics::register(),
             erasures: ErasureMetrics::register(),
             exports: ExportMetrics::register(),
+            operator: OperatorMetrics::register(),
         }
     }
 }

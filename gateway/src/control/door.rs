@@ -38,6 +38,7 @@ use crate::{
     clock::Clock,
     connected::{Connected, Ending},
     export::stream::Exports,
+    metrics::Metrics,
     orders::{OrderHandle, Revoke, Revoked},
     store::Store,
 };
@@ -57,6 +58,8 @@ pub struct DoorParts {
     pub audit: Audit,
     /// The gateway's clock.
     pub clock: Clock,
+    /// What is counted.
+    pub metrics: Metrics,
 }
 
 /// What a caller reaches.
@@ -74,6 +77,7 @@ struct Reach {
 pub struct Door {
     listener: UnixListener,
     path: PathBuf,
+    metrics: Metrics,
     reach: Reach,
 }
 
@@ -96,6 +100,7 @@ impl Door {
             store,
             audit,
             clock,
+            metrics,
         } = parts;
         let checkpointed = Arc::downgrade(&store);
         let long = LongCalls::new(LongParts {
@@ -105,10 +110,12 @@ impl Door {
             store,
             audit,
             clock,
+            metrics: metrics.clone(),
         });
         Ok(Self {
             listener,
             path,
+            metrics,
             reach: Reach {
                 orders,
                 connected,
@@ -123,6 +130,7 @@ impl Door {
         let mut callers = JoinSet::new();
         loop {
             let has_room = callers.len() < MOST_CALLERS;
+            self.metrics.operator.callers.set(callers.len() as f64);
             tokio::select! {
                 () = cancel.cancelled() => break,
                 Some(_) = callers.join_next() => {}

@@ -36,6 +36,7 @@ use crate::{
         source::NotHeld,
         stream::{ExportError, Exports, Reading},
     },
+    metrics::Metrics,
     orders::OrderHandle,
     revocation::Subject,
     store::{Held, Store},
@@ -45,7 +46,20 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) struct LongCalls {
     parts: Arc<LongParts>,
-    room: Arc<Semaphore>,
+    places: Places,
+}
+
+/// How many more there may be.
+#[derive(Clone, Debug)]
+struct Places {
+    free: Arc<Semaphore>,
+    metrics: Metrics,
+}
+
+/// The place of one that is under way.
+struct Place {
+    metrics: Metrics,
+    _permit: OwnedSemaphorePermit,
 }
 
 /// Who does it.
@@ -57,19 +71,20 @@ pub(super) struct LongParts {
     pub(super) store: Arc<Store>,
     pub(super) audit: Audit,
     pub(super) clock: Clock,
+    pub(super) metrics: Metrics,
 }
 
 impl LongCalls {
     pub(super) fn new(parts: LongParts) -> Self {
         Self {
+            places: Places::new(parts.metrics.clone()),
             parts: Arc::new(parts),
-            room: Arc::new(Semaphore::new(MOST_LONG_CALLS)),
         }
     }
 
     /// Gives everything that is held on a user.
     pub(super) async fn export(&self, wanted: &Wanted, stream: &mut UnixStream) -> io::Result<()> {
-        let begun = match (UserId::parse(&wanted.user), self.place()) {
+        let begun = match (UserId::parse(&wanted.user), self.places.take()) {
             (None, _) => Err(NO_USER.to_owned()),
             (_, None) => Err(NO_PLACE.to_owned()),
             (Some(user), Some(place)) => self
@@ -106,7 +121,7 @@ impl LongCalls {
 
     /// Erases everything that is held on a user, and tells how far that is.
     pub(super) async fn erase(&self, holder: &Holder, stream: &mut UnixStream) -> io::Result<()> {
-        let begun = match (UserId::parse(&holder.user), self.place()) {
+        let begun = match (UserId::parse(&holder.user), self.places.take()) {
             (None, _) => Err(NO_USER.to_owned()),
             (_, None) => Err(NO_PLACE.to_owned()),
             (Some(user), Some(place)) => Ok((user, place)),
@@ -173,10 +188,6 @@ impl LongCalls {
         self.parts.audit.record(deed).await
     }
 
-    fn place(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.room).try_acquire_owned().ok()
-    }
-
     async fn erasure(&self, user: UserId) -> Result<Erasure, String> {
         match self.held(user).await? {
             Held::Erased(erasure) => Ok(erasure),
@@ -193,6 +204,35 @@ impl LongCalls {
             Ok(Err(error)) => Err(error.to_string()),
             Err(error) => Err(error.to_string()),
         }
+    }
+}
+
+impl Places {
+    fn new(metrics: Metrics) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(MOST_LONG_CALLS)),
+            metrics,
+        }
+    }
+
+    /// A place, if one is free.
+    fn take(&self) -> Option<Place> {
+        let operator = &self.metrics.operator;
+        let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() else {
+            operator.refused.increment(1);
+            return None;
+        };
+        operator.long_calls.increment(1.0);
+        Some(Place {
+            metrics: self.metrics.clone(),
+            _permit: permit,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.metrics.operator.long_calls.decrement(1.0);
     }
 }
 
@@ -226,3 +266,25 @@ const READER_PATIENCE: Duration = Duration::from_secs(30);
 const TELL_INTERVAL: Duration = Duration::from_secs(1);
 const NO_PLACE: &str = "as many exports and erasures are under way as the gateway takes from an operator at a time; try again in a minute";
 const NOT_FINISHED: &str = "the erasure has not come to its end; the gateway's log says why. Nothing more is taken of the user, and the rest is begun again at the gateway's next start";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_an_end_to_long_calls_and_it_is_counted() {
+        let metrics = Metrics::new();
+        let places = Places::new(metrics.clone());
+        let mut taken: Vec<_> = std::iter::from_fn(|| places.take()).collect();
+        assert_eq!(taken.len(), MOST_LONG_CALLS);
+        taken.truncate(3);
+        let page = metrics.render();
+        for line in [
+            "waypost_operator_long_calls 3",
+            "waypost_operator_long_calls_refused_total 1",
+        ] {
+            assert!(page.lines().any(|found| found == line), "{line}\n{page}");
+        }
+        assert!(places.take().is_some());
+    }
+}
