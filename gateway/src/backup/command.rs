@@ -38,7 +38,7 @@ Examples:
 
 The gateway may be running, and nobody waits for it. Files that an earlier backup in the folder has are not copied
 again. When this returns, the backup is on disk; killed before that, it leaves none.
-A backup holds the store, its pings sealed, and the audit log. It does not hold the users' keys: whoever is erased stays
+A backup holds the store, what is kept of users sealed, and the audit log. It does not hold the users' keys: whoever is erased stays
 readable for as long as a copy of the key is kept. --keys-to keeps one copy of the keys, the present one, and what was
 destroyed meanwhile goes from it. Keep the master key apart from both. `waypost restore` puts a backup back.")]
 pub struct BackupArgs {
@@ -211,8 +211,7 @@ impl fmt::Display for Report {
         writeln!(f, "Backup {backup} of {made} is in {to}.")?;
         writeln!(
             f,
-            "It holds all commits up to {position}: {files} files, {bytes} bytes, of which {new_files} and {new_bytes} \
-             are new."
+            "It holds all commits up to {position}. Files: {files}, {bytes} bytes; new ones: {new_files}, {new_bytes} bytes."
         )?;
         if !self.has_audit_log {
             writeln!(f, "There was no audit log to copy.")?;
@@ -223,7 +222,7 @@ impl fmt::Display for Report {
         }
         match self.key_files {
             Some(key_files) => {
-                writeln!(f, "The copy of the keys is up to date: {key_files} files.")
+                writeln!(f, "The copy of the keys is up to date; files: {key_files}.")
             }
             None => writeln!(
                 f,

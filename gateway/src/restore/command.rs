@@ -140,21 +140,21 @@ impl fmt::Display for Report {
         if 0 < self.erased_users {
             writeln!(
                 f,
-                "{} users were erased after it was made, and are erased in it.",
+                "Users erased after it was made, who are erased in it too: {}.",
                 self.erased_users
             )?;
         }
         if 0 < self.revocations {
             writeln!(
                 f,
-                "{} revocations were made or lifted after it was made, and hold.",
+                "Revocations made or lifted after it was made, which hold: {}.",
                 self.revocations
             )?;
         }
         if 0 < self.grant_changes {
             writeln!(
                 f,
-                "{} grants to checkers were given or withdrawn after it was made, and that holds.",
+                "Grants given or withdrawn after it was made, which holds: {}.",
                 self.grant_changes
             )?;
         }
