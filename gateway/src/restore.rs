@@ -189,7 +189,7 @@ pub fn restore(wanted: &Wanted<'_>) -> Result<PutBack, RestoreError> {
     Store::expect_put_back(data_dir, &manifest.store).map_err(unusable(&put_back))?;
 
     // Another life is there from the next opening on.
-    open(wanted)?.begin_life(wanted.now_ms)?;
+    open(wanted)?.begin_life(witness.life_begins_ms(wanted.now_ms))?;
     let mut done = bring_up_to_date(Arc::new(open(wanted)?), &witness, wanted.now_ms)?;
     done.backup = manifest.number;
     done.made_ms = manifest.made_ms;

@@ -3,8 +3,9 @@
 //! Plain data. Knows deeds. Must not know files or the store.
 //!
 //! Erasures are on the list beside the keys as well; that of the log is another witness, should the keys be from a copy that
-//! is older. Of revocations it is the only one, and of what holders decided of checkers. It knows the numbers of enrolled devices, which must not be given again: the
-//! certificates are out.
+//! is older. Of revocations it is the only one, and of what holders decided of checkers. It knows the numbers of enrolled
+//! devices, which must not be given again: the certificates are out. And it knows of each life of the store that a restore
+//! has begun, however soon the next one follows.
 
 use std::collections::BTreeMap;
 
@@ -24,6 +25,8 @@ pub struct Witness {
     revocations: FxHashMap<Subject, Option<u64>>,
     enrolled: BTreeMap<UserId, u32>,
     grants: Vec<GrantChange>,
+    restores: u64,
+    restored_ms: u64,
 }
 
 /// A holder has let a checker be told, or has taken that back.
@@ -49,6 +52,8 @@ impl Witness {
             revocations: FxHashMap::default(),
             enrolled: BTreeMap::new(),
             grants: Vec::new(),
+            restores: 0,
+            restored_ms: 0,
         }
     }
 
@@ -60,6 +65,11 @@ impl Witness {
                 for user in users_of(&deed.whose) {
                     self.erased.entry(user).or_insert(deed.at_ms);
                 }
+            }
+            // Each began a life of the store, by whatever clock.
+            What::Restored => {
+                self.restores += 1;
+                self.restored_ms = self.restored_ms.max(deed.at_ms);
             }
             _ if deed.at_ms < self.made_ms => {}
             What::Revoked | What::RevocationLifted => {
@@ -94,11 +104,7 @@ impl Witness {
                 let users = users_of(&deed.whose).into_iter();
                 self.grants.extend(users.map(change));
             }
-            What::Started
-            | What::WatchStarted
-            | What::Invited
-            | What::Exported
-            | What::Restored => {}
+            What::Started | What::WatchStarted | What::Invited | What::Exported => {}
         }
     }
 
@@ -124,12 +130,24 @@ impl Witness {
         &self.grants
     }
 
+    /// When a life that begins at `now_ms` begins as far as its numbers go, both in milliseconds since 1970-01-01 UTC: a
+    /// minute or more after any that is on record, also if that began just now, or by a clock that was ahead.
+    #[must_use]
+    pub fn life_begins_ms(&self, now_ms: u64) -> u64 {
+        // Each moves on by one more than the one before it.
+        let ahead_ms = self.restores.saturating_mul(LEAST_BETWEEN_LIVES_MS);
+        now_ms.max(self.restored_ms).saturating_add(ahead_ms)
+    }
+
     /// The last device that was enrolled of each user.
     pub fn enrolled(&self) -> impl Iterator<Item = DeviceId> {
         let enrolled = self.enrolled.iter();
         enrolled.map(|(&user, &device)| DeviceId { user, device })
     }
 }
+
+/// What a life of the store needs of another one to have its numbers for itself: see `store::life`.
+const LEAST_BETWEEN_LIVES_MS: u64 = 60_000;
 
 fn users_of(whose: &Whose) -> Vec<UserId> {
     match whose {
@@ -227,5 +245,25 @@ mod tests {
         };
         let since = [change(true, 105), change(false, 106)];
         assert_eq!(witness.grants(), since);
+        assert_eq!(witness.life_begins_ms(7), 7, "the first");
+    }
+
+    #[test]
+    fn lives_begin_a_minute_apart_however_soon_one_follows_and_whatever_the_clock_says() {
+        let mut witness = Witness::of_what_followed(u64::MAX);
+        let mut last_ms = 0;
+        for at_ms in [
+            5_000_000, 5_000_000, 5_000_001, 4_000_000, 9_000_000, 4_000_000,
+        ] {
+            let begins_ms = witness.life_begins_ms(at_ms);
+            assert!(last_ms + LEAST_BETWEEN_LIVES_MS <= begins_ms, "{at_ms}");
+            last_ms = begins_ms;
+            witness.hear(&Deed {
+                at_ms,
+                who: Who::Operator,
+                what: What::Restored,
+                whose: Whose::Everybody,
+            });
+        }
     }
 }

@@ -8,7 +8,8 @@
 //! - Its name: to checkers it is another store, so that each begins anew, with a Reset, and none goes on from a
 //!   moment that this store never had.
 //! - Its positions go on above all that any other life can have come to: by the clock, so that it does not matter of which
-//!   backup it was made, nor how often. A checker that knows an event by its position never takes a new one for an old.
+//!   backup it was made, nor how often. (Two that begin within a minute are told apart by the audit log, from which
+//!   [`crate::restore::witness`] makes the moment.) A checker that knows an event by its position never takes a new one for an old.
 //! - Its new epochs as well. A device of which the store remembers all that was acknowledged goes on in its epoch,
 //!   and what is in the backup is a duplicate when it comes again.
 //!
@@ -80,7 +81,8 @@ impl Store {
             .map_or(self.facts.position, u64::from_be_bytes))
     }
 
-    /// Begins another life, from the next opening on, and gives its first position.
+    /// Begins another life, from the next opening on, and gives its first position. `now_ms` is to be a minute or more
+    /// after what any other life began with.
     ///
     /// # Errors
     /// When that is not on disk for sure, or the system gives no random numbers.
