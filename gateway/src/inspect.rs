@@ -148,8 +148,8 @@ pub fn run(args: &InspectArgs, out: &mut impl Write) -> Result<(), InspectError>
 }
 
 fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
-    let (devices, recovered) = store.load_devices()?;
-    let users: BTreeSet<UserId> = devices.iter().map(|(device, _)| device.user).collect();
+    let devices = store.device_ids().collect::<Result<Vec<_>, _>>()?;
+    let users: BTreeSet<UserId> = devices.iter().map(|device| device.user).collect();
     let mut days: BTreeMap<Day, Count> = store
         .days()
         .into_iter()
@@ -161,19 +161,13 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
         all.add(row.count);
         days.entry(row.day).or_default().add(row.count);
     }
-    let holders = store.load_holders()?.withheld;
-    let withheld = |how| {
-        let users = holders
-            .iter()
-            .filter(|(_, withheld)| withheld.sharing == how);
-        users.count() as u64
-    };
+    let withheld = store.count_withheld()?;
     Ok(StoreReport {
         incarnation: hex(&store.incarnation()),
-        position: recovered.position,
+        position: store.last_position()?,
         users: users.len() as u64,
-        paused_users: withheld(Sharing::Paused),
-        erased_users: withheld(Sharing::Erased),
+        paused_users: withheld.paused,
+        erased_users: withheld.erased,
         devices: devices.len() as u64,
         rows: all.rows,
         sealed_rows: all.sealed_rows,

@@ -14,7 +14,7 @@ pub mod command;
 pub mod witness;
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -147,8 +147,8 @@ pub enum RestoreError {
     },
     /// Not everybody is erased who must be.
     #[error(
-        "{0} users were erased since the backup was made and could not be erased in it: look whether the disk is full, \
-         then try again"
+        "not all who were erased since the backup was made could be erased in it (still there: {0}): look whether the disk \
+         is full, then try again"
     )]
     NotErased(usize),
     /// The output is closed.
@@ -301,7 +301,10 @@ fn put_grants(store: &Store, batch: &mut Batch, witness: &Witness) -> Result<usi
     let mut checkers = store.load_checkers()?;
     let by_all = checkers.are_granted_by_all();
     let mut decided: BTreeMap<UserId, Decisions> = BTreeMap::new();
-    for change in witness.grants() {
+    let erased: BTreeSet<_> = store.erased().into_iter().map(|(user, _)| user).collect();
+    let changes = witness.grants().iter();
+    // Of those nothing is kept any more.
+    for change in changes.filter(|change| !erased.contains(&change.user)) {
         checkers.enrol(&change.checker)?;
         let Some(checker) = checkers.number(&change.checker) else {
             continue;

@@ -12,13 +12,18 @@
 //! - `users` and `transitions`: who has paused, and each change of that (`holders`).
 //! - `invitations` and `enrolled`: who may enrol, and the numbers of their devices (`enrolment`).
 //! - `revocations`: who is let in no more (`revocations`).
-//! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), sealed with their
-//!   user's key (`sealed`), dropped as a whole when retention is over.
+//! - `pings-YYYY-MM-DD`: the rows of pings received on that day ([`record::encode_pings`]), dropped as a whole when
+//!   retention is over.
+//!
+//! What is kept of a user is sealed with the user's key (`sealed`): rows of pings and devices, pauses, grants,
+//! transitions, deadlines and their events. In clear are the keys of rows, and what must be readable without a user's
+//! key: of an erased user the fence, of all others the numbers of their devices, invitations and revocations.
 //!
 //! A commit writes all of its rows at once and synced: after a crash they are all there or none is. The keys of users
 //! who are stored for the first time are on disk before that, in a folder of their own ([`crate::seal`]).
 
 use std::{
+    borrow::Cow,
     collections::BTreeSet,
     fmt, io,
     ops::Range,
@@ -83,7 +88,7 @@ use crate::{
 
 pub use checkpoint::{Checkpoint, CheckpointError, checkpoint_in};
 pub use folder::BackupLock;
-pub use holders::{KeptHolders, UserEvents};
+pub use holders::{KeptHolders, UserEvents, WithheldCounts};
 pub use keys::{Day, PingKey};
 pub use notices::KeptDeadlines;
 pub use retention::Retention;
@@ -157,7 +162,10 @@ struct Put {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Operation {
+    /// In [`Family::Devices`] and [`Family::Day`] the value is sealed.
     Put,
+    /// The value is of the user with whom the key ends, and is sealed.
+    PutOfUser,
     /// There is no value.
     Delete,
     /// The value is the key after the last.
@@ -381,13 +389,25 @@ pub enum ReadError {
         /// What is wrong with the value.
         source: RecordError,
     },
-    /// A row is sealed, and its user's key is not there: it was destroyed, or the reader has no master key.
+    /// Pings are sealed, and their user's key is not there: it was destroyed, or the reader has no master key.
     #[error("the pings of {} of {day} are sealed, and there is no key for them", .key.device)]
     Sealed {
         /// The day on which they were received.
         day: Day,
         /// Whose pings, and where they begin.
         key: PingKey,
+    },
+    /// The same of another row.
+    #[error(
+        "a row of {family} of user {user} is sealed, and there is no key for it. If the master key is not in the data \
+         folder, name the gateway's configuration, which says where it is; if the user's key was lost, put back a copy of \
+         the folder of keys that has it"
+    )]
+    SealedRow {
+        /// The column family.
+        family: String,
+        /// Whose row.
+        user: UserId,
     },
 }
 
@@ -418,6 +438,7 @@ const META_SECRET: &[u8] = b"token_key";
 const META_POSITION: &[u8] = b"position";
 /// Missing in a store that has sealed nothing yet.
 const META_KEYS_USED: &[u8] = b"keys_used";
+const KEY_WAS_MADE: &str = "made before, if there was none";
 /// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
 const PUT_OVERHEAD_BYTES: usize = 8;
 /// How often a reader tries to open beside a writer that deletes old files at the same moment.
@@ -663,7 +684,8 @@ impl Store {
         }
     }
 
-    /// All device records, and what they say of the store as a whole.
+    /// All device records, and what they say of the store as a whole. Those of users whose erasure has begun may be
+    /// missing.
     ///
     /// # Errors
     /// When a record cannot be read: dedup cannot go on without it.
@@ -674,7 +696,10 @@ impl Store {
             position: self.last_position()?,
             high_water_ms: self.facts.heard_until_ms.unwrap_or_default(),
         };
-        let devices = self.devices().collect::<Result<Vec<_>, _>>()?;
+        let devices = self
+            .devices()
+            .filter_map(|device| self.unless_erased(device));
+        let devices = devices.collect::<Result<Vec<_>, _>>()?;
         for (_, record) in &devices {
             recovered.position = recovered.position.max(record.position);
             let heard_ms = record.clocks.last_contact_ms.max(record.clocks.durable_ms);
@@ -686,6 +711,16 @@ impl Store {
     /// All device records, by user and device.
     pub fn devices(&self) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
         self.devices_within(None)
+    }
+
+    /// The devices that have a record, by user and device. No record is opened.
+    pub fn device_ids(&self) -> impl Iterator<Item = Result<DeviceId, ReadError>> {
+        self.device_ids_within(None)
+    }
+
+    /// The devices of one user that have a record.
+    pub fn device_ids_of(&self, user: UserId) -> impl Iterator<Item = Result<DeviceId, ReadError>> {
+        self.device_ids_within(Some(user))
     }
 
     /// The device records of one user.
@@ -893,7 +928,8 @@ impl Store {
             let used = keys.made().to_be_bytes();
             writes.put_cf(&self.family(META), META_KEYS_USED, used);
         }
-        let mut sealed = Vec::new();
+        let of_user = |user: Option<UserId>| user.and_then(|user| keys.key(&user));
+        let (position, mut sealed) = (batch.position, Vec::new());
         let mut key_start = 0;
         for put in &batch.puts {
             let key = &batch.bytes[key_start..put.key_end];
@@ -903,11 +939,23 @@ impl Store {
                 Family::Devices if put.operation == Operation::DeleteRange => {
                     writes.delete_range_cf(&devices, key, value);
                 }
-                Family::Devices => writes.put_cf(&devices, key, value),
+                Family::Devices => {
+                    let user_key = of_user(sealed::first_user(key)).expect(KEY_WAS_MADE);
+                    sealed::seal_row(user_key, DEVICES, key, position, value, &mut sealed);
+                    writes.put_cf(&devices, key, &sealed);
+                }
                 Family::Notices(name) => {
                     let family = self.family(name);
                     match put.operation {
                         Operation::Put => writes.put_cf(&family, key, value),
+                        Operation::PutOfUser => match of_user(sealed::last_user(key)) {
+                            // Nothing was ever heard of this user.
+                            None => writes.put_cf(&family, key, value),
+                            Some(user_key) => {
+                                sealed::seal_row(user_key, name, key, position, value, &mut sealed);
+                                writes.put_cf(&family, key, &sealed);
+                            }
+                        },
                         Operation::Delete => writes.delete_cf(&family, key),
                         Operation::DeleteRange => writes.delete_range_cf(&family, key, value),
                     }
@@ -927,9 +975,7 @@ impl Store {
                             (name, family.ok_or(CommitError::DayNotOpen(day))?)
                         }
                     };
-                    let user_key = sealed::user_of(key)
-                        .and_then(|user| keys.key(&user))
-                        .expect("made above, if there was none");
+                    let user_key = of_user(sealed::first_user(key)).expect(KEY_WAS_MADE);
                     sealed::seal_pings(user_key, &name, key, value, &mut sealed);
                     writes.put_cf(&family, key, &sealed);
                     open_day = Some((day, name, family));
@@ -971,8 +1017,56 @@ impl Store {
     ) -> impl Iterator<Item = Result<(DeviceId, DeviceRecord), ReadError>> {
         self.scan(&self.family(DEVICES), user).map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            device_row(&key, &value)
+            self.device_row(&key, &value)
         })
+    }
+
+    fn device_ids_within(
+        &self,
+        user: Option<UserId>,
+    ) -> impl Iterator<Item = Result<DeviceId, ReadError>> {
+        self.scan(&self.family(DEVICES), user).map(|row| {
+            let (key, _) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            keys::device_of_key(&key).ok_or_else(|| bad_key(DEVICES, &key))
+        })
+    }
+
+    fn device_row(&self, key: &[u8], value: &[u8]) -> Result<(DeviceId, DeviceRecord), ReadError> {
+        let device = keys::device_of_key(key).ok_or_else(|| bad_key(DEVICES, key))?;
+        let value = self.opened(DEVICES, device.user, key, value)?;
+        let record = record::decode_device(&value);
+        let record = record.map_err(|source| bad_value(DEVICES, key, source))?;
+        Ok((device, record))
+    }
+
+    /// The value of a row of a user, opened if it is sealed.
+    fn opened<'v>(
+        &self,
+        family: &str,
+        user: UserId,
+        row: &[u8],
+        value: &'v [u8],
+    ) -> Result<Cow<'v, [u8]>, ReadError> {
+        let keys = self.keys.as_ref().map(Mutex::lock);
+        let user_key = keys.as_ref().and_then(|keys| keys.key(&user));
+        let opened = sealed::open(user_key, family, row, value);
+        let opened = opened.ok_or_else(|| ReadError::SealedRow {
+            family: family.to_owned(),
+            user,
+        })?;
+        opened.map_err(|source| bad_value(family, row, source))
+    }
+
+    /// What was read of a user's row; none if that is sealed for good, because the user was erased. Between the end of
+    /// the key and that of the rows it is as if those were gone, whatever stops the gateway there.
+    fn unless_erased<T>(&self, read: Result<T, ReadError>) -> Option<Result<T, ReadError>> {
+        if let Err(ReadError::SealedRow { user, .. }) = &read {
+            let keys = self.keys.as_ref().map(Mutex::lock);
+            if keys.is_some_and(|keys| keys.is_erased(user)) {
+                return None;
+            }
+        }
+        Some(read)
     }
 
     fn rows_within(
@@ -1002,19 +1096,12 @@ impl Store {
         value: &[u8],
     ) -> Result<PingRow, ReadError> {
         let key = PingKey::from_bytes(row).ok_or_else(|| bad_key(family, row))?;
-        let record = match sealed::sealed_part(value) {
-            // Written before rows were sealed.
-            None => record::decode_pings(value),
-            Some(part) => {
-                let keys = self.keys.as_ref().map(Mutex::lock);
-                let user_key = keys
-                    .as_ref()
-                    .and_then(|keys| keys.key(&key.device.user))
-                    .ok_or(ReadError::Sealed { day, key })?;
-                sealed::open_pings(user_key, family, row, part)
-                    .and_then(|value| record::decode_pings(&value))
-            }
-        };
+        let keys = self.keys.as_ref().map(Mutex::lock);
+        let user_key = keys.as_ref().and_then(|keys| keys.key(&key.device.user));
+        let opened = sealed::open(user_key, family, row, value);
+        let opened = opened.ok_or(ReadError::Sealed { day, key })?;
+        drop(keys);
+        let record = opened.and_then(|value| record::decode_pings(&value));
         Ok(PingRow {
             day,
             key,
@@ -1080,7 +1167,7 @@ impl Batch {
         self.position = self.position.max(position);
     }
 
-    /// Replaces a device's record. The newest position of these and of [`Self::put_position`] is the one
+    /// Replaces a device's record, which is sealed when it is committed. The newest position of these and of [`Self::put_position`] is the one
     /// that the commit makes durable.
     pub fn put_device(&mut self, device: &DeviceId, record: &DeviceRecord) {
         self.bytes.extend_from_slice(&keys::device_key(device));
@@ -1099,6 +1186,13 @@ impl Batch {
         let key_end = self.add_key(key);
         record::encode_row(row, &mut self.bytes);
         self.add(family, Operation::Put, key_end);
+    }
+
+    /// The same of a row that is sealed when it is committed; its key ends with the user.
+    fn put_of_user(&mut self, family: &'static str, key: &[u8], row: &impl prost::Message) {
+        let key_end = self.add_key(key);
+        record::encode_row(row, &mut self.bytes);
+        self.add(family, Operation::PutOfUser, key_end);
     }
 
     fn delete(&mut self, family: &'static str, key: &[u8]) {
@@ -1135,17 +1229,20 @@ impl Batch {
         });
     }
 
-    /// The users of its pings who have no key, each once.
+    /// The users who have no key and need one, each once: those of whom it says what they have done or decided. What a
+    /// checker expects of somebody who was never heard needs none.
     fn users_without_key(&self, keys: &KeyStore) -> Vec<UserId> {
         let mut users = Vec::new();
         let mut key_start = 0;
         for put in &self.puts {
             let key = &self.bytes[key_start..put.key_end];
             key_start = put.value_end;
-            if let (Family::Day(_), Operation::Put) = (put.family, put.operation) {
-                let user = sealed::user_of(key);
-                users.extend(user.filter(|user| keys.key(user).is_none()));
-            }
+            let user = match (put.family, put.operation) {
+                (Family::Devices | Family::Day(_), Operation::Put) => sealed::first_user(key),
+                (Family::Notices(USERS | GRANTS), Operation::PutOfUser) => sealed::last_user(key),
+                _ => None,
+            };
+            users.extend(user.filter(|user| keys.key(user).is_none()));
         }
         users.sort_unstable();
         users.dedup();
@@ -1157,12 +1254,6 @@ impl Batch {
     pub fn size_bytes(&self) -> usize {
         self.bytes.len()
     }
-}
-
-fn device_row(key: &[u8], value: &[u8]) -> Result<(DeviceId, DeviceRecord), ReadError> {
-    let device = keys::device_of_key(key).ok_or_else(|| bad_key(DEVICES, key))?;
-    let record = record::decode_device(value).map_err(|source| bad_value(DEVICES, key, source))?;
-    Ok((device, record))
 }
 
 fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescriptor> {

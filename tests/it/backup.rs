@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 use serde_json::Value;
-use waypost_gateway::store::Store;
+use waypost_gateway::store::{Store, record};
 use waypost_proto::{
     batch,
     ping::Ping,
@@ -24,11 +24,12 @@ use waypost_tests::{
     Device, Process, World,
     audit::{Fault, Snapshot},
     binary,
+    files::{all_bytes, has, has_rows_of, telling_parts},
     fleet::Fleet,
     hello,
     ledger::{Acked, digest},
     link::Returning,
-    ping, stored_seqs, within_minutes,
+    ping, stored_seqs, telling_pings, within_minutes,
 };
 
 /// Runs a command that prints JSON. What it says otherwise is the error.
@@ -76,25 +77,6 @@ fn copy_folder(from: &Path, to: &Path) {
             fs::copy(path, to).unwrap();
         }
     }
-}
-
-/// All files of a folder but RocksDB's list of files, which names first and last keys.
-fn all_bytes(folder: &Path) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
-        if path.is_dir() {
-            bytes.extend(all_bytes(&path));
-        } else if path.is_file() && !name.starts_with("MANIFEST") {
-            bytes.extend(fs::read(path).unwrap());
-        }
-    }
-    bytes
-}
-
-fn has(bytes: &[u8], part: &[u8]) -> bool {
-    bytes.windows(part.len()).any(|window| window == part)
 }
 
 fn named(acked: &Acked, gateway: &Process) -> String {
@@ -399,18 +381,15 @@ async fn a_grant_that_was_withdrawn_after_a_backup_stays_withdrawn() {
     }
 }
 
-/// A course that no part of looks like anything else, and the parts of it that tell it.
-fn course() -> (Vec<Ping>, Vec<Vec<u8>>) {
-    let mut pings: Vec<_> = (1..=40).map(ping).collect();
-    for (at, ping) in (1_i32..).zip(&mut pings) {
-        ping.latitude_e7 = at.wrapping_mul(0x1234_5677) % 800_000_000;
-        ping.longitude_e7 = at.wrapping_mul(0x0765_4321) % 800_000_000;
-    }
-    let columns = batch::encode(1, &pings).encode_to_vec();
-    let parts = columns.windows(8);
-    let telling = parts.filter(|part| BTreeSet::from_iter(*part).len() == 8);
-    let telling = telling.map(<[u8]>::to_vec).collect();
-    (pings, telling)
+/// The parts of a device's record that tell when it was heard.
+fn telling_of_device(data_dir: &Path, device: &Device) -> Vec<Vec<u8>> {
+    let store = Store::open_read_only(data_dir).unwrap();
+    let (_, record) = store.devices_of(device.id.user).next().unwrap().unwrap();
+    let mut written = Vec::new();
+    record::encode_device(&record, &mut written);
+    let telling = telling_parts(&written);
+    assert!(5 < telling.len());
+    telling
 }
 
 /// The wrapped key of a user, as it lies in a folder of keys.
@@ -419,12 +398,6 @@ fn wrapped_key(keys: &Path, device: &Device) -> Option<Vec<u8>> {
     let slots = bytes[52..].chunks_exact(68);
     let mut slots = slots.filter(|slot| slot[4..20] == device.id.user.0);
     slots.next().map(|slot| slot[20..].to_vec())
-}
-
-/// Whether anything is there that would be a row of this device.
-fn is_in(folder: &Path, device: &Device) -> bool {
-    let key = [&device.id.user.0[..], &device.id.device.to_be_bytes()].concat();
-    has(&all_bytes(folder), &key)
 }
 
 fn pings_of(store: &Store, device: &Device) -> Vec<Ping> {
@@ -460,7 +433,8 @@ impl Erased {
     async fn after(copy: impl AsyncFnOnce(&mut World, &Device)) -> Self {
         let mut world = World::start().await;
         let (gone, stays) = (world.device(1), world.device(2));
-        let (pings, telling) = course();
+        let pings = telling_pings();
+        let mut telling = telling_parts(&batch::encode(1, &pings).encode_to_vec());
         assert!(10 < telling.len());
         let mut lane = world.connect(&stays).await.open(hello(Lane::Live, 0)).await;
         let stays_epoch = lane.welcome().await.epoch;
@@ -478,6 +452,7 @@ impl Erased {
         ] {
             live.control(id, action).await;
         }
+        telling.extend(telling_of_device(&world.config().data_dir, &gone));
         copy(&mut world, &gone).await;
         let link = returning.connect(world.addresses().devices).await;
         let mut live = link.open(hello(Lane::Live, epoch)).await;
@@ -524,10 +499,11 @@ impl Erased {
         let ack = lane.ack().await;
         assert_eq!((ack.accepted, ack.duplicate), (1, 1));
         let data_dir = world.config().data_dir.clone();
-        let nothing_left = async || (!is_in(&data_dir, &gone)).then_some(());
+        let nothing_left = async || (!has_rows_of(&data_dir, &gone)).then_some(());
         waypost_tests::until(nothing_left).await;
-        assert!(is_in(&data_dir, &stays), "nobody else's");
+        assert!(has_rows_of(&data_dir, &stays), "nobody else's");
         let store = world.stop().await;
+        assert!(!has_rows_of(&data_dir, &gone), "now that nothing moves");
         assert_eq!(store.rows_of(gone.id.user).count(), 0);
         assert_eq!(store.devices_of(gone.id.user).count(), 0);
         assert_eq!(store.events_of_user(gone.id.user).unwrap().len(), 0);
@@ -563,7 +539,7 @@ async fn who_was_erased_after_a_backup_is_erased_in_what_is_put_back() {
     assert_eq!(waypost("restore", &options).unwrap()["erased_users"], 0);
     let store = Store::open_read_only(&old).unwrap();
     assert_eq!(pings_of(&store, gone), *pings);
-    assert!(store.devices_of(gone.id.user).count() == 1 && is_in(&old, gone));
+    assert!(store.devices_of(gone.id.user).count() == 1 && has_rows_of(&old, gone));
     drop(store);
     let wrapped = wrapped_key(&keys, gone).unwrap();
 
@@ -572,7 +548,7 @@ async fn who_was_erased_after_a_backup_is_erased_in_what_is_put_back() {
     fs::copy(data_dir.join("audit.log"), witnessed.join("audit.log")).unwrap();
     let options: [(&str, &Path); 3] = [("--from", &to), ("--keys", &keys), ("--data", &witnessed)];
     assert_eq!(waypost("restore", &options).unwrap()["erased_users"], 1);
-    assert!(!has(&all_bytes(&witnessed), &wrapped) && !is_in(&witnessed, gone));
+    assert!(!has(&all_bytes(&witnessed), &wrapped) && !has_rows_of(&witnessed, gone));
 
     // With the keys of now.
     lose_store(&data_dir);
@@ -589,7 +565,7 @@ async fn who_was_erased_after_a_backup_is_erased_in_what_is_put_back() {
         assert!(!has(&bytes, &wrapped), "a key that opens it");
     }
     assert_eq!(wrapped_key(&data_dir.join("keys"), gone), None);
-    assert!(!is_in(&data_dir, gone), "before anybody is served");
+    assert!(!has_rows_of(&data_dir, gone), "before anybody is served");
     assert!(
         has(&all_bytes(&keys), &wrapped),
         "the control of the search"
@@ -605,7 +581,7 @@ async fn who_was_erased_after_a_folder_was_copied_by_hand_is_erased_when_it_is_p
         world.stop_gateway().await;
         let data_dir = &world.config().data_dir;
         copy_folder(&data_dir.join("store"), &world.scratch("store-copy"));
-        assert!(is_in(&world.scratch("store-copy"), gone));
+        assert!(has_rows_of(&world.scratch("store-copy"), gone));
         world.start_gateway().await;
     })
     .await;

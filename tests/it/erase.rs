@@ -1,7 +1,7 @@
 //! Erasure: the holder wants it, and then nothing is left, nothing more is taken, and checkers know that and no more. The
 //! wish may come from a device, or by another way to the operator.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use bytes::Bytes;
 use waypost_gateway::store::{Held, Store};
@@ -14,8 +14,9 @@ use waypost_proto::{
     },
 };
 use waypost_tests::{
-    Device, Process, Stream, World,
+    Process, Stream, World,
     command::{self, waypost},
+    files::has_rows_of,
     hello,
     link::Returning,
     ping,
@@ -40,30 +41,6 @@ async fn erased(stream: &mut Stream, id: u64) -> v1::Receipt {
             other => panic!("no receipt but {other:?}"),
         }
     }
-}
-
-/// Whether any file of the store holds rows of this device, known by their keys. The manifest does not: until the next
-/// start it names the first and last keys of tables that are gone, which is the user's id again and no value.
-fn is_in_files(folder: &Path, device: &Device) -> bool {
-    let key = [&device.id.user.0[..], &device.id.device.to_be_bytes()].concat();
-    fs::read_dir(folder).unwrap().any(|entry| {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            return is_in_files(&path, device);
-        }
-        if path
-            .file_name()
-            .unwrap()
-            .to_str()
-            .unwrap()
-            .starts_with("MANIFEST")
-        {
-            return false;
-        }
-        // A file that went meanwhile holds nothing.
-        let bytes = fs::read(path).unwrap_or_default();
-        bytes.windows(key.len()).any(|window| window == key)
-    })
 }
 
 async fn watched(world: &World, token: Bytes, upto: u64) -> (Vec<Kind>, Bytes) {
@@ -136,14 +113,14 @@ async fn what_was_erased_is_nowhere_and_no_device_of_the_user_gets_in_again() {
     lane.send_pings(second_epoch, &[ping(1)]).await;
     let position = lane.ack().await.position;
     let (_, token) = watched(&world, Bytes::new(), position).await;
-    assert!(is_in_files(&data_dir, &device) && is_in_files(&data_dir, &second));
+    assert!(has_rows_of(&data_dir, &device) && has_rows_of(&data_dir, &second));
 
     let receipt = erased(&mut live, 7).await;
     assert_eq!((receipt.devices, receipt.pings, receipt.events), (2, 3, 2));
     assert!(receipt.fenced_ms <= receipt.finished_ms);
     assert_eq!(live.link().closed().await, Some(CloseCode::Erased));
-    assert!(!is_in_files(&data_dir, &device) && !is_in_files(&data_dir, &second));
-    assert!(is_in_files(&data_dir, &other), "nobody else's");
+    assert!(!has_rows_of(&data_dir, &device) && !has_rows_of(&data_dir, &second));
+    assert!(has_rows_of(&data_dir, &other), "nobody else's");
 
     // Whoever is still connected is told; whoever comes is turned away, with a ticket or without.
     lane.send_pings(second_epoch, &[ping(2)]).await;
@@ -224,7 +201,7 @@ async fn an_erasure_survives_kills_at_any_moment() {
     gateway.kill();
     gateway.restart().await;
     let nothing_left = async || {
-        let is_left = (1..=6).any(|round| is_in_files(gateway.data_dir(), &gateway.device(round)));
+        let is_left = (1..=6).any(|round| has_rows_of(gateway.data_dir(), &gateway.device(round)));
         (!is_left).then_some(())
     };
     waypost_tests::until(nothing_left).await;
@@ -273,7 +250,7 @@ async fn what_the_operator_erases_is_nowhere_and_connections_end_and_nobody_gets
     let unknown = waypost(&data_dir, &["erase"], &options(&nobody)).await;
     assert_eq!(unknown.code, Some(1));
     assert!(unknown.said.contains("never heard"), "{}", unknown.said);
-    assert!(is_in_files(&data_dir, &device) && is_in_files(&data_dir, &second));
+    assert!(has_rows_of(&data_dir, &device) && has_rows_of(&data_dir, &second));
     live.send_pings(epoch, &[ping(3)]).await;
     assert_eq!(live.ack().await.accepted, 3, "nothing has happened");
 
@@ -289,8 +266,8 @@ async fn what_the_operator_erases_is_nowhere_and_connections_end_and_nobody_gets
     );
     assert_eq!(live.link().closed().await, Some(CloseCode::Erased));
     assert_eq!(lane.link().closed().await, Some(CloseCode::Erased));
-    assert!(!is_in_files(&data_dir, &device) && !is_in_files(&data_dir, &second));
-    assert!(is_in_files(&data_dir, &other), "nobody else's");
+    assert!(!has_rows_of(&data_dir, &device) && !has_rows_of(&data_dir, &second));
+    assert!(has_rows_of(&data_dir, &other), "nobody else's");
     let again = waypost(&data_dir, &["erase"], &options(&user)).await.json();
     assert_eq!(again["finished_ms"], receipt["finished_ms"]);
     assert_eq!(again["was_erased"], true);
@@ -353,15 +330,15 @@ async fn what_is_erased_without_a_gateway_is_nowhere_and_the_next_one_knows_it()
     }
     let (_, token) = watched(&world, Bytes::new(), position).await;
     world.stop_gateway().await;
-    assert!(is_in_files(&data_dir, &device));
+    assert!(has_rows_of(&data_dir, &device));
 
     let receipt = waypost(&data_dir, &["erase"], &options(&user)).await.json();
     assert_eq!(
         (&receipt["is_running"], &receipt["counts"]["pings"]),
         (&false.into(), &2.into())
     );
-    assert!(!is_in_files(&data_dir, &device));
-    assert!(is_in_files(&data_dir, &other), "nobody else's");
+    assert!(!has_rows_of(&data_dir, &device));
+    assert!(has_rows_of(&data_dir, &other), "nobody else's");
     let again = waypost(&data_dir, &["erase"], &options(&user)).await.json();
     assert_eq!(again["finished_ms"], receipt["finished_ms"]);
     assert_eq!(again["was_erased"], true);
@@ -433,7 +410,7 @@ async fn an_erasure_by_command_survives_kills_and_is_asked_for_again() {
         }
         let receipt = waypost(&data_dir, &["erase"], &options(&user)).await.json();
         assert_eq!(receipt["counts"]["pings"], 100);
-        assert!(!is_in_files(&data_dir, &device), "round {round}");
+        assert!(!has_rows_of(&data_dir, &device), "round {round}");
         let link = gateway.connect(&device).await;
         let _lane = link.open(hello(Lane::Live, epoch)).await;
         assert_eq!(link.closed().await, Some(CloseCode::Erased));

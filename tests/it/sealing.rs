@@ -1,53 +1,21 @@
 //! Sealing at rest: what a stranger finds on the disk, and what a gateway needs to read it.
 
-use std::{collections::BTreeSet, fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use prost::Message;
 use waypost_gateway::{
     seal::master::SealingConfig,
-    store::{PingRow, ReadError, Store},
+    store::{ReadError, Store, record},
 };
 use waypost_proto::{batch, ping::Ping, session::Lane};
-use waypost_tests::{Process, binary, hello, ping};
+use waypost_tests::{
+    Process, binary,
+    files::{all_bytes, has, telling_parts},
+    hello, telling_pings,
+};
 
 const KEY: &str = "9f3c5a1b7e2d4f60819a3b5c7d9e0f1224466880aaccee0f1d2b3c4d5e6f7081";
 const OTHER_KEY: &str = "8f3c5a1b7e2d4f60819a3b5c7d9e0f1224466880aaccee0f1d2b3c4d5e6f7081";
-
-/// A course that no part of looks like anything else.
-fn course() -> Vec<Ping> {
-    let mut pings: Vec<_> = (1..=40).map(ping).collect();
-    for (at, ping) in (1_i32..).zip(&mut pings) {
-        ping.latitude_e7 = at.wrapping_mul(0x1234_5677) % 800_000_000;
-        ping.longitude_e7 = at.wrapping_mul(0x0765_4321) % 800_000_000;
-    }
-    pings
-}
-
-/// The parts of an encoded course that tell it.
-fn telling(pings: &[Ping], epoch: u32) -> Vec<Vec<u8>> {
-    let columns = batch::encode(epoch, pings).encode_to_vec();
-    let parts = columns.windows(8);
-    let telling = parts.filter(|part| BTreeSet::from_iter(*part).len() == 8);
-    telling.map(<[u8]>::to_vec).collect()
-}
-
-fn all_bytes(folder: &Path) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for entry in fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            bytes.extend(all_bytes(&path));
-        } else if path.is_file() {
-            // The operator's door is a socket, and holds nothing.
-            bytes.extend(fs::read(path).unwrap());
-        }
-    }
-    bytes
-}
-
-fn has(bytes: &[u8], part: &[u8]) -> bool {
-    bytes.windows(part.len()).any(|window| window == part)
-}
 
 /// Sends a course and returns its epoch when it is on disk.
 async fn store(gateway: &Process, pings: &[Ping]) -> u32 {
@@ -60,13 +28,20 @@ async fn store(gateway: &Process, pings: &[Ping]) -> u32 {
     epoch
 }
 
-fn rows(data_dir: &Path, key_file: &Path) -> Result<Vec<PingRow>, ReadError> {
+fn opened(data_dir: &Path, key_file: &Path) -> Store {
     let sealing = SealingConfig {
         master_key_file: Some(key_file.to_owned()),
         ..SealingConfig::default()
     };
-    let store = Store::open_sealed_read_only(data_dir, &sealing).unwrap();
-    store.rows().collect()
+    Store::open_sealed_read_only(data_dir, &sealing).unwrap()
+}
+
+fn pings(store: &Store) -> Result<Vec<Ping>, ReadError> {
+    let mut pings = Vec::new();
+    for row in store.rows() {
+        pings.extend(row?.record.pings);
+    }
+    Ok(pings)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -76,21 +51,37 @@ async fn a_master_key_from_outside_is_needed_at_each_start_and_the_disk_alone_te
         ("GATEWAY_KEY", KEY),
     ]);
     gateway.restart().await;
-    let pings = course();
-    let epoch = store(&gateway, &pings).await;
-    let telling = telling(&pings, epoch);
-    assert!(10 < telling.len());
+    let course = telling_pings();
+    let epoch = store(&gateway, &course).await;
     gateway.kill();
 
     let data_dir = gateway.data_dir().to_owned();
+    let key_file = gateway.scratch("key");
+    fs::write(&key_file, KEY).unwrap();
+    let store = opened(&data_dir, &key_file);
+    let (id, device) = store.devices().next().unwrap().unwrap();
+    assert_eq!((id.device, device.epoch), (1, epoch));
+    let mut written = Vec::new();
+    record::encode_device(&device, &mut written);
+    drop(store);
     let disk = all_bytes(&data_dir);
-    assert!(telling.iter().all(|part| !has(&disk, part)));
+    for written in [batch::encode(epoch, &course).encode_to_vec(), written] {
+        let telling = telling_parts(&written);
+        assert!(10 < telling.len());
+        assert!(telling.iter().all(|part| !has(&disk, part)));
+    }
     let key = [0x9f, 0x3c, 0x5a, 0x1b, 0x7e, 0x2d, 0x4f, 0x60];
     assert!(!has(&disk, &KEY.as_bytes()[..16]) && !has(&disk, &key));
     assert!(!data_dir.join("master.key").exists());
     let without = Store::open_read_only(&data_dir).unwrap();
     let row = without.rows().next().unwrap();
     assert!(matches!(row, Err(ReadError::Sealed { .. })), "{row:?}");
+    let device = without.devices().next().unwrap();
+    assert!(
+        matches!(device, Err(ReadError::SealedRow { .. })),
+        "{device:?}"
+    );
+    assert_eq!(without.device_ids().next(), Some(Ok(id)));
 
     gateway.unset("GATEWAY_KEY");
     gateway.try_restart().await.unwrap_err();
@@ -107,21 +98,14 @@ async fn a_master_key_from_outside_is_needed_at_each_start_and_the_disk_alone_te
     assert!(!gateway.log().contains(KEY));
     gateway.kill();
 
-    let key_file = gateway.scratch("key");
-    fs::write(&key_file, KEY).unwrap();
-    let stored: Vec<_> = rows(&data_dir, &key_file)
-        .unwrap()
-        .into_iter()
-        .flat_map(|row| row.record.pings)
-        .collect();
-    assert_eq!(stored, pings);
+    assert_eq!(pings(&opened(&data_dir, &key_file)).unwrap(), course);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_operator_moves_to_a_key_of_their_own_and_no_ping_is_touched() {
     let mut gateway = Process::prepared(&[]);
     gateway.restart().await;
-    store(&gateway, &course()).await;
+    store(&gateway, &telling_pings()).await;
     let (data, key_file) = (gateway.data_dir().to_owned(), gateway.scratch("own.key"));
     let keys = |args: &[&str]| {
         let output = Command::new(binary("waypost"))
@@ -151,7 +135,6 @@ async fn an_operator_moves_to_a_key_of_their_own_and_no_ping_is_touched() {
     gateway.set("WAYPOST_STORE_SEALING_MASTER_KEY_FILE", key_arg);
     gateway.restart().await;
     gateway.kill();
-    let rows = rows(&data, &key_file).unwrap();
-    assert_eq!(rows.len(), 1);
-    assert_eq!(rows[0].record.pings, course());
+    let stored = pings(&opened(&data, &key_file)).unwrap();
+    assert_eq!(stored, telling_pings());
 }

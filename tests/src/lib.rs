@@ -8,13 +8,14 @@
 //! For crashes, a [`fleet`] of [`Survivor`]s keeps a [`ledger`], which an [`audit`] compares with the store;
 //! [`power_cut`] and [`FailingDisk`] stand between a process and its disk, and [`Mount`] is a small disk that
 //! can be filled and frozen. For abuse, a [`crowd`] sends [`packets`] and worse. [`silence`] judges what a
-//! checker was told. A [`command`] is what an operator types. [`soak`] says how long all of that goes on, and from which seed.
+//! checker was told. A [`command`] is what an operator types, and [`files`] are what is left on disk. [`soak`] says how long all of that goes on, and from which seed.
 #![allow(clippy::unwrap_used, missing_docs, clippy::missing_panics_doc)]
 
 pub mod audit;
 pub mod command;
 pub mod crowd;
 mod failing_disk;
+pub mod files;
 pub mod fleet;
 pub mod ledger;
 pub mod link;
@@ -102,6 +103,16 @@ pub fn ping_at(seq: u64, time_ms: u64) -> Ping {
             -45_000_000,
         )
     }
+}
+
+/// Pings of which no part looks like anything else.
+pub fn telling_pings() -> Vec<Ping> {
+    let mut pings: Vec<_> = (1..=40).map(ping).collect();
+    for (at, ping) in (1_i32..).zip(&mut pings) {
+        ping.latitude_e7 = at.wrapping_mul(0x1234_5677) % 800_000_000;
+        ping.longitude_e7 = at.wrapping_mul(0x0765_4321) % 800_000_000;
+    }
+    pings
 }
 
 /// An hour ago when the process began: within any retention, never in the future.

@@ -37,7 +37,7 @@ const COPYING: &str = "copying";
 const LOCK: &str = "lock";
 const PREFIX: &str = "backup-";
 const SUFFIX: &str = ".json";
-/// Nobody else may read them: ids and times are in clear.
+/// Nobody else may read them: ids are in clear, and all that the audit log says.
 const MODE: u32 = 0o600;
 const PIECE_BYTES: usize = 1 << 20;
 /// How much is copied between two syncs, so that the gateway's own need not wait for all of it.

@@ -306,6 +306,12 @@ impl KeyStore {
             .map(|(user, erased_ms)| (*user, *erased_ms))
     }
 
+    /// Whether a user was erased.
+    #[must_use]
+    pub fn is_erased(&self, user: &UserId) -> bool {
+        self.erased.contains_key(user)
+    }
+
     /// Puts users on the list of the erased. Who is on it stays on it, with the time that is there.
     ///
     /// # Errors

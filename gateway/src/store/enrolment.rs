@@ -113,8 +113,8 @@ impl Store {
             .map_err(|source| bad_value(ENROLLED, &user.0, source))?;
         let mut last = row.map(|row| row.last_device);
         // An authority elsewhere gives numbers as well.
-        for device in self.devices_of(user) {
-            last = last.max(Some(device?.0.device));
+        for device in self.device_ids_of(user) {
+            last = last.max(Some(device?.device));
         }
         Ok(last)
     }

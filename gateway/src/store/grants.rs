@@ -69,7 +69,7 @@ impl Batch {
             withdrawn_ms: decision.withdrawn_ms.unwrap_or_default(),
         });
         let decisions = rows.collect();
-        self.put(GRANTS, &user.0, &GrantsRow { decisions });
+        self.put_of_user(GRANTS, &user.0, &GrantsRow { decisions });
     }
 }
 
@@ -107,32 +107,45 @@ impl Store {
     /// When one cannot be read: somebody might be told who may not.
     pub fn load_decisions(&self) -> Result<Vec<(UserId, Decisions)>, ReadError> {
         let rows = self.scan(&self.family(GRANTS), None);
-        rows.map(|row| {
+        let decided = rows.map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(GRANTS, &key))?;
-            Ok((UserId(user), decisions(&key, &value)?))
-        })
-        .collect()
+            Ok((UserId(user), self.decisions(UserId(user), &value)?))
+        });
+        decided
+            .filter_map(|decided| self.unless_erased(decided))
+            .collect()
     }
 
-    /// What one holder has decided.
+    /// What one holder has decided; of one who was erased, nothing.
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn decisions_of(&self, user: UserId) -> Result<Decisions, ReadError> {
-        let value = self
-            .db
-            .get_cf(&self.family(GRANTS), user.0)
-            .map_err(|error| ReadError::RocksDb(error.into_string()))?;
-        value.map_or_else(
-            || Ok(Decisions::default()),
-            |value| decisions(&user.0, &value),
-        )
+        let Some(value) = self.grants_row(user)? else {
+            return Ok(Decisions::default());
+        };
+        let decisions = self.unless_erased(self.decisions(user, &value));
+        decisions.unwrap_or_else(|| Ok(Decisions::default()))
+    }
+
+    /// Whether anything is kept that one holder has decided. It is not opened.
+    pub(super) fn has_decisions(&self, user: UserId) -> Result<bool, ReadError> {
+        Ok(self.grants_row(user)?.is_some())
+    }
+
+    /// Reads a row of grants.
+    pub(super) fn decisions(&self, user: UserId, value: &[u8]) -> Result<Decisions, ReadError> {
+        decisions(&user.0, &self.opened(GRANTS, user, &user.0, value)?)
+    }
+
+    fn grants_row(&self, user: UserId) -> Result<Option<Vec<u8>>, ReadError> {
+        let row = self.db.get_cf(&self.family(GRANTS), user.0);
+        row.map_err(|error| ReadError::RocksDb(error.into_string()))
     }
 }
 
-/// Reads a row of grants.
-pub(super) fn decisions(key: &[u8], value: &[u8]) -> Result<Decisions, ReadError> {
+fn decisions(key: &[u8], value: &[u8]) -> Result<Decisions, ReadError> {
     let bad_value = |source| bad_value(GRANTS, key, source);
     let row: GrantsRow = record::decode_row(value).map_err(bad_value)?;
     let decisions = row.decisions.iter().map(|decision| {

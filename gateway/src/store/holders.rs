@@ -7,8 +7,11 @@
 //!
 //! - `users`: `user` → what holds for all devices of a user. There is a row while the holder has paused, and for ever
 //!   once everything was erased: it is the fence.
-//! - `transitions`: `position | number within the commit` → a transition; and under one zero byte, which is no such
-//!   key, the newest one that is no longer kept.
+//! - `transitions`: `position | number within the commit | user` → a transition; and under one zero byte, which is no such
+//!   key, the newest one that is no longer kept. Before transitions were sealed the user was in the value.
+//!
+//! The fence and the transition that says it are in clear, since there is no key any more; so whatever is sealed is
+//! neither.
 
 use std::{io, ops::Range};
 
@@ -21,10 +24,11 @@ use super::{
     grants::GRANTS,
     keys, notices,
     record::{self, RecordError},
+    sealed,
 };
 use crate::{
     erase::{Counts, Erasure},
-    grants::{CheckerSet, Decisions},
+    grants::CheckerSet,
     sharing::{Sharing, Transition, Turn, Withheld},
 };
 
@@ -32,7 +36,10 @@ pub(super) const USERS: &str = "users";
 pub(super) const TRANSITIONS: &str = "transitions";
 
 const FORGOTTEN_KEY: [u8; 1] = [0];
-const TRANSITION_KEY_BYTES: usize = 8 + 4;
+/// What orders transitions: a key without its user.
+const TRANSITION_ORDER_BYTES: usize = 8 + 4;
+const USER_BYTES: usize = 16;
+const TRANSITION_KEY_BYTES: usize = TRANSITION_ORDER_BYTES + USER_BYTES;
 
 /// What is kept of a user. Field numbers are for ever, here and below.
 #[derive(Clone, PartialEq, Message)]
@@ -69,6 +76,7 @@ struct CountsRow {
 
 #[derive(Clone, PartialEq, Message)]
 struct TransitionRow {
+    /// Where it is not in the key.
     #[prost(bytes = "vec", tag = "1")]
     user: Vec<u8>,
     /// 1 is active, 2 is paused, 3 is erased, as `State` in `freshness.proto`; 4 is granted, 5 is withdrawn.
@@ -85,6 +93,18 @@ struct TransitionRow {
 struct ForgottenRow {
     #[prost(uint64, tag = "1")]
     position: u64,
+}
+
+/// A transition's value says this, and is in clear.
+const TO_ERASED: u32 = 3;
+
+/// How many users do not share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WithheldCounts {
+    /// Users who have paused.
+    pub paused: u64,
+    /// Users who have erased everything.
+    pub erased: u64,
 }
 
 /// Who does not share, as a store has it.
@@ -110,7 +130,7 @@ impl Batch {
                         paused_since_ms: transition.at_ms,
                         ..UserRow::default()
                     };
-                    self.put(USERS, &transition.user.0, &row);
+                    self.put_of_user(USERS, &transition.user.0, &row);
                 }
                 Turn::Sharing(Sharing::Active) => self.delete(USERS, &transition.user.0),
                 Turn::Sharing(Sharing::Erased) => {
@@ -118,19 +138,23 @@ impl Batch {
                 }
             }
             let row = TransitionRow {
-                user: transition.user.0.to_vec(),
+                user: Vec::new(),
                 to: match transition.turn {
                     Turn::Sharing(Sharing::Active) => 1,
                     Turn::Sharing(Sharing::Paused) => 2,
-                    Turn::Sharing(Sharing::Erased) => 3,
+                    Turn::Sharing(Sharing::Erased) => TO_ERASED,
                     Turn::Granted => 4,
                     Turn::Withdrawn => 5,
                 },
                 at_ms: transition.at_ms,
                 checkers: transition.checkers.bits(),
             };
-            let key = transition_key(transition.position, transition.number);
-            self.put(TRANSITIONS, &key, &row);
+            let order = transition_order(transition.position, transition.number);
+            let key = [&order[..], &transition.user.0].concat();
+            match row.to {
+                TO_ERASED => self.put(TRANSITIONS, &key, &row),
+                _ => self.put_of_user(TRANSITIONS, &key, &row),
+            }
         }
     }
 
@@ -171,8 +195,8 @@ impl Batch {
             &ForgottenRow { position: upto },
         );
         let (first, end) = (
-            transition_key(0, 0),
-            transition_key(upto.saturating_add(1), 0),
+            transition_order(0, 0),
+            transition_order(upto.saturating_add(1), 0),
         );
         self.delete_range(TRANSITIONS, &first..&end);
     }
@@ -187,11 +211,14 @@ impl Store {
         let mut kept = KeptHolders::default();
         for row in self.scan(&self.family(USERS), None) {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            let user = <[u8; 16]>::try_from(&*key).map_err(|_| bad_key(USERS, &key))?;
-            let (withheld, erasure) = withheld(&key, &value)?;
-            kept.withheld.push((UserId(user), withheld));
-            kept.erasures
-                .extend(erasure.map(|erasure| (UserId(user), erasure)));
+            let user = <[u8; USER_BYTES]>::try_from(&*key).map_err(|_| bad_key(USERS, &key))?;
+            let user = UserId(user);
+            let Some(read) = self.unless_erased(self.withheld(user, &value)) else {
+                continue;
+            };
+            let (withheld, erasure) = read?;
+            kept.withheld.push((user, withheld));
+            kept.erasures.extend(erasure.map(|erasure| (user, erasure)));
         }
         let family = self.family(TRANSITIONS);
         let forgotten = self
@@ -204,6 +231,34 @@ impl Store {
             kept.forgotten = row.position;
         }
         Ok(kept)
+    }
+
+    /// How many users have paused or erased everything. No row is opened.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn count_withheld(&self) -> Result<WithheldCounts, ReadError> {
+        let mut counts = WithheldCounts::default();
+        for row in self.scan(&self.family(USERS), None) {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            match sealed::is_sealed(&value) || withheld(&key, &value)?.1.is_none() {
+                true => counts.paused += 1,
+                false => counts.erased += 1,
+            }
+        }
+        Ok(counts)
+    }
+
+    /// How one user does not share, by the value of the row of users, and how far the erasure has come, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn withheld(
+        &self,
+        user: UserId,
+        value: &[u8],
+    ) -> Result<(Withheld, Option<Erasure>), ReadError> {
+        withheld(&user.0, &self.opened(USERS, user, &user.0, value)?)
     }
 
     /// The transitions at the positions in a range, in order, at most `limit`, and those of one position always
@@ -245,14 +300,14 @@ impl Store {
         }
     }
 
-    /// How much there is of a user: devices and pings. A row that is sealed with a key that is gone counts as one ping;
-    /// there is at least one in it.
+    /// How much there is of a user: devices and pings. A row of pings that is sealed with a key that is gone counts as one
+    /// ping; there is at least one in it.
     ///
     /// # Errors
     /// When it cannot be read.
     pub fn count_user(&self, user: UserId) -> Result<Counts, ReadError> {
         let mut counts = Counts::default();
-        for device in self.devices_of(user) {
+        for device in self.device_ids_of(user) {
             device?;
             counts.devices += 1;
         }
@@ -272,7 +327,7 @@ impl Store {
     /// When one cannot be read.
     pub fn events_of_user(&self, user: UserId) -> Result<UserEvents, ReadError> {
         let mut events = UserEvents(Vec::new());
-        if self.decisions_of(user)? != Decisions::default() {
+        if self.has_decisions(user)? {
             events.0.push((GRANTS, user.0.to_vec()));
         }
         for row in self.scan(&self.family(notices::EVENTS), None) {
@@ -281,11 +336,13 @@ impl Store {
                 events.0.push((notices::EVENTS, key.into()));
             }
         }
-        for transition in self.transitions_from(0) {
-            let transition = transition?;
-            let is_of_erasure = transition.turn == Turn::Sharing(Sharing::Erased);
-            if transition.user == user && !is_of_erasure {
-                let key = transition_key(transition.position, transition.number);
+        for row in self.scan(&self.family(TRANSITIONS), None) {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            if *key == FORGOTTEN_KEY || transition_user(&key, &value)? != user {
+                continue;
+            }
+            let erased = Turn::Sharing(Sharing::Erased);
+            if sealed::is_sealed(&value) || transition(&key, user, &value)?.turn != erased {
                 events.0.push((TRANSITIONS, key.into()));
             }
         }
@@ -355,19 +412,39 @@ impl Store {
         &self,
         position: u64,
     ) -> impl Iterator<Item = Result<Transition, ReadError>> {
-        let key = transition_key(position, 0);
-        let mode = IteratorMode::From(&key, Direction::Forward);
+        let order = transition_order(position, 0);
+        let mode = IteratorMode::From(&order, Direction::Forward);
         let rows = self.db.iterator_cf(&self.family(TRANSITIONS), mode);
         rows.map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            transition_row(&key, &value)
+            self.transition_row(&key, &value, None)
         })
         .filter_map(Result::transpose)
+        .filter_map(|transition| self.unless_erased(transition))
+    }
+
+    /// Reads a row of transitions; none for one of another user than `of`, and for the row that says what is no longer
+    /// kept.
+    pub(super) fn transition_row(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        of: Option<UserId>,
+    ) -> Result<Option<Transition>, ReadError> {
+        if *key == FORGOTTEN_KEY {
+            return Ok(None);
+        }
+        let user = transition_user(key, value)?;
+        if of.is_some_and(|of| of != user) {
+            return Ok(None);
+        }
+        let value = self.opened(TRANSITIONS, user, key, value)?;
+        transition(key, user, &value).map(Some)
     }
 }
 
 /// Reads a row of users: how the user does not share, and how far its erasure has come, if there is one.
-pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Erasure>), ReadError> {
+fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Erasure>), ReadError> {
     let row: UserRow = record::decode_row(value).map_err(|source| bad_value(USERS, key, source))?;
     if row.erased_position == 0 {
         let paused = Withheld {
@@ -385,14 +462,6 @@ pub(super) fn withheld(key: &[u8], value: &[u8]) -> Result<(Withheld, Option<Era
         told: CheckerSet::from_bits(row.told),
     };
     Ok((erased, Some(erasure(&row))))
-}
-
-/// Reads a row of transitions; none for the one that says what is no longer kept.
-pub(super) fn transition_row(key: &[u8], value: &[u8]) -> Result<Option<Transition>, ReadError> {
-    if *key == FORGOTTEN_KEY {
-        return Ok(None);
-    }
-    transition(key, value).map(Some)
 }
 
 /// The keys of the events of one user.
@@ -427,34 +496,48 @@ fn erasure(row: &UserRow) -> Erasure {
     }
 }
 
-fn transition_key(position: u64, number: u32) -> [u8; TRANSITION_KEY_BYTES] {
-    let mut key = [0; TRANSITION_KEY_BYTES];
-    key[..8].copy_from_slice(&position.to_be_bytes());
-    key[8..].copy_from_slice(&number.to_be_bytes());
-    key
+fn transition_order(position: u64, number: u32) -> [u8; TRANSITION_ORDER_BYTES] {
+    let mut order = [0; TRANSITION_ORDER_BYTES];
+    order[..8].copy_from_slice(&position.to_be_bytes());
+    order[8..].copy_from_slice(&number.to_be_bytes());
+    order
 }
 
-fn transition(key: &[u8], value: &[u8]) -> Result<Transition, ReadError> {
+/// Whose transition it is.
+fn transition_user(key: &[u8], value: &[u8]) -> Result<UserId, ReadError> {
+    match key.len() {
+        TRANSITION_KEY_BYTES => sealed::last_user(key).ok_or_else(|| bad_key(TRANSITIONS, key)),
+        TRANSITION_ORDER_BYTES => {
+            let bad_value = |source| bad_value(TRANSITIONS, key, source);
+            let row: TransitionRow = record::decode_row(value).map_err(bad_value)?;
+            let user = <[u8; USER_BYTES]>::try_from(&*row.user);
+            user.map(UserId)
+                .map_err(|_| bad_value(RecordError::Malformed))
+        }
+        _ => Err(bad_key(TRANSITIONS, key)),
+    }
+}
+
+fn transition(key: &[u8], user: UserId, value: &[u8]) -> Result<Transition, ReadError> {
     let (position, number) = key
         .split_first_chunk()
-        .and_then(|(position, number)| {
-            let number = u32::from_be_bytes(number.try_into().ok()?);
+        .and_then(|(position, rest)| {
+            let number = u32::from_be_bytes(*rest.first_chunk()?);
             Some((u64::from_be_bytes(*position), number))
         })
         .ok_or_else(|| bad_key(TRANSITIONS, key))?;
     let bad_value = |source| bad_value(TRANSITIONS, key, source);
     let row: TransitionRow = record::decode_row(value).map_err(bad_value)?;
-    let user = <[u8; 16]>::try_from(&*row.user).map_err(|_| bad_value(RecordError::Malformed))?;
     let turn = match row.to {
         1 => Turn::Sharing(Sharing::Active),
         2 => Turn::Sharing(Sharing::Paused),
-        3 => Turn::Sharing(Sharing::Erased),
+        TO_ERASED => Turn::Sharing(Sharing::Erased),
         4 => Turn::Granted,
         5 => Turn::Withdrawn,
         _ => return Err(bad_value(RecordError::Malformed)),
     };
     Ok(Transition {
-        user: UserId(user),
+        user,
         turn,
         checkers: CheckerSet::from_bits(row.checkers),
         at_ms: row.at_ms,

@@ -94,9 +94,13 @@ struct EventRow {
 pub struct KeptDeadlines {
     /// By checker and user.
     pub registrations: Vec<Registration>,
+    /// Those of users who were erased, which cannot be opened any more: whose, and of whom.
+    pub orphans: Vec<(Checker, UserId)>,
     /// By checker.
     pub forgotten: Vec<(Checker, u64)>,
 }
+
+type Row = Result<(Box<[u8]>, Box<[u8]>), rocksdb::Error>;
 
 impl Batch {
     /// Adds what a commit says beside pings.
@@ -143,7 +147,7 @@ impl Batch {
                         late_due_ms: late.map_or(0, |late| late.due_ms),
                     };
                     let key = deadline_key(registration.checker, registration.user);
-                    self.put(DEADLINES, &key, &row);
+                    self.put_of_user(DEADLINES, &key, &row);
                 }
                 deadlines::Change::Removed(checker, user) => {
                     self.delete(DEADLINES, &deadline_key(*checker, *user));
@@ -159,7 +163,7 @@ impl Batch {
                         due_ms: event.due_ms,
                     };
                     let key = event_key(event.checker, event.position, event.user);
-                    self.put(EVENTS, &key, &row);
+                    self.put_of_user(EVENTS, &key, &row);
                 }
             }
         }
@@ -222,8 +226,12 @@ impl Store {
                 let row: ForgottenRow = record::decode_row(&value)
                     .map_err(|source| bad_value(DEADLINES, &key, source))?;
                 kept.forgotten.push((Checker(checker), row.position));
-            } else {
-                kept.registrations.push(registration(&key, &value)?);
+                continue;
+            }
+            let (checker, user) = deadline_of(&key)?;
+            match self.unless_erased(self.registration(checker, user, &key, &value)) {
+                None => kept.orphans.push((checker, user)),
+                Some(registration) => kept.registrations.push(registration?),
             }
         }
         Ok(kept)
@@ -245,11 +253,13 @@ impl Store {
             first.push(0);
         }
         let rows = self.rows_from(&self.family(DEADLINES), &first, &checker.0);
-        let rows = rows.take(limit).map(|row| {
+        let registrations = rows.map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            registration(&key, &value)
+            let (checker, user) = deadline_of(&key)?;
+            self.registration(checker, user, &key, &value)
         });
-        rows.collect()
+        let registrations = registrations.filter_map(|read| self.unless_erased(read));
+        registrations.take(limit).collect()
     }
 
     /// A checker's events at the positions in a range, by position, at most `limit`, and those of one position
@@ -265,9 +275,9 @@ impl Store {
     ) -> Result<Vec<Event>, ReadError> {
         let first = event_key(checker, positions.start, UserId([0; 16]));
         let mut events: Vec<Event> = Vec::new();
-        for row in self.rows_from(&self.family(EVENTS), &first, &checker.0) {
-            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            let event = event(&key, &value)?;
+        let rows = self.rows_from(&self.family(EVENTS), &first, &checker.0);
+        for event in rows.filter_map(|row| self.event(row)) {
+            let event = event?;
             let is_of_next = events
                 .last()
                 .is_none_or(|last| last.position < event.position);
@@ -305,12 +315,30 @@ impl Store {
     fn first_event(&self, from: &[u8]) -> Result<Option<Event>, ReadError> {
         let family = self.family(EVENTS);
         let mode = IteratorMode::From(from, Direction::Forward);
-        let mut rows = self.db.iterator_cf(&family, mode);
-        let Some(row) = rows.next() else {
-            return Ok(None);
+        let rows = self.db.iterator_cf(&family, mode);
+        rows.filter_map(|row| self.event(row)).next().transpose()
+    }
+
+    /// Reads a row of events; none for one of a user who was erased.
+    fn event(&self, row: Row) -> Option<Result<Event, ReadError>> {
+        let read = || {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            let (checker, position, user) = event_of(&key)?;
+            let value = self.opened(EVENTS, user, &key, &value)?;
+            event(&key, checker, position, user, &value)
         };
-        let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-        event(&key, &value).map(Some)
+        self.unless_erased(read())
+    }
+
+    fn registration(
+        &self,
+        checker: Checker,
+        user: UserId,
+        key: &[u8],
+        value: &[u8],
+    ) -> Result<Registration, ReadError> {
+        let value = self.opened(DEADLINES, user, key, value)?;
+        registration(key, checker, user, &value)
     }
 
     /// The rows from a key on that begin with a prefix.
@@ -409,11 +437,19 @@ fn after(checker: Checker) -> Option<Checker> {
         .map(|next| Checker(next.to_be_bytes()))
 }
 
-fn registration(key: &[u8], value: &[u8]) -> Result<Registration, ReadError> {
-    let (checker, user) = key
-        .split_first_chunk()
+/// Whose deadline it is, and of whom.
+fn deadline_of(key: &[u8]) -> Result<(Checker, UserId), ReadError> {
+    key.split_first_chunk()
         .and_then(|(checker, user)| Some((Checker(*checker), UserId(user.try_into().ok()?))))
-        .ok_or_else(|| bad_key(DEADLINES, key))?;
+        .ok_or_else(|| bad_key(DEADLINES, key))
+}
+
+fn registration(
+    key: &[u8],
+    checker: Checker,
+    user: UserId,
+    value: &[u8],
+) -> Result<Registration, ReadError> {
     let row: DeadlineRow =
         record::decode_row(value).map_err(|source| bad_value(DEADLINES, key, source))?;
     let late = (row.late_position != 0).then_some(Late {
@@ -434,9 +470,9 @@ fn registration(key: &[u8], value: &[u8]) -> Result<Registration, ReadError> {
     })
 }
 
-fn event(key: &[u8], value: &[u8]) -> Result<Event, ReadError> {
-    let (checker, position, user) = key
-        .split_first_chunk()
+/// Who is told of it, by which commit it is known, and of whom it is.
+fn event_of(key: &[u8]) -> Result<(Checker, u64, UserId), ReadError> {
+    key.split_first_chunk()
         .and_then(|(checker, rest)| {
             let (position, user) = rest.split_first_chunk()?;
             Some((
@@ -445,7 +481,16 @@ fn event(key: &[u8], value: &[u8]) -> Result<Event, ReadError> {
                 UserId(user.try_into().ok()?),
             ))
         })
-        .ok_or_else(|| bad_key(EVENTS, key))?;
+        .ok_or_else(|| bad_key(EVENTS, key))
+}
+
+fn event(
+    key: &[u8],
+    checker: Checker,
+    position: u64,
+    user: UserId,
+    value: &[u8],
+) -> Result<Event, ReadError> {
     let bad_value = |source| bad_value(EVENTS, key, source);
     let row: EventRow = record::decode_row(value).map_err(bad_value)?;
     let kind = match row.kind {

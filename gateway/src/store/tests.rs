@@ -872,12 +872,12 @@ fn a_checkpoint_has_every_row_of_its_commits_while_days_turn() {
                 let noted = store.checkpoint().unwrap();
                 let copy = of_checkpoint(&folder);
                 let copy = Store::open_read_only(copy.path()).unwrap();
-                let (devices, recovered) = copy.load_devices().unwrap();
-                assert!(noted.position <= recovered.position);
-                assert_eq!(devices.len() as u64, recovered.position);
+                let position = copy.last_position().unwrap();
+                assert!(noted.position <= position);
+                assert_eq!(copy.device_ids().count() as u64, position);
                 let sealed = |row: &Result<_, _>| matches!(row, Err(ReadError::Sealed { .. }));
                 let rows = copy.rows().filter(sealed).count() as u64;
-                assert_eq!(rows, recovered.position, "rows without a family");
+                assert_eq!(rows, position, "rows without a family");
             }
         });
         assert!(store.checkpoint().unwrap().position == 60);
@@ -916,6 +916,182 @@ fn a_user_whose_key_was_destroyed_cannot_be_read_again_and_all_others_can() {
     let rows: Vec<_> = store.rows_of(UserId([2; 16])).collect();
     assert!(matches!(rows[0], Err(ReadError::Value { .. })));
     assert_eq!(rows[1].as_ref().unwrap().record.pings, pings(9, 1));
+}
+
+/// A time that looks like no other, and how it is written in a row.
+fn telling(number: u64) -> (u64, Vec<u8>) {
+    let time_ms = 1_790_000_000_000 + number * 0x1_2345_6789;
+    let mut written = Vec::new();
+    prost::encoding::encode_varint(time_ms, &mut written);
+    (time_ms, written)
+}
+
+/// One commit with a row of each kind that is kept of a user, and the times in them as they are written: first those of
+/// the user, then that of a span of coverage, which is nobody's.
+fn of_every_kind(store: &Store, user: UserId) -> Vec<Vec<u8>> {
+    use crate::{
+        bulletin::News,
+        coverage::{Reason, Span},
+        deadlines::{Change, Checker, Event, Kind, Late, Registration, Setting},
+        grants::{CheckerSet, Decisions},
+        sharing::{Sharing, Transition, Turn},
+    };
+
+    let mut written = Vec::new();
+    let mut time_ms = || {
+        let (time_ms, bytes) = telling(written.len() as u64 + 1);
+        written.push(bytes);
+        time_ms
+    };
+    let (checker, position) = (Checker([7; 16]), 5);
+    let mut batch = store.batch();
+    let mut device = record(position, 3);
+    device.clocks = Clocks {
+        last_contact_ms: time_ms(),
+        last_sample_ms: time_ms(),
+        last_fix_ms: time_ms(),
+        durable_ms: time_ms(),
+    };
+    batch.put_device(&DeviceId { user, device: 7 }, &device);
+    let mut decisions = Decisions::default();
+    let mut checkers = store.load_checkers().unwrap();
+    let ops = checkers.enrol("ops").unwrap().unwrap();
+    decisions.grant(ops, CheckerSet::default(), time_ms());
+    batch.put_decisions(user, &decisions);
+    let paused = Transition {
+        user,
+        turn: Turn::Sharing(Sharing::Paused),
+        checkers: CheckerSet::ALL,
+        at_ms: time_ms(),
+        position,
+        number: 0,
+    };
+    let late = Late {
+        position,
+        at_ms: time_ms(),
+        last_contact_ms: time_ms(),
+        due_ms: time_ms(),
+    };
+    let deadline = Registration {
+        checker,
+        user,
+        setting: Setting {
+            expect_every_ms: 60_000,
+            grace_ms: 1,
+        },
+        since_ms: time_ms(),
+        late: Some(late),
+    };
+    let event = Event {
+        checker,
+        user,
+        kind: Kind::Late,
+        position,
+        at_ms: time_ms(),
+        last_contact_ms: time_ms(),
+        due_ms: time_ms(),
+    };
+    let span = Span {
+        from_ms: NOW_MS,
+        until_ms: Some(time_ms()),
+        reason: Reason::Down,
+        position,
+    };
+    batch.put_news(&News {
+        coverage: Some(store.load_coverage().unwrap().change(vec![span])),
+        deadlines: vec![Change::Set(deadline), Change::Event(event)],
+        transitions: vec![paused],
+    });
+    store.commit(batch).unwrap();
+    written
+}
+
+/// How much there is to read of one user, of each kind.
+fn kinds(store: &Store, user: UserId) -> [usize; 6] {
+    let deadlines = store.load_deadlines().unwrap().registrations;
+    let checker = crate::deadlines::Checker([7; 16]);
+    let transitions = store.transitions(0..u64::MAX, 99).unwrap();
+    [
+        store.load_devices().unwrap().0.len(),
+        store.load_holders().unwrap().withheld.len(),
+        store.load_decisions().unwrap().len(),
+        transitions.iter().filter(|turn| turn.user == user).count(),
+        deadlines.iter().filter(|kept| kept.user == user).count(),
+        store.events_of(checker, 0..u64::MAX, 99).unwrap().len(),
+    ]
+}
+
+#[test]
+fn whatever_is_kept_of_a_user_is_in_no_file_in_clear_and_is_read_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let user = UserId([3; 16]);
+    let written = of_every_kind(&store, user);
+    let (of_nobody, of_user) = written.split_last().unwrap();
+    // The newest rows are in the log, as they were written.
+    let left = killed(&folder);
+    let bytes = all_bytes(left.path());
+    for (number, part) in of_user.iter().enumerate() {
+        assert!(!has(&bytes, part), "time {number} of the user");
+    }
+    assert!(has(&bytes, of_nobody), "the control of the search");
+    for store in [store, open(&left)] {
+        assert_eq!(kinds(&store, user), [1; 6]);
+        let (id, device) = store.devices().next().unwrap().unwrap();
+        assert_eq!((id.user, device.clocks.last_fix_ms), (user, telling(3).0));
+    }
+
+    // The control of the rest: the same row in clear, as it was written before rows were sealed, is found and read.
+    let store = open(&left);
+    let key = keys::device_key(&device(4, 1));
+    let mut value = Vec::new();
+    let mut clear = record(6, 3);
+    clear.clocks.last_contact_ms = telling(99).0;
+    record::encode_device(&clear, &mut value);
+    let devices = store.family(DEVICES);
+    store.db.put_cf(&devices, key, &value).unwrap();
+    assert!(has(&all_bytes(left.path()), &telling(99).1));
+    assert_eq!(
+        store.devices_of(UserId([4; 16])).next().unwrap().unwrap().1,
+        clear
+    );
+}
+
+/// Between the end of the key and that of the rows, and after a folder was put back by hand.
+#[test]
+fn what_is_sealed_of_an_erased_user_is_passed_over_and_of_anybody_else_it_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let user = UserId([3; 16]);
+    of_every_kind(&store, user);
+    drop(store);
+    let lost = killed(&folder);
+    let store = open(&folder);
+    assert!(store.destroy_key(&user, NOW_MS).unwrap());
+    drop(store);
+    for _ in 0..2 {
+        let store = open(&folder);
+        assert_eq!(kinds(&store, user), [0; 6]);
+        assert_eq!(store.decisions_of(user).unwrap(), Default::default());
+        let checker = crate::deadlines::Checker([7; 16]);
+        assert_eq!(store.load_deadlines().unwrap().orphans, [(checker, user)]);
+        // All of it is still there to be removed.
+        assert_eq!(store.count_user(user).unwrap().devices, 1);
+        assert_eq!(store.events_of_user(user).unwrap().len(), 3);
+        assert_eq!(store.count_withheld().unwrap().paused, 1);
+    }
+
+    // The control: without the list of the erased nobody knows why the key is not there, and dedup cannot go on.
+    fs::remove_dir_all(lost.path().join("keys")).unwrap();
+    let without = Store::open_read_only(lost.path()).unwrap();
+    let expected = ReadError::SealedRow {
+        family: DEVICES.to_owned(),
+        user,
+    };
+    assert_eq!(without.load_devices().unwrap_err(), expected);
+    assert!(without.load_holders().is_err() && without.load_decisions().is_err());
+    assert!(without.load_deadlines().is_err() && without.transitions(0..9, 9).is_err());
+    assert_eq!(without.held_of(user).unwrap(), Held::Something);
 }
 
 #[test]

@@ -15,9 +15,9 @@ use waypost_proto::{
 
 use super::{
     DEVICES, Day, META, META_POSITION, PingRow, ReadError, Store, fixed,
-    grants::{self, GRANTS},
-    holders::{self, TRANSITIONS, USERS},
-    settings,
+    grants::GRANTS,
+    holders::{TRANSITIONS, USERS},
+    sealed, settings,
 };
 use crate::{
     erase::Erasure,
@@ -64,7 +64,11 @@ impl Store {
             .get_cf(&self.family(USERS), user.0)
             .map_err(|error| ReadError::RocksDb(error.into_string()))?;
         if let Some(value) = value {
-            let (_, erasure) = holders::withheld(&user.0, &value)?;
+            // What is sealed is a pause, whether it can be opened or not.
+            let erasure = match sealed::is_sealed(&value) {
+                true => None,
+                false => self.withheld(user, &value)?.1,
+            };
             return Ok(erasure.map_or(Held::Something, Held::Erased));
         }
         Ok(match self.last_device(user)? {
@@ -106,7 +110,7 @@ impl UserView<'_> {
     pub fn sharing(&self) -> Result<Sharing, ReadError> {
         match self.row(USERS, &self.user.0)? {
             None => Ok(Sharing::Active),
-            Some(value) => Ok(holders::withheld(&self.user.0, &value)?.0.sharing),
+            Some(value) => Ok(self.store.withheld(self.user, &value)?.0.sharing),
         }
     }
 
@@ -117,7 +121,7 @@ impl UserView<'_> {
     pub fn decisions(&self) -> Result<Decisions, ReadError> {
         match self.row(GRANTS, &self.user.0)? {
             None => Ok(Decisions::default()),
-            Some(value) => grants::decisions(&self.user.0, &value),
+            Some(value) => self.store.decisions(self.user, &value),
         }
     }
 
@@ -129,7 +133,7 @@ impl UserView<'_> {
         let rows = self.scan(&self.store.family(DEVICES));
         rows.map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            super::device_row(&key, &value)
+            self.store.device_row(&key, &value)
         })
         .collect()
     }
@@ -144,8 +148,7 @@ impl UserView<'_> {
         let rows = self.store.db.iterator_cf_opt(&family, self.options(), mode);
         let transitions = rows.map(|row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            let transition = holders::transition_row(&key, &value)?;
-            Ok(transition.filter(|transition| transition.user == self.user))
+            self.store.transition_row(&key, &value, Some(self.user))
         });
         transitions.filter_map(Result::transpose).collect()
     }

@@ -67,7 +67,7 @@ pub struct Limits {
     pub waypost_of_rocksdb: f64,
     /// Requests in one of these groups.
     pub group_requests: f64,
-    /// How long one of these rows takes to be sealed.
+    /// How long one of these rows and its device's record take to be sealed.
     pub sealing_us: f64,
     /// What a connection takes.
     pub memory: Memory,
@@ -372,7 +372,8 @@ impl Figures {
                 goal: Goal::ratio(batches.waypost_of_rocksdb, ROCKSDB_GOAL),
             },
             Line {
-                what: "sealing a batch of 100, of the time for one above".to_owned(),
+                what: "sealing a batch of 100 and its device's record, of the time for one above"
+                    .to_owned(),
                 waypost: format!("{:.2} µs", batches.sealing_us),
                 against: format!("a lone ping {:.2} µs", limits.sealing_us),
                 ratio: Some(batches.sealing_of_waypost),
