@@ -26,17 +26,15 @@ use std::{
     borrow::Cow,
     collections::BTreeSet,
     fmt, io,
-    ops::Range,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use parking_lot::Mutex;
-use ring::rand::{SecureRandom, SystemRandom};
 use rocksdb::{
-    BoundColumnFamily, ColumnFamilyDescriptor, DB, DBIteratorWithThreadMode, ErrorKind,
-    FlushOptions, IteratorMode, PrefixRange, WriteBatch,
+    BoundColumnFamily, ColumnFamilyDescriptor, DB, DBIteratorWithThreadMode, FlushOptions,
+    IteratorMode, PrefixRange, WriteBatch,
     properties::{
         ACTUAL_DELAYED_WRITE_RATE, BACKGROUND_ERRORS, ESTIMATE_PENDING_COMPACTION_BYTES,
         IS_WRITE_STOPPED, LIVE_SST_FILES_SIZE, NUM_IMMUTABLE_MEM_TABLE,
@@ -49,8 +47,11 @@ use waypost_proto::{
     id::{DeviceId, UserId},
 };
 
+mod batch;
 mod checkpoint;
 mod enrolment;
+mod error;
+mod facts;
 mod folder;
 mod grants;
 mod holders;
@@ -66,27 +67,29 @@ mod space;
 mod view;
 mod watermark;
 
+use batch::{Family, Operation};
 use enrolment::{ENROLLED, INVITATIONS};
+use error::{bad_key, bad_value, behind, locked, open_error};
+use facts::{Facts, META_KEYS_USED, META_POSITION, fixed};
 use folder::{Folder, Lock};
 use grants::{CHECKERS, GRANTS};
 use holders::{TRANSITIONS, USERS};
 use notices::{COVERAGE, DEADLINES, EVENTS};
-use record::{PingRecord, RecordError};
+use record::PingRecord;
 use revocations::REVOCATIONS;
 use settings::Settings;
 use space::Room;
 use watermark::{Noted, Watermark};
 
-use crate::{
-    hex::hex,
-    seal::{
-        MasterKey,
-        key_store::{self, KeyError, KeyStore},
-        master::{self, MasterKeyError, SealingConfig},
-    },
+use crate::seal::{
+    MasterKey,
+    key_store::{self, KeyStore},
+    master::{self, SealingConfig},
 };
 
+pub use batch::Batch;
 pub use checkpoint::{Checkpoint, CheckpointError, checkpoint_in};
+pub use error::{CommitError, OpenError, ReadError};
 pub use folder::BackupLock;
 pub use holders::{KeptHolders, UserEvents, WithheldCounts};
 pub use keys::{Day, PingKey};
@@ -125,59 +128,6 @@ struct Writer {
 #[derive(Debug)]
 pub struct Claim {
     _lock: Lock,
-}
-
-/// What `meta` said when the store was opened.
-struct Facts {
-    incarnation: [u8; 16],
-    /// The same until a restore.
-    life: [u8; 16],
-    secret: [u8; 32],
-    position: u64,
-    /// Other lives of the store may have issued epochs up to this one.
-    epochs_issued: u32,
-    /// How many users' keys have ever been used.
-    keys_used: u64,
-    /// From the watermark's file: up to when the gateway could hear, as far as is known.
-    heard_until_ms: Option<u64>,
-}
-
-/// Rows that are to be written together. Nothing of them exists before [`Store::commit`].
-#[derive(Clone, Debug, Default)]
-pub struct Batch {
-    /// Keys and values, one after the other.
-    bytes: Vec<u8>,
-    puts: Vec<Put>,
-    position: u64,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Put {
-    family: Family,
-    operation: Operation,
-    /// Where its key ends and its value begins; the key begins where the put before it ends.
-    key_end: usize,
-    value_end: usize,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Operation {
-    /// In [`Family::Devices`] and [`Family::Day`] the value is sealed.
-    Put,
-    /// The value is of the user with whom the key ends, and is sealed.
-    PutOfUser,
-    /// There is no value.
-    Delete,
-    /// The value is the key after the last.
-    DeleteRange,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Family {
-    Devices,
-    Day(Day),
-    /// One of [`notices`], [`holders`], [`enrolment`] or [`revocations`], by its name.
-    Notices(&'static str),
 }
 
 /// What the device records say of the store as a whole.
@@ -222,197 +172,6 @@ pub struct Statistics {
     pub wal_sync_time: Duration,
 }
 
-/// Why the store cannot be opened. The messages are for the operator.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The folder cannot be used at all.
-    #[error(
-        "cannot use {path} for the store: {source}; it must be a folder that this user may write to"
-    )]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// What the system says.
-        source: io::Error,
-    },
-    /// Somebody else writes to it.
-    #[error(
-        "another gateway has the store in {path} open; stop it first, or use another data folder"
-    )]
-    Locked {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// There is nothing to read.
-    #[error("there is no store in {path}; a gateway makes one when it starts")]
-    NoStore {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// A restore was cut short.
-    #[error(
-        "a store was being put back in {path}, and is not whole: run `waypost restore` again, or remove store.restoring \
-         to begin with an empty store"
-    )]
-    PutBackInPart {
-        /// The folder.
-        path: PathBuf,
-    },
-    /// A later version wrote it.
-    #[error(
-        "the store in {path} has format {found}; this version knows format {FORMAT} only, so use a later one"
-    )]
-    LaterFormat {
-        /// The folder.
-        path: PathBuf,
-        /// The store's format.
-        found: u32,
-    },
-    /// A later version wrote it, or another program.
-    #[error(
-        "the store in {path} has a part named {name:?} that this version does not know; use the version that wrote it"
-    )]
-    UnknownFamily {
-        /// The folder.
-        path: PathBuf,
-        /// The column family's name.
-        name: String,
-    },
-    /// What is there contradicts itself.
-    #[error("the store in {path} is damaged: {text}; restore it from a backup")]
-    Damaged {
-        /// The folder.
-        path: PathBuf,
-        /// RocksDB's text, or ours.
-        text: String,
-    },
-    /// Any other failure of RocksDB, of the disk most likely.
-    #[error("the store in {path} cannot be opened: {text}")]
-    RocksDb {
-        /// The folder.
-        path: PathBuf,
-        /// RocksDB's text.
-        text: String,
-    },
-    /// Acknowledged pings are missing.
-    #[error(
-        "the store has lost acknowledged data: it holds commits up to {recovered}, but commits up to \
-         {watermark} were known to be on disk. The write-ahead log was damaged or cut short, or an older \
-         copy of the folder was put in place. Restore a backup that is newer, or look for the log as the \
-         last stop left it in {}. To go on without the lost data, delete {}: devices that were acknowledged \
-         more than the store remembers are told so and send again what they still hold",
-        .store.display(), .file.display()
-    )]
-    BehindWatermark {
-        /// The last commit that is there.
-        recovered: u64,
-        /// The last commit that must be there.
-        watermark: u64,
-        /// The folder that holds `recovery-*`.
-        store: PathBuf,
-        /// The file that says so.
-        file: PathBuf,
-    },
-    /// Whether acknowledged pings are missing cannot be told.
-    #[error(
-        "cannot read {}: {source}. It says how far commits were known to be on disk; without it a loss would \
-         go unnoticed. Look at the disk, then delete the file to go on", .file.display()
-    )]
-    Watermark {
-        /// The file.
-        file: PathBuf,
-        /// What is wrong with it.
-        source: io::Error,
-    },
-    /// The system gave no random numbers for a new store's keys.
-    #[error("the system gives no random numbers")]
-    NoRandomness,
-    /// The master key cannot be had.
-    #[error(transparent)]
-    MasterKey(#[from] MasterKeyError),
-    /// The master key that was made with the store is gone.
-    #[error(
-        "{path} is missing, and without the master key in it nothing that is stored can be read: put it back, or name \
-         the place of the master key under [store.sealing]"
-    )]
-    MasterKeyMissing {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The users' keys cannot be had.
-    #[error(transparent)]
-    Keys(#[from] KeyError),
-}
-
-/// A failed commit. It is final: nothing after it is durable for sure, and every later commit of this
-/// store fails with the same error.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum CommitError {
-    /// RocksDB could not write.
-    #[error("the store could not write: {0}")]
-    RocksDb(String),
-    /// Pings of a day whose family is not there; [`Store::open_day`] comes first.
-    #[error("the store was given pings of {0}, a day that is not open")]
-    DayNotOpen(Day),
-    /// The store was opened for reading.
-    #[error("the store is open for reading only")]
-    ReadOnly,
-    /// Users' keys could not be made or destroyed for good.
-    #[error("the users' keys could not be written: {0}")]
-    Keys(String),
-    /// The system gave no random numbers.
-    #[error("the system gives no random numbers")]
-    NoRandomness,
-}
-
-/// A failed read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ReadError {
-    /// RocksDB could not read.
-    #[error("the store could not be read: {0}")]
-    RocksDb(String),
-    /// A key is not of the form it must have.
-    #[error("a key of {family} is damaged: {key}; restore the store from a backup")]
-    Key {
-        /// The column family.
-        family: String,
-        /// The key in hexadecimal digits.
-        key: String,
-    },
-    /// A value cannot be decoded.
-    #[error("a row of {family} is damaged: {source} (key {key}); restore the store from a backup")]
-    Value {
-        /// The column family.
-        family: String,
-        /// The key in hexadecimal digits.
-        key: String,
-        /// What is wrong with the value.
-        source: RecordError,
-    },
-    /// Pings are sealed, and their user's key is not there: it was destroyed, or the reader has no master key.
-    #[error("the pings of {} of {day} are sealed, and there is no key for them", .key.device)]
-    Sealed {
-        /// The day on which they were received.
-        day: Day,
-        /// Whose pings, and where they begin.
-        key: PingKey,
-    },
-    /// The same of another row.
-    #[error(
-        "a row of {family} of user {user} is sealed, and there is no key for it. If the master key is not in the data \
-         folder, name the gateway's configuration, which says where it is; if the user's key was lost, put back a copy of \
-         the folder of keys that has it"
-    )]
-    SealedRow {
-        /// The column family.
-        family: String,
-        /// Whose row.
-        user: UserId,
-    },
-}
-
-/// The format of the store as a whole: its families and keys. Values have their own.
-const FORMAT: u32 = 1;
 const META: &str = "meta";
 const DEVICES: &str = "devices";
 /// Those that are there as long as the store is.
@@ -432,12 +191,6 @@ const PERMANENT: [&str; 12] = [
 ];
 /// RocksDB's own, which cannot be left out; nothing is in it.
 const UNUSED: &str = rocksdb::DEFAULT_COLUMN_FAMILY_NAME;
-const META_FORMAT: &[u8] = b"format";
-const META_INCARNATION: &[u8] = b"incarnation";
-const META_SECRET: &[u8] = b"token_key";
-const META_POSITION: &[u8] = b"position";
-/// Missing in a store that has sealed nothing yet.
-const META_KEYS_USED: &[u8] = b"keys_used";
 const KEY_WAS_MADE: &str = "made before, if there was none";
 /// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
 const PUT_OVERHEAD_BYTES: usize = 8;
@@ -509,9 +262,9 @@ impl Store {
             families(&settings, &days),
         )
         .map_err(failed)?;
-        let mut facts = match read_facts(&db, data_dir)? {
+        let mut facts = match facts::read(&db, data_dir)? {
             Some(facts) => facts,
-            None => write_new_facts(&db, data_dir)?,
+            None => facts::write_new(&db, data_dir)?,
         };
         if facts.position < watermark.position {
             return Err(behind(&folder, facts.position, watermark.position));
@@ -633,7 +386,7 @@ impl Store {
             false, // a log file is no error: the newest commits are in it
         )
         .map_err(failed)?;
-        let facts = read_facts(&db, data_dir)?.ok_or_else(|| OpenError::NoStore {
+        let facts = facts::read(&db, data_dir)?.ok_or_else(|| OpenError::NoStore {
             path: data_dir.to_owned(),
         })?;
         let (days, failure, folder) = (Mutex::new(days), OnceLock::new(), folder.clone());
@@ -1148,114 +901,6 @@ impl fmt::Debug for Store {
     }
 }
 
-impl Batch {
-    /// Adds a row of pings, as [`record::encode_pings`] made it. It is sealed when it is committed.
-    pub fn put_pings(&mut self, day: Day, key: &PingKey, value: &[u8]) {
-        self.bytes.extend_from_slice(&key.to_bytes());
-        let key_end = self.bytes.len();
-        self.bytes.extend_from_slice(value);
-        self.puts.push(Put {
-            family: Family::Day(day),
-            operation: Operation::Put,
-            key_end,
-            value_end: self.bytes.len(),
-        });
-    }
-
-    /// Makes a position durable, also one that is in no row.
-    pub fn put_position(&mut self, position: u64) {
-        self.position = self.position.max(position);
-    }
-
-    /// Replaces a device's record, which is sealed when it is committed. The newest position of these and of [`Self::put_position`] is the one
-    /// that the commit makes durable.
-    pub fn put_device(&mut self, device: &DeviceId, record: &DeviceRecord) {
-        self.bytes.extend_from_slice(&keys::device_key(device));
-        let key_end = self.bytes.len();
-        record::encode_device(record, &mut self.bytes);
-        self.puts.push(Put {
-            family: Family::Devices,
-            operation: Operation::Put,
-            key_end,
-            value_end: self.bytes.len(),
-        });
-        self.position = self.position.max(record.position);
-    }
-
-    fn put(&mut self, family: &'static str, key: &[u8], row: &impl prost::Message) {
-        let key_end = self.add_key(key);
-        record::encode_row(row, &mut self.bytes);
-        self.add(family, Operation::Put, key_end);
-    }
-
-    /// The same of a row that is sealed when it is committed; its key ends with the user.
-    fn put_of_user(&mut self, family: &'static str, key: &[u8], row: &impl prost::Message) {
-        let key_end = self.add_key(key);
-        record::encode_row(row, &mut self.bytes);
-        self.add(family, Operation::PutOfUser, key_end);
-    }
-
-    fn delete(&mut self, family: &'static str, key: &[u8]) {
-        let key_end = self.add_key(key);
-        self.add(family, Operation::Delete, key_end);
-    }
-
-    fn delete_range(&mut self, family: &'static str, keys: Range<&[u8]>) {
-        self.delete_range_of(Family::Notices(family), keys);
-    }
-
-    fn delete_range_of(&mut self, family: Family, keys: Range<&[u8]>) {
-        let key_end = self.add_key(keys.start);
-        self.bytes.extend_from_slice(keys.end);
-        self.puts.push(Put {
-            family,
-            operation: Operation::DeleteRange,
-            key_end,
-            value_end: self.bytes.len(),
-        });
-    }
-
-    fn add_key(&mut self, key: &[u8]) -> usize {
-        self.bytes.extend_from_slice(key);
-        self.bytes.len()
-    }
-
-    fn add(&mut self, family: &'static str, operation: Operation, key_end: usize) {
-        self.puts.push(Put {
-            family: Family::Notices(family),
-            operation,
-            key_end,
-            value_end: self.bytes.len(),
-        });
-    }
-
-    /// The users who have no key and need one, each once: those of whom it says what they have done or decided. What a
-    /// checker expects of somebody who was never heard needs none.
-    fn users_without_key(&self, keys: &KeyStore) -> Vec<UserId> {
-        let mut users = Vec::new();
-        let mut key_start = 0;
-        for put in &self.puts {
-            let key = &self.bytes[key_start..put.key_end];
-            key_start = put.value_end;
-            let user = match (put.family, put.operation) {
-                (Family::Devices | Family::Day(_), Operation::Put) => sealed::first_user(key),
-                (Family::Notices(USERS | GRANTS), Operation::PutOfUser) => sealed::last_user(key),
-                _ => None,
-            };
-            users.extend(user.filter(|user| keys.key(user).is_none()));
-        }
-        users.sort_unstable();
-        users.dedup();
-        users
-    }
-
-    /// How large its keys and values are.
-    #[must_use]
-    pub fn size_bytes(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
 fn families(settings: &Settings, days: &BTreeSet<Day>) -> Vec<ColumnFamilyDescriptor> {
     let mut families = vec![
         ColumnFamilyDescriptor::new(UNUSED, settings.meta.clone()),
@@ -1300,99 +945,6 @@ fn days_of(
     Ok(days)
 }
 
-/// `Ok(None)` when the store has just been made.
-fn read_facts(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError> {
-    let meta = permanent_family(db, META);
-    let read = |key| {
-        db.get_cf(&meta, key)
-            .map_err(|error| open_error(data_dir, error))
-    };
-    let damaged = |what: &str| OpenError::Damaged {
-        path: data_dir.to_owned(),
-        text: format!("{what} is missing"),
-    };
-    let Some(format) = read(META_FORMAT)? else {
-        // All facts are written at once and before anything else.
-        let is_new = db
-            .iterator_cf(&permanent_family(db, DEVICES), IteratorMode::Start)
-            .next()
-            .is_none();
-        return if is_new {
-            Ok(None)
-        } else {
-            Err(damaged("its format"))
-        };
-    };
-    let found = fixed(format)
-        .map(u32::from_be_bytes)
-        .ok_or_else(|| damaged("its format"))?;
-    if found != FORMAT {
-        return Err(OpenError::LaterFormat {
-            path: data_dir.to_owned(),
-            found,
-        });
-    }
-    let incarnation = read(META_INCARNATION)?
-        .and_then(fixed)
-        .ok_or_else(|| damaged("its incarnation"))?;
-    Ok(Some(Facts {
-        heard_until_ms: None,
-        life: match read(life::META_LIFE)? {
-            None => incarnation,
-            Some(life) => fixed(life).ok_or_else(|| damaged("its life"))?,
-        },
-        epochs_issued: match read(life::META_EPOCHS_ISSUED)? {
-            None => 0,
-            Some(issued) => fixed(issued)
-                .map(u32::from_be_bytes)
-                .ok_or_else(|| damaged("its number of epochs"))?,
-        },
-        keys_used: match read(META_KEYS_USED)? {
-            None => 0,
-            Some(used) => fixed(used)
-                .map(u64::from_be_bytes)
-                .ok_or_else(|| damaged("its number of keys"))?,
-        },
-        incarnation,
-        secret: read(META_SECRET)?
-            .and_then(fixed)
-            .ok_or_else(|| damaged("its token key"))?,
-        position: read(META_POSITION)?
-            .and_then(fixed)
-            .map(u64::from_be_bytes)
-            .ok_or_else(|| damaged("its position"))?,
-    }))
-}
-
-fn write_new_facts(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {
-    let mut facts = Facts {
-        heard_until_ms: None,
-        keys_used: 0,
-        epochs_issued: 0,
-        incarnation: [0; 16],
-        life: [0; 16],
-        secret: [0; 32],
-        position: 0,
-    };
-    let random = SystemRandom::new();
-    random
-        .fill(&mut facts.incarnation)
-        .map_err(|_| OpenError::NoRandomness)?;
-    facts.life = facts.incarnation;
-    random
-        .fill(&mut facts.secret)
-        .map_err(|_| OpenError::NoRandomness)?;
-    let meta = permanent_family(db, META);
-    let mut writes = WriteBatch::default();
-    writes.put_cf(&meta, META_FORMAT, FORMAT.to_be_bytes());
-    writes.put_cf(&meta, META_INCARNATION, facts.incarnation);
-    writes.put_cf(&meta, META_SECRET, facts.secret);
-    writes.put_cf(&meta, META_POSITION, facts.position.to_be_bytes());
-    db.write_opt(writes, &settings::synced())
-        .map_err(|error| open_error(data_dir, error))?;
-    Ok(facts)
-}
-
 /// Opens the users' keys. If no master key was found, makes one, unless that would pass over one that is gone.
 fn open_keys(
     data_dir: &Path,
@@ -1420,54 +972,6 @@ fn open_keys(
 fn permanent_family<'a>(db: &'a DB, name: &str) -> Arc<BoundColumnFamily<'a>> {
     db.cf_handle(name)
         .expect("opened with the store and never dropped")
-}
-
-fn fixed<const BYTES: usize>(value: Vec<u8>) -> Option<[u8; BYTES]> {
-    value.try_into().ok()
-}
-
-fn locked(data_dir: &Path) -> OpenError {
-    OpenError::Locked {
-        path: data_dir.to_owned(),
-    }
-}
-
-fn behind(folder: &Folder, recovered: u64, watermark: u64) -> OpenError {
-    OpenError::BehindWatermark {
-        recovered,
-        watermark,
-        store: folder.path().to_owned(),
-        file: folder.watermark(),
-    }
-}
-
-fn open_error(data_dir: &Path, error: rocksdb::Error) -> OpenError {
-    let path = data_dir.to_owned();
-    match error.kind() {
-        ErrorKind::Corruption => OpenError::Damaged {
-            path,
-            text: error.into_string(),
-        },
-        _ => OpenError::RocksDb {
-            path,
-            text: error.into_string(),
-        },
-    }
-}
-
-fn bad_key(family: &str, key: &[u8]) -> ReadError {
-    ReadError::Key {
-        family: family.to_owned(),
-        key: hex(key),
-    }
-}
-
-fn bad_value(family: &str, key: &[u8], source: RecordError) -> ReadError {
-    ReadError::Value {
-        family: family.to_owned(),
-        key: hex(key),
-        source,
-    }
 }
 
 #[cfg(test)]

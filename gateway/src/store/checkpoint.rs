@@ -21,7 +21,8 @@ use std::{
 use rocksdb::checkpoint;
 use serde::{Deserialize, Serialize};
 
-use super::{CommitError, Store, folder::Folder, hex, watermark};
+use super::{CommitError, Store, folder::Folder, watermark};
+use crate::hex::hex;
 
 /// What a checkpoint is of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

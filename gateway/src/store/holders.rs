@@ -20,7 +20,7 @@ use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, IteratorMode
 use waypost_proto::id::UserId;
 
 use super::{
-    Batch, DEVICES, ReadError, Store, bad_key, bad_value,
+    Batch, DEVICES, Family, ReadError, Store, bad_key, bad_value,
     grants::GRANTS,
     keys, notices,
     record::{self, RecordError},
@@ -178,9 +178,9 @@ impl Batch {
     /// Deletes a user's devices and pings, and these events of the user.
     pub fn delete_user(&mut self, user: UserId, days: &[keys::Day], events: &UserEvents) {
         let (first, end) = keys::user_range(user);
-        self.delete_range_of(super::Family::Devices, &first..&end);
+        self.delete_range_of(Family::Devices, &first..&end);
         for &day in days {
-            self.delete_range_of(super::Family::Day(day), &first..&end);
+            self.delete_range_of(Family::Day(day), &first..&end);
         }
         for (family, key) in &events.0 {
             self.delete(family, key);

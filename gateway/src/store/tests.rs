@@ -1,6 +1,9 @@
 //! The store against a real RocksDB in temporary folders.
 
-use std::fs::{self, File};
+use std::{
+    fs::{self, File},
+    path::PathBuf,
+};
 
 use prost::Message;
 use tempfile::TempDir;
@@ -10,7 +13,8 @@ use waypost_proto::{
     ping::{Ping, Source},
 };
 
-use super::*;
+use super::{record::RecordError, *};
+use crate::{hex::hex, seal::key_store::KeyError};
 
 mod days;
 
@@ -553,7 +557,7 @@ fn what_a_later_version_wrote_is_refused() {
     let store = open(&folder);
     store
         .db
-        .put_cf(&store.family(META), META_FORMAT, 2_u32.to_be_bytes())
+        .put_cf(&store.family(META), facts::META_FORMAT, 2_u32.to_be_bytes())
         .unwrap();
     drop(store);
     for refused in [
