@@ -664,7 +664,7 @@ impl Store {
     }
 
     fn write(&self, batch: &Batch) -> Result<(), CommitError> {
-        if batch.puts.is_empty() && batch.position == 0 {
+        if batch.len() == 0 && batch.position == 0 {
             return Ok(());
         }
         let devices = self.family(DEVICES);
@@ -672,7 +672,7 @@ impl Store {
         let mut open_day: Option<(Day, String, Arc<BoundColumnFamily<'_>>)> = None;
         let overhead_bytes = PUT_OVERHEAD_BYTES + sealed::OVERHEAD_BYTES;
         let mut writes =
-            WriteBatch::with_capacity_bytes(batch.bytes.len() + overhead_bytes * batch.puts.len());
+            WriteBatch::with_capacity_bytes(batch.size_bytes() + overhead_bytes * batch.len());
         let mut keys = self.keys.as_ref().ok_or(CommitError::ReadOnly)?.lock();
         let newcomers = batch.users_without_key(&keys);
         if !newcomers.is_empty() {
@@ -683,11 +683,7 @@ impl Store {
         }
         let of_user = |user: Option<UserId>| user.and_then(|user| keys.key(&user));
         let (position, mut sealed) = (batch.position, Vec::new());
-        let mut key_start = 0;
-        for put in &batch.puts {
-            let key = &batch.bytes[key_start..put.key_end];
-            let value = &batch.bytes[put.key_end..put.value_end];
-            key_start = put.value_end;
+        for (put, key, value) in batch.rows() {
             match put.family {
                 Family::Devices if put.operation == Operation::DeleteRange => {
                     writes.delete_range_cf(&devices, key, value);

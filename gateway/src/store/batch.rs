@@ -21,8 +21,8 @@ use crate::seal::key_store::KeyStore;
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     /// Keys and values, one after the other.
-    pub(super) bytes: Vec<u8>,
-    pub(super) puts: Vec<Put>,
+    bytes: Vec<u8>,
+    puts: Vec<Put>,
     pub(super) position: u64,
 }
 
@@ -31,8 +31,8 @@ pub(super) struct Put {
     pub(super) family: Family,
     pub(super) operation: Operation,
     /// Where its key ends and its value begins; the key begins where the put before it ends.
-    pub(super) key_end: usize,
-    pub(super) value_end: usize,
+    key_end: usize,
+    value_end: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,14 +141,23 @@ impl Batch {
         });
     }
 
+    /// The rows in their order: what is to be done with each, its key and its value.
+    pub(super) fn rows(&self) -> impl Iterator<Item = (Put, &[u8], &[u8])> {
+        let mut rest = &*self.bytes;
+        let mut start = 0;
+        self.puts.iter().map(move |put| {
+            let (row, behind) = rest.split_at(put.value_end - start);
+            let (key, value) = row.split_at(put.key_end - start);
+            (rest, start) = (behind, put.value_end);
+            (*put, key, value)
+        })
+    }
+
     /// The users who have no key and need one, each once: those of whom it says what they have done or decided. What a
     /// checker expects of somebody who was never heard needs none.
     pub(super) fn users_without_key(&self, keys: &KeyStore) -> Vec<UserId> {
         let mut users = Vec::new();
-        let mut key_start = 0;
-        for put in &self.puts {
-            let key = &self.bytes[key_start..put.key_end];
-            key_start = put.value_end;
+        for (put, key, _) in self.rows() {
             let user = match (put.family, put.operation) {
                 (Family::Devices | Family::Day(_), Operation::Put) => sealed::first_user(key),
                 (Family::Notices(USERS | GRANTS), Operation::PutOfUser) => sealed::last_user(key),
@@ -159,6 +168,11 @@ impl Batch {
         users.sort_unstable();
         users.dedup();
         users
+    }
+
+    /// How many rows it has.
+    pub(super) fn len(&self) -> usize {
+        self.puts.len()
     }
 
     /// How large its keys and values are.
