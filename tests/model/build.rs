@@ -4,7 +4,7 @@
 use std::{env, fs, path::Path};
 
 /// Name of the control, the file that is changed, the text as it is, and as it is made wrong.
-const CONTROLS: [(&str, &str, &str, &str); 4] = [
+const CONTROLS: [(&str, &str, &str, &str); 6] = [
     (
         // As if progress had a way of its own to the checker: it says where the gateway is, not how far this
         // stream has told.
@@ -34,6 +34,18 @@ const CONTROLS: [(&str, &str, &str, &str); 4] = [
         "wire.rs",
         "&update.seen, update.coalesced",
         "&update.seen, 0",
+    ),
+    (
+        "tells_those_who_want_everybody_of_everybody",
+        "watcher.rs",
+        "self.selector.wants_all() && commit.granted_by_all().contains(self.number)",
+        "self.selector.wants_all()",
+    ),
+    (
+        "forgets_that_a_grant_was_withdrawn",
+        "watcher.rs",
+        "(Turn::Withdrawn, Glimpse::Withdrawn) => {",
+        "(Turn::Withdrawn, Glimpse::Withdrawn) if position == 0 => {",
     ),
     (
         "forgets_what_was_said_while_a_checker_was_away",

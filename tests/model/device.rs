@@ -18,13 +18,16 @@ use waypost_proto::{
     id::DeviceId,
     outbox::{Event, Outbox},
     ping::{Ping, RejectCode},
-    session::{Lane, Limits, Request, Session, Settled, Step, Welcomed, Wish},
-    v1,
+    session::{CheckerWish, Lane, Limits, Request, Session, Settled, Step, Welcomed, Wish},
+    v1::{
+        self,
+        control::{Action, GrantChecker, Pause, Resume, WithdrawChecker},
+    },
 };
 
 use crate::{
-    history::{Fact, Pings, Wanted, What},
-    world::Life,
+    history::{Fact, Pings, Wanted, Wants, What},
+    world::{CHECKERS, Life},
 };
 
 /// So few that a dozen pings are a backlog, and some of them wait.
@@ -179,18 +182,28 @@ impl Device {
         }
     }
 
-    /// The holder pauses or resumes. False if the device cannot ask now.
-    pub(crate) async fn want(&mut self, wish: Wish, life: &Life, book: &mut Book) -> bool {
+    /// The holder pauses, resumes, or decides of a checker. False if the device cannot ask now.
+    pub(crate) async fn want(&mut self, wants: Wants, life: &Life, book: &mut Book) -> bool {
         let Some(connection) = &mut self.connection else {
             return false;
         };
         if !connection.session.is_welcomed() {
             return false;
         }
-        let action = match wish {
-            Wish::Pause => v1::control::Action::Pause(v1::control::Pause {}),
-            Wish::Resume => v1::control::Action::Resume(v1::control::Resume {}),
-            other => panic!("nobody wants {other:?} in a run"),
+        let name = |checker: usize| CHECKERS[checker].to_owned();
+        let action = match wants {
+            Wants::Share(Wish::Pause) => Action::Pause(Pause {}),
+            Wants::Share(Wish::Resume) => Action::Resume(Resume {}),
+            Wants::Share(other) => panic!("nobody wants {other:?} in a run"),
+            Wants::Tell {
+                checker,
+                is_granted: true,
+            } => Action::GrantChecker(GrantChecker {
+                name: name(checker),
+            }),
+            Wants::Tell { checker, .. } => Action::WithdrawChecker(WithdrawChecker {
+                name: name(checker),
+            }),
         };
         let control = v1::Control {
             id: book.asked,
@@ -434,15 +447,26 @@ impl Connection {
         book: &mut Book,
     ) {
         book.asked += 1;
-        let what = match request {
-            Request::Hello(_) | Request::Heartbeat => AskedWhat::Contact,
-            Request::Checkers { .. } => panic!("nobody grants anything here: {request:?}"),
-            Request::Control { wish, .. } => AskedWhat::Control(Wanted {
+        let wanted = |wants| {
+            AskedWhat::Control(Wanted {
                 device,
-                wish: *wish,
+                wants,
                 number: book.asked,
                 asked_ms: life.clock.now_ms(),
+            })
+        };
+        let tell = |name: &str, is_granted| Wants::Tell {
+            checker: CHECKERS.iter().position(|known| *known == name).unwrap(),
+            is_granted,
+        };
+        let what = match request {
+            Request::Hello(_) | Request::Heartbeat => AskedWhat::Contact,
+            Request::Checkers { wish, .. } => wanted(match wish {
+                CheckerWish::Grant(name) => tell(name, true),
+                CheckerWish::Withdraw(name) => tell(name, false),
+                CheckerWish::Show => panic!("nobody asks {request:?} in a run"),
             }),
+            Request::Control { wish, .. } => wanted(Wants::Share(*wish)),
             Request::Batch { batch, .. } => AskedWhat::Pings {
                 pings: Pings {
                     epoch: batch.epoch,

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use waypost_gateway::{
-    grants::CheckerSet,
+    grants::{CheckerNumber, CheckerSet},
     sharing::{Sharing, Transition, Turn},
 };
 use waypost_proto::{
@@ -18,11 +18,22 @@ use waypost_proto::{
     v1::State,
 };
 
+/// What a holder can want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wants {
+    Share(Wish),
+    /// That a checker, by its place among them, is told or not.
+    Tell {
+        checker: usize,
+        is_granted: bool,
+    },
+}
+
 /// What a holder wanted and was granted.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted {
     pub(crate) device: DeviceId,
-    pub(crate) wish: Wish,
+    pub(crate) wants: Wants,
     /// As in [`Fact`]; always on LIVE.
     pub(crate) number: u64,
     /// It was not received before.
@@ -51,6 +62,8 @@ pub(crate) enum What {
     Contact,
     /// The holder pauses or resumes. It was received before the commit, and not before this.
     Turn { to: State, asked_ms: u64 },
+    /// The holder decides of a checker. The same holds.
+    Decision { asked_ms: u64 },
     Pings {
         pings: Pings,
         /// Early data proves nothing.
@@ -215,6 +228,10 @@ impl History {
                 }
                 // While the holder has paused, nothing is a sign of life.
                 _ if fact.is_paused => continue,
+                What::Decision { asked_ms } => Moment {
+                    earliest_ms: asked_ms,
+                    latest_ms: fact.receive_ms,
+                },
                 _ => Moment {
                     earliest_ms: fact.receive_ms,
                     latest_ms: fact.receive_ms,
@@ -367,6 +384,12 @@ impl Life {
     }
 }
 
+/// The set of one checker, by its place among them.
+pub(crate) fn bit(checker: usize) -> CheckerSet {
+    let number = u32::try_from(checker).ok().and_then(CheckerNumber::new);
+    number.map(CheckerSet::from).unwrap()
+}
+
 /// What each user's holders wanted, less what was so already, is what the store has of the user, in that order.
 fn turns(wanted: &[Wanted], transitions: &[Transition]) -> Result<Vec<Fact>, String> {
     let mut wanted = wanted.to_vec();
@@ -377,21 +400,45 @@ fn turns(wanted: &[Wanted], transitions: &[Transition]) -> Result<Vec<Fact>, Str
             .or_default()
             .push_back(transition);
     }
-    let mut paused = BTreeSet::new();
+    let (mut paused, mut withdrawn) = (BTreeSet::new(), BTreeSet::new());
     let mut facts = Vec::new();
     for wanted in wanted {
-        let user = wanted.device.user;
-        let (is_change, to, sharing) = match wanted.wish {
-            Wish::Pause => (paused.insert(user), State::Paused, Sharing::Paused),
-            Wish::Resume => (paused.remove(&user), State::Active, Sharing::Active),
-            _ => return Err(format!("nobody wants {wanted:?} in a run")),
+        let (user, asked_ms) = (wanted.device.user, wanted.asked_ms);
+        let (is_change, turn, what) = match wanted.wants {
+            Wants::Share(Wish::Pause) => {
+                let to = State::Paused;
+                let turn = Turn::Sharing(Sharing::Paused);
+                (paused.insert(user), turn, What::Turn { to, asked_ms })
+            }
+            Wants::Share(Wish::Resume) => {
+                let to = State::Active;
+                let turn = Turn::Sharing(Sharing::Active);
+                (paused.remove(&user), turn, What::Turn { to, asked_ms })
+            }
+            Wants::Tell {
+                checker,
+                is_granted: true,
+            } => {
+                let is_change = withdrawn.remove(&(user, checker));
+                (is_change, Turn::Granted, What::Decision { asked_ms })
+            }
+            Wants::Tell { checker, .. } => {
+                let is_change = withdrawn.insert((user, checker));
+                (is_change, Turn::Withdrawn, What::Decision { asked_ms })
+            }
+            Wants::Share(_) => return Err(format!("nobody wants {wanted:?} in a run")),
         };
         if !is_change {
             continue;
         }
         let transition = said.get_mut(&user).and_then(VecDeque::pop_front);
-        let Some(transition) =
-            transition.filter(|transition| transition.turn == Turn::Sharing(sharing))
+        let concerns = |transition: &Transition| match wanted.wants {
+            Wants::Share(_) => true,
+            Wants::Tell { checker, .. } => transition.checkers == bit(checker),
+        };
+        let Some(transition) = transition
+            .filter(|transition| transition.turn == turn)
+            .filter(|transition| concerns(transition))
         else {
             return Err(format!(
                 "{wanted:?} was granted, and the store says {transition:?}"
@@ -404,11 +451,8 @@ fn turns(wanted: &[Wanted], transitions: &[Transition]) -> Result<Vec<Fact>, Str
             number: wanted.number,
             receive_ms: transition.at_ms,
             commit_ms: Some(transition.at_ms),
-            is_paused: to == State::Paused,
-            what: What::Turn {
-                to,
-                asked_ms: wanted.asked_ms,
-            },
+            is_paused: paused.contains(&user),
+            what,
         });
     }
     match said.values().flatten().next() {
@@ -457,7 +501,7 @@ mod tests {
     fn pause() -> (Wanted, Transition) {
         let wanted = Wanted {
             device: DEVICE,
-            wish: Wish::Pause,
+            wants: Wants::Share(Wish::Pause),
             number: 2,
             asked_ms: 15,
         };

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use waypost_gateway::{
     coverage::{Reason, Span},
     deadlines::{Event, Kind as Lateness},
+    grants::CheckerSet,
     sharing::{Sharing, Transition, Turn},
 };
 use waypost_proto::{
@@ -49,6 +50,8 @@ pub(crate) struct Truth<'a> {
     pub(crate) history: &'a History,
     /// Spans as they are at the end.
     pub(crate) spans: &'a [Span],
+    /// The subscriber's checker, as a set.
+    pub(crate) checker: CheckerSet,
     /// All events of the subscriber's checker, by position.
     pub(crate) events: &'a [Event],
     /// All transitions, in order.
@@ -70,6 +73,10 @@ pub(crate) struct Tally {
     pub(crate) late: u64,
     pub(crate) recovered: u64,
     pub(crate) transitions: u64,
+    /// Users who were said to have withdrawn their grant.
+    pub(crate) withdrawals: u64,
+    /// Users of whom something was told again after that.
+    pub(crate) grants: u64,
 }
 
 impl Tally {
@@ -84,6 +91,8 @@ impl Tally {
         self.late += other.late;
         self.recovered += other.recovered;
         self.transitions += other.transitions;
+        self.withdrawals += other.withdrawals;
+        self.grants += other.grants;
     }
 }
 
@@ -115,6 +124,8 @@ struct Stream {
     /// Since its base.
     events: Vec<(u64, UserId, i32)>,
     transitions: Vec<v1::Transition>,
+    /// Who was said on it to have withdrawn, and when.
+    withdrawn: BTreeMap<UserId, u64>,
 }
 
 /// Judges all that a subscriber was told. The last thing must be an announcement of everything.
@@ -129,6 +140,7 @@ pub(crate) fn judge(
     let mut judge = Judge {
         selection,
         truth,
+        decided: decided(truth),
         view: View::default(),
         stream: None,
         saved: BTreeMap::new(),
@@ -175,6 +187,8 @@ pub(crate) fn whoever_came_back_has_recovered(truth: &Truth<'_>) -> Result<(), S
 struct Judge<'a> {
     selection: &'a Selection,
     truth: &'a Truth<'a>,
+    /// What holders decided of this checker, by position: whether it may be told. Until then it might.
+    decided: BTreeMap<UserId, Vec<(u64, bool)>>,
     view: View,
     stream: Option<Stream>,
     /// The view at each token, by its place in the log.
@@ -285,15 +299,20 @@ impl Judge<'_> {
         if let Some(count) = &mut stream.snapshot {
             *count += 1;
         }
-        if entry.state() == State::NeverSeen {
-            return self.never_seen(user, entry, stream);
+        match entry.state() {
+            State::NeverSeen => return self.never_seen(user, entry, stream),
+            State::Withdrawn => return self.withdrawn(user, entry, stream),
+            _ => {}
         }
         self.is_news(entry.position, "an entry")?;
-        let value = self.truth.history.at(&user, entry.position);
-        let Some(value) = value.filter(|value| value.position == entry.position) else {
+        let Some(value) = self.value_at(&user, entry.position) else {
             return Err(format!("{user} did not change at {}", entry.position));
         };
-        is_as_it_was(entry, value)?;
+        is_as_it_was(entry, &value)?;
+        self.may_be_told(&user, entry.position, stream)?;
+        if stream.withdrawn.remove(&user).is_some() {
+            self.tally.grants += 1;
+        }
         if self.selection.is_active_only && value.state != State::Active {
             return Err(format!(
                 "{entry:?} was told to one who asked for nobody in this state"
@@ -334,6 +353,83 @@ impl Judge<'_> {
         Ok(())
     }
 
+    /// The holder has withdrawn the grant: that is told once, after the transition, or to whoever asks for the user by name
+    /// with the snapshot.
+    fn withdrawn(&mut self, user: UserId, entry: &Entry, stream: &Stream) -> Result<(), String> {
+        let is_empty = Entry {
+            user: entry.user.clone(),
+            state: State::Withdrawn.into(),
+            position: entry.position,
+            ..Entry::default()
+        } == *entry;
+        let was_granted = self
+            .decided_of(&user)
+            .iter()
+            .all(|(_, is_granted)| *is_granted);
+        let is_named = self.selection.users.is_some() && stream.snapshot.is_some();
+        let is_first = !self.view.users.contains_key(&user);
+        let is_in_place = match entry.position {
+            0 => is_named && is_first,
+            position => stream.withdrawn.get(&user) == Some(&position) && is_first,
+        };
+        if !is_empty || was_granted || self.selection.is_active_only || !is_in_place {
+            return Err(format!("{entry:?} cannot be said here"));
+        }
+        self.tally.withdrawals += 1;
+        self.view.users.insert(user, entry.clone());
+        Ok(())
+    }
+
+    /// A user as of a commit that changed the user, or let the checker be told of the user.
+    fn value_at(&self, user: &UserId, position: u64) -> Option<Value> {
+        let value = self.truth.history.at(user, position)?;
+        let is_granted = self.decided_of(user).contains(&(position, true));
+        (value.position == position || is_granted).then_some(Value { position, ..*value })
+    }
+
+    fn decided_of(&self, user: &UserId) -> &[(u64, bool)] {
+        self.decided.get(user).map_or(&[], Vec::as_slice)
+    }
+
+    /// Nothing is told of a user after the checker was told that the grant was withdrawn, nor of a time after a withdrawal
+    /// that lasts. What is told when it was granted again is of before that, if nothing has changed since.
+    fn may_be_told(&self, user: &UserId, position: u64, stream: &Stream) -> Result<(), String> {
+        let decided = self.decided_of(user);
+        let until = decided.partition_point(|(at, _)| *at <= position);
+        let is_granted = until.checked_sub(1).is_none_or(|last| decided[last].1);
+        let was_granted_after = |at: u64| {
+            let mut later = decided.iter().filter(|(granted, _)| at < *granted);
+            later.any(|(_, is_granted)| *is_granted)
+        };
+        let known = self.view.users.get(user);
+        let known = known.filter(|entry| entry.state() == State::Withdrawn);
+        let known = known.map(|entry| entry.position);
+        let told = stream.withdrawn.get(user).copied().max(known);
+        if told.is_some_and(|told| !was_granted_after(told)) {
+            return Err(format!(
+                "{user} was told of at {position}, and was said to have withdrawn at {told:?}"
+            ));
+        }
+        if !is_granted && !was_granted_after(position) {
+            return Err(format!(
+                "{user} was told of at {position}, and has withdrawn: {decided:?}"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether the checker may be told of a user since a position, without end.
+    fn is_granted_since(&self, user: &UserId, position: u64) -> bool {
+        let last = self.decided_of(user).last();
+        last.is_none_or(|(at, is_granted)| *is_granted && *at <= position)
+    }
+
+    /// Since when the user has withdrawn, for good.
+    fn withdrawn_since(&self, user: &UserId) -> Option<u64> {
+        let last = self.decided_of(user).last()?;
+        (!last.1).then_some(last.0)
+    }
+
     /// Every change of a user was told on this stream or counted.
     fn coalesced(
         &mut self,
@@ -344,6 +440,10 @@ impl Judge<'_> {
     ) -> Result<(), String> {
         let coalesced = u64::from(entry.coalesced);
         self.tally.coalesced += coalesced;
+        if !self.decided_of(user).is_empty() {
+            // What changes while the grant is withdrawn is nobody's to count.
+            return Ok(());
+        }
         let since = had.unwrap_or(if stream.is_resumed { stream.base } else { 0 });
         let missed = self
             .truth
@@ -445,14 +545,17 @@ impl Judge<'_> {
             ));
         }
         let transitions = self.truth.transitions.iter();
+        // Of those who have withdrawn meanwhile, it depends on the moment what is told.
+        let has_decided = |user: &[u8]| self.decided.keys().any(|decided| decided.0 == user);
         let due: Vec<_> = transitions
             .filter(|it| stream.base < it.position && it.position <= progress.position)
             .filter(|it| self.selects(&it.user))
-            .map(as_told)
+            .filter_map(as_told)
+            .filter(|it| it.state() != State::Withdrawn && !has_decided(&it.user))
             .collect();
         let told = stream.transitions.iter();
         let told: Vec<_> = told
-            .filter(|told| told.position <= progress.position)
+            .filter(|told| told.position <= progress.position && !has_decided(&told.user))
             .cloned()
             .collect();
         if due != told {
@@ -476,6 +579,19 @@ impl Judge<'_> {
                 return Err(format!(
                     "{position} was announced, and {user} was told at {told} and not at {}",
                     value.position
+                ));
+            }
+        }
+        for (user, entry) in &self.view.users {
+            let since = self
+                .withdrawn_since(user)
+                .filter(|since| *since <= position);
+            let is_untold = [State::Withdrawn, State::NeverSeen].contains(&entry.state());
+            if let Some(since) = since
+                && !is_untold
+            {
+                return Err(format!(
+                    "{position} was announced, and it was not told that {user} withdrew at {since}: {entry:?}"
                 ));
             }
         }
@@ -556,13 +672,26 @@ impl Judge<'_> {
         self.tally.transitions += 1;
         self.is_news(told.position, "a transition")?;
         let user = user_of(&told.user)?;
-        let is_true = self.truth.transitions.iter().any(|it| as_told(it) == *told);
+        let mut transitions = self.truth.transitions.iter();
+        let is_true = transitions.any(|it| {
+            let concerns_it = it.turn != Turn::Withdrawn || it.checkers == self.truth.checker;
+            concerns_it && as_told(it).as_ref() == Some(told)
+        });
         if !is_true || !self.selects(&user) {
             return Err(format!("there was no such transition as {told:?}"));
         }
-        if stream.transitions.contains(told) {
+        let last_withdrawn = stream.withdrawn.get(&user);
+        let is_again = last_withdrawn.is_some_and(|last| told.position <= *last);
+        if stream.transitions.contains(told) || (told.state() == State::Withdrawn && is_again) {
             return Err(format!("{told:?} was told twice"));
         }
+        if told.state() == State::Withdrawn {
+            // From here on it is as if the user had never been told of.
+            self.view.users.remove(&user);
+            stream.withdrawn.insert(user, told.position);
+            return Ok(());
+        }
+        self.may_be_told(&user, told.position, stream)?;
         stream.transitions.push(told.clone());
         Ok(())
     }
@@ -570,10 +699,18 @@ impl Judge<'_> {
     /// All is quiet: what is told is what is true, and nothing else.
     fn end(&self) -> Result<(), String> {
         for (user, entry) in &self.view.users {
+            if self.withdrawn_since(user).is_some() {
+                // What else could be told of the user was looked at when everything was announced.
+                continue;
+            }
             match self.truth.history.last(user) {
                 // It has been told of the transition.
                 Some(value) if self.selection.is_active_only && value.state != State::Active => {}
-                Some(value) => is_as_it_was(entry, value)?,
+                Some(value) => {
+                    let position = entry.position.max(value.position);
+                    let stands = self.value_at(user, position);
+                    is_as_it_was(entry, &stands.unwrap_or(*value))?;
+                }
                 None if entry.state() == State::NeverSeen => {}
                 None => return Err(format!("{user} was told of and never heard")),
             }
@@ -623,6 +760,7 @@ impl Judge<'_> {
     /// Those of whom it must have an entry when a position is announced.
     fn wanted_at(&self, position: u64, told: &[v1::Transition]) -> impl Iterator<Item = UserId> {
         let selected = self.truth.history.users().filter(|user| self.selects(user));
+        let selected = selected.filter(move |user| self.is_granted_since(user, position));
         selected.filter(move |user| {
             if !self.selection.is_active_only || self.truth.history.shares_since(user, position) {
                 return true;
@@ -635,6 +773,23 @@ impl Judge<'_> {
                     .any(|told| told.user == user.0[..] && position < told.position)
         })
     }
+}
+
+/// What holders decided of a checker, in order.
+fn decided(truth: &Truth<'_>) -> BTreeMap<UserId, Vec<(u64, bool)>> {
+    let mut decided: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for transition in truth.transitions {
+        let is_granted = match transition.turn {
+            Turn::Granted => true,
+            Turn::Withdrawn => false,
+            Turn::Sharing(_) => continue,
+        };
+        if transition.checkers == truth.checker {
+            let of_user = decided.entry(transition.user).or_default();
+            of_user.push((transition.position, is_granted));
+        }
+    }
+    decided
 }
 
 /// Whether an entry says what is true of the user at its position.
@@ -676,20 +831,22 @@ fn reason_of(reason: Reason) -> i32 {
     reason.into()
 }
 
-fn as_told(transition: &Transition) -> v1::Transition {
+/// As checkers are told of it; none for a grant, of which the user's entry tells.
+fn as_told(transition: &Transition) -> Option<v1::Transition> {
     let state = match transition.turn {
         Turn::Sharing(Sharing::Active) => State::Active,
         Turn::Sharing(Sharing::Paused) => State::Paused,
         Turn::Sharing(Sharing::Erased) => State::Erased,
-        Turn::Granted | Turn::Withdrawn => panic!("nobody grants anything: {transition:?}"),
+        Turn::Withdrawn => State::Withdrawn,
+        Turn::Granted => return None,
     };
-    v1::Transition {
+    Some(v1::Transition {
         user: Bytes::copy_from_slice(&transition.user.0),
         state: state.into(),
         at_ms: transition.at_ms,
         position: transition.position,
         number: transition.number,
-    }
+    })
 }
 
 fn number(kind: Lateness) -> i32 {
@@ -713,7 +870,7 @@ mod tests {
     use waypost_proto::{id::DeviceId, session::Lane, v1::Reset};
 
     use super::*;
-    use crate::history::{Fact, What};
+    use crate::history::{Fact, What, bit};
 
     const ALICE: UserId = UserId([1; 16]);
     const BOB: UserId = UserId([2; 16]);
@@ -844,6 +1001,7 @@ mod tests {
     fn judged(log: &[Said]) -> Result<Tally, String> {
         let truth = Truth {
             history: &history(),
+            checker: bit(0),
             spans: &[span()],
             events: &[late()],
             transitions: &[],
@@ -1006,6 +1164,7 @@ mod tests {
         ] {
             let truth = Truth {
                 history: &history(),
+                checker: bit(0),
                 spans: &[],
                 events: &events,
                 transitions: &[],

@@ -9,7 +9,8 @@
 //! caught, for its own reason.
 //!
 //! It does not have: QUIC, which `tests/it` has; kills in the middle of a write; so many users that a reader must sweep
-//! to get level, which the property tests of the index do; erasure, which `tests/it` has.
+//! to get level, which the property tests of the index do; erasure, and deadlines of users who withdraw grants, which
+//! `tests/it` has.
 //!
 //! `SEED=n` runs one seed. What happens in it is the same each time; how threads meet is not.
 
@@ -124,6 +125,11 @@ control!(
 );
 control!(forgets_what_was_overtaken, ["values overtaken"]);
 control!(
+    tells_those_who_want_everybody_of_everybody,
+    ["and has withdrawn", "said to have withdrawn"]
+);
+control!(forgets_that_a_grant_was_withdrawn, ["it was not told that"]);
+control!(
     forgets_what_was_said_while_a_checker_was_away,
     ["should have been told"]
 );
@@ -193,6 +199,8 @@ fn never_came(counts: &Counts) -> Vec<&'static str> {
         ("early data", early),
         ("pauses", turns),
         ("transitions told", told.transitions),
+        ("withdrawn grants told", told.withdrawals),
+        ("users told of again after that", told.grants),
         ("requests that went with a committer", lost),
         ("restarts", restarts),
         ("crashes", crashes),

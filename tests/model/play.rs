@@ -21,7 +21,7 @@ use waypost_proto::{
 
 use crate::{
     device::{Book, Device, PUT_OFF},
-    history::History,
+    history::{History, Value, Wants, bit},
     judge::{Selection, Tally, Truth, is_as_it_was, judge, whoever_came_back_has_recovered},
     subscriber::{Nature, Order, Subscriber, With},
     world::{CHECKERS, OpenFeed, World},
@@ -92,6 +92,8 @@ struct Play {
     released: [BTreeSet<UserId>; CHECKERS.len()],
     /// Who has asked to pause last, and not to resume.
     paused: BTreeSet<UserId>,
+    /// Who has withdrawn last, and not granted again, and from which checker.
+    withdrawn: BTreeSet<(UserId, usize)>,
     counts: Counts,
     trace: VecDeque<String>,
 }
@@ -116,6 +118,7 @@ impl Play {
             book: Book::default(),
             released: Default::default(),
             paused: BTreeSet::new(),
+            withdrawn: BTreeSet::new(),
             counts: Counts::default(),
             trace: VecDeque::new(),
         }
@@ -142,6 +145,7 @@ impl Play {
             14..=93 => self.subscriber().await,
             // So that some users are silent for long enough to be late.
             94..=99 => sleep(Duration::from_millis(self.dice.random_range(20..120))).await,
+            100..=129 => self.decide().await,
             _ => self.device().await,
         }
         if self.dice.random_ratio(1, 4) {
@@ -210,7 +214,7 @@ impl Play {
                 } else {
                     Wish::Pause
                 };
-                if device.want(wish, life, book).await {
+                if device.want(Wants::Share(wish), life, book).await {
                     note_wish(&mut self.paused, user, wish);
                 }
                 if wish == Wish::Pause {
@@ -237,6 +241,26 @@ impl Play {
         let deferral = dice.random_ratio(1, 20).then_some(PUT_OFF);
         device.send(deferral, life, book).await;
         self.note(format!("{id:?} {what}"));
+    }
+
+    /// A holder withdraws what a checker is granted, or grants it again.
+    async fn decide(&mut self) {
+        let of_deciding = |device: &&mut Device| decides(&device.id.user);
+        let mut devices: Vec<_> = self.devices.iter_mut().filter(of_deciding).collect();
+        let device = devices.swap_remove(self.dice.random_range(0..devices.len()));
+        let checker = self.dice.random_range(0..CHECKERS.len());
+        let place = (device.id.user, checker);
+        let is_granted = self.withdrawn.contains(&place);
+        let wants = Wants::Tell {
+            checker,
+            is_granted,
+        };
+        let (life, book) = (self.world.life(), &mut self.book);
+        if device.want(wants, life, book).await {
+            note_decision(&mut self.withdrawn, place, is_granted);
+        }
+        let what = format!("{:?} wants {wants:?}", device.id);
+        self.note(what);
     }
 
     /// Everybody is heard again and again, while some checkers read nothing: more than is kept for those who are nearly
@@ -284,7 +308,11 @@ impl Play {
         let dice = &mut self.dice;
         let mut deadlines = Vec::new();
         for _ in 0..dice.random_range(1..=6) {
+            // A deadline goes with its grant, and cannot be set without it; `tests/it` has that.
             let user = user(dice.random_range(0..USERS));
+            if decides(&user) {
+                continue;
+            }
             let is_removed = dice.random_ratio(1, 8);
             if is_removed {
                 self.released[checker].insert(user);
@@ -334,8 +362,16 @@ impl Play {
         let mut granted = self.book.wanted.clone();
         granted.sort_by_key(|wanted| wanted.number);
         self.paused.clear();
+        self.withdrawn.clear();
         for wanted in granted {
-            note_wish(&mut self.paused, wanted.device.user, wanted.wish);
+            let user = wanted.device.user;
+            match wanted.wants {
+                Wants::Share(wish) => note_wish(&mut self.paused, user, wish),
+                Wants::Tell {
+                    checker,
+                    is_granted,
+                } => note_decision(&mut self.withdrawn, (user, checker), is_granted),
+            }
         }
         let address = self.world.life().address;
         for subscriber in &self.subscribers {
@@ -388,6 +424,7 @@ impl Play {
         for (nature, log) in &logs {
             let truth = Truth {
                 history: &history,
+                checker: bit(nature.checker),
                 spans: &spans,
                 events: &events[nature.checker],
                 transitions: &transitions,
@@ -423,7 +460,9 @@ impl Play {
             .into_inner()
             .entries;
         for (user, entry) in users.iter().zip(&got) {
+            let has_withdrawn = self.withdrawn.contains(&(*user, 0));
             let is_right = match history.last(user) {
+                _ if has_withdrawn => entry.state() == State::Withdrawn && entry.position == 0,
                 Some(value) => is_as_it_was(entry, value).is_ok(),
                 None => entry.state() == State::NeverSeen && entry.position == 0,
             };
@@ -456,15 +495,26 @@ impl Play {
             silent.is_sorted_by_key(|entry| (entry.last_contact_ms, entry.user.clone()));
         let listed: BTreeSet<_> = silent.iter().map(|entry| entry.user.to_vec()).collect();
         let sharing = history.users().filter(|user| {
-            history
-                .last(user)
-                .is_some_and(|value| value.state == State::Active)
+            let is_active = |value: &Value| value.state == State::Active;
+            history.last(user).is_some_and(is_active) && !self.withdrawn.contains(&(*user, 0))
         });
         let expected: BTreeSet<_> = sharing.map(|user| user.0.to_vec()).collect();
         if listed != expected || listed.len() != silent.len() || !is_ascending {
             return Err(format!("ListStale said {silent:?}, and {expected:?} share"));
         }
         Ok(())
+    }
+}
+
+fn note_decision(
+    withdrawn: &mut BTreeSet<(UserId, usize)>,
+    place: (UserId, usize),
+    is_granted: bool,
+) {
+    if is_granted {
+        withdrawn.remove(&place);
+    } else {
+        withdrawn.insert(place);
     }
 }
 
@@ -513,6 +563,11 @@ fn nature(number: usize, dice: &mut StdRng) -> Nature {
             .is_multiple_of(2)
             .then(|| dice.random_range(100..1_000)),
     }
+}
+
+/// Of every fourth user the holder decides who is told.
+fn decides(user: &UserId) -> bool {
+    user.0[0] % 4 == 1
 }
 
 fn user(number: u8) -> UserId {

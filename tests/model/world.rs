@@ -261,7 +261,7 @@ impl World {
             .unwrap()
     }
 
-    /// Every change between sharing and pause.
+    /// Every pause and its end, and every grant that was withdrawn or given again.
     pub(crate) fn transitions(&self) -> Vec<Transition> {
         self.life()
             .store
@@ -289,12 +289,21 @@ impl World {
         let clock = Clock::starting_at(recovered.high_water_ms);
         let heard_until_ms = (recovered.high_water_ms != 0).then_some(recovered.high_water_ms);
         let holders = store.load_holders().unwrap();
+        let numbers = Arc::new(Checkers::granted_by_all(CHECKERS));
+        let by_all = numbers.are_granted_by_all();
+        let decided = store.load_decisions().unwrap().into_iter();
+        let grants = Grants {
+            by_all,
+            decided: decided
+                .map(|(user, decisions)| (user, decisions.visibility(by_all)))
+                .collect(),
+        };
         let freshness = Freshness::restore(
             devices
                 .iter()
                 .map(|(device, record)| (*device, record.clocks, record.position)),
             holders.withheld.iter().copied(),
-            Grants::everything(),
+            grants,
             heard_until_ms.unwrap_or_else(|| clock.now_ms().saturating_sub(1)),
         );
         let freshness = Arc::new(freshness.at_least(recovered.position));
@@ -317,7 +326,6 @@ impl World {
             metrics: metrics.clone(),
         });
         let (order, orders) = orders::queue();
-        let numbers = Arc::new(Checkers::granted_by_all(CHECKERS));
         let (audit, audit_ended) = Audit::start(&data, clock.now_ms(), &metrics).unwrap();
         // Nobody erases anything here.
         let (erase, _) = erase::queue();
