@@ -12,8 +12,8 @@
 //!
 //! # What is in it
 //!
-//! The store and the audit log. The pings in the store are sealed; the keys are not in it, and must not be, since a backup
-//! that holds them keeps alive what was erased.
+//! The store and the audit log. What is kept of users in the store is sealed; the keys are not in it, and must not be,
+//! since a backup that holds them keeps alive what was erased.
 
 pub mod command;
 pub mod folder;
@@ -78,7 +78,7 @@ pub enum BackupError {
     )]
     OtherStore(PathBuf),
     /// There is none.
-    #[error("there is no backup in {0}")]
+    #[error("there is no backup in {0}: name the folder that `waypost backup --to` wrote to")]
     None(PathBuf),
     /// There is none of that number.
     #[error("there is no backup {number} in {folder}; those that are there: {there}")]

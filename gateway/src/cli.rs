@@ -13,6 +13,7 @@ use crate::{
     config::{self, Config},
     enrol::EnrolmentConfig,
     erase::command::{self as erase, EraseArgs},
+    feed::FreshnessConfig,
     gateway::{Addresses, Gateway},
     invite::{self, InviteArgs},
     logging,
@@ -307,13 +308,18 @@ pub fn report(failure: &Failure) {
     reason = "for whoever typed --dev, not for the log"
 )]
 fn welcome(config: &Config, addresses: Addresses) {
-    let data = config.data_dir.display();
+    let (data, checker) = (config.data_dir.display(), pki::DEVELOPMENT_CHECKER);
     let Addresses {
         devices,
         freshness,
         admin,
         enrolment,
     } = addresses;
+    let is_expected_there = freshness == FreshnessConfig::default().listen;
+    let at = match is_expected_there {
+        true => String::new(),
+        false => format!(" --addr https://{freshness}"),
+    };
     let enrolment = enrolment.map_or_else(
         || "off".to_owned(),
         |address| format!("{address}/udp  QUIC, waypost-enroll/1"),
@@ -331,8 +337,8 @@ Waypost is running for development, on this machine only.
 
 Try in a second terminal:
   loadtest steady --addr {devices} --pki {data}/pki
-  waypost watch --data {data}
-  waypost invite --data {data}
+  waypost watch --data {data}{at}
+  waypost invite --data {data}{at} --checker {checker}
   curl -s http://{admin}/metrics | grep waypost_pings
 
 Ctrl-C stops it in order.

@@ -32,7 +32,7 @@ The gateway must have an authority under [enrolment], and the name of the operat
 enrolment.operators; `waypost serve --dev` has both.
 
 Examples:
-  waypost invite --checker night-watch   a new user, whom night-watch may be told of, with a code for a day
+  waypost invite --checker dev           a new user, whom the checker dev may be told of, with a code for a day
   waypost invite --expires 10m           for somebody who is in the room
   waypost invite --user UUID             a further device of a user, also when one was lost")]
 pub struct InviteArgs {
@@ -77,7 +77,8 @@ pub struct InviteArgs {
 pub enum InviteError {
     /// A certificate or key cannot be read.
     #[error(
-        "cannot read {path}: {source}; make one with `waypost pki operator`, or name the file with --{option}"
+        "cannot read {path}: {source}; name the file with --{option}. `waypost pki operator NAME` makes an operator's \
+         certificate and key, and a gateway that is started with --dev has its own in its data folder"
     )]
     Unreadable {
         /// The file.
@@ -100,7 +101,7 @@ pub enum InviteError {
     },
     /// It issues no certificates.
     #[error(
-        "the gateway issues no certificates: set enrolment.ca_certificate and enrolment.ca_key, or make one with `waypost pki device`"
+        "the gateway issues no certificates: set enrolment.ca_certificate and enrolment.ca_key, or make a device's certificate with `waypost pki device`"
     )]
     NotOffered,
     /// It says no.

@@ -26,7 +26,7 @@
 //! 2. The order of a commit is durable, then visible, then acknowledged.
 //! 3. A failed commit is final: nothing more is acknowledged, the process says why and exits.
 //! 4. Every queue is bounded; what happens when it is full is written where it is made.
-//! 5. Only [`store`] knows RocksDB, and it gives it no ping unsealed. Only [`worker`], [`transport`], `steer`,
+//! 5. Only [`store`] knows RocksDB, and it gives it nothing of a user unsealed. Only [`worker`], [`transport`], `steer`,
 //!    [`newcomers`], `accept`, `handshake`, [`session`], [`connected`] and the door of [`enrol`] speak QUIC, and only
 //!    [`tls`] and [`pki`] read and make certificates. Only [`metrics`] knows metric names. `proto` knows none of them.
 //! 6. Nothing a peer sends can panic the process, and no coordinate leaves it except to its holder, or to the operator

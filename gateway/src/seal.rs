@@ -201,7 +201,7 @@ impl Identity {
     pub fn new(family: &str, key: &[u8], nonce: [u8; NONCE_BYTES]) -> Self {
         let mut associated = [0; ASSOCIATED_BYTES];
         let associated_bytes = key.len() + family.len();
-        // A family's keys are all of one length, so no two pairs look the same.
+        // Keys of a family that are sealed are all of one length, so no two pairs look the same.
         associated[..key.len()].copy_from_slice(key);
         associated[key.len()..associated_bytes].copy_from_slice(family.as_bytes());
         Self {

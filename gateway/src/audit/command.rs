@@ -40,7 +40,7 @@ Exit code: 0 it holds together, 1 it does not or cannot be read, 2 the command l
         #[arg(long, value_name = "FILE", conflicts_with = "data")]
         file: Option<PathBuf>,
         /// A hash that was noted earlier and must be in the log
-        #[arg(long, value_name = "HASH")]
+        #[arg(long, value_name = "HASH", value_parser = hash)]
         contains: Option<String>,
         /// Print JSON, for programs
         #[arg(long)]
@@ -48,11 +48,27 @@ Exit code: 0 it holds together, 1 it does not or cannot be read, 2 the command l
     },
 }
 
+/// Reads a hash as it is noted, so that a mistake is not taken for a log that was changed.
+fn hash(text: &str) -> Result<String, String> {
+    let is_hash = text.len() == HASH_DIGITS && text.bytes().all(|digit| digit.is_ascii_hexdigit());
+    match is_hash {
+        true => Ok(text.to_ascii_lowercase()),
+        false => Err(format!(
+            "a hash is {HASH_DIGITS} hexadecimal digits, as in the gateway's log"
+        )),
+    }
+}
+
+/// SHA-256.
+const HASH_DIGITS: usize = 64;
+
 /// Why a log cannot be relied on.
 #[derive(Debug, thiserror::Error)]
 pub enum VerifyError {
     /// It is not there, or cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error(
+        "cannot read {path}: {source}; name the data folder with --data, or a copy of the log with --file"
+    )]
     Unreadable {
         /// The file.
         path: PathBuf,

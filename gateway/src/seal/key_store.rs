@@ -116,7 +116,7 @@ pub enum KeyError {
     /// Keys are missing that rows were sealed with.
     #[error(
         "keys are missing in {folder}: {found} of {needed} are known. An older copy of the folder was put in place, or \
-         it was damaged; without the others some users' pings cannot be read. Put back a newer copy"
+         it was damaged; without the others some users' rows cannot be opened. Put back a newer copy"
     )]
     Missing {
         /// The folder.

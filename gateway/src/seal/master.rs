@@ -46,7 +46,8 @@ pub enum MasterKeyError {
     Ambiguous,
     /// The file cannot be read.
     #[error(
-        "cannot read the master key in {path}: {source}; `waypost keys init --file FILE` makes a new one"
+        "cannot read the master key in {path}: {source}; put it back, or name its place under [store.sealing]. Only for a \
+         store that is yet to be made: `waypost keys init --file FILE` makes one"
     )]
     File {
         /// The file.

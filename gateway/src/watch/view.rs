@@ -294,7 +294,7 @@ impl Report {
                 line
             }
             Self::SnapshotEnd { count, .. } => {
-                format!("that was all: {count} users; changes follow")
+                format!("that was all, users: {count}; changes follow")
             }
             Self::Progress { resolved_ms: 0, .. } => {
                 "catching up; silence means nothing yet".to_owned()
