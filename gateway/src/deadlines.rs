@@ -121,7 +121,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Its name in metrics.
+    /// Its name in metrics and exports.
     #[must_use]
     pub fn as_label(self) -> &'static str {
         match self {

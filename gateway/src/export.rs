@@ -4,8 +4,9 @@
 //! where it goes.
 //!
 //! JSON Lines hold one object a line, each with its `kind`: first the user, then each checker, each device, each pause and
-//! its end and what was granted or withdrawn, each ping, and at last `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON
-//! holds the pings as points, and the rest beside them under `waypost`.
+//! its end and what was granted or withdrawn, what each checker expects and what it was told of that, each ping, and at last
+//! `end` with what there was of each, so that a copy that was cut short is known as such. GeoJSON holds the pings as points,
+//! and the rest beside them under `waypost`.
 
 pub mod command;
 pub mod source;
@@ -27,6 +28,7 @@ use waypost_proto::{
 
 use crate::{
     audit::Recipient,
+    deadlines::{Checker, Event, Registration},
     grants::{CheckerSet, Checkers, Decisions},
     sharing::{Sharing, Transition, Turn},
     store::Day,
@@ -63,6 +65,19 @@ pub struct Subject {
     pub checkers: Checkers,
 }
 
+/// What is held on a user beside pings.
+#[derive(Clone, Debug, Default)]
+pub struct Beside {
+    /// The user's devices.
+    pub devices: Vec<(DeviceId, DeviceRecord)>,
+    /// When the holder paused and resumed, granted and withdrew.
+    pub transitions: Vec<Transition>,
+    /// What checkers expect.
+    pub deadlines: Vec<Registration>,
+    /// What they were told of that.
+    pub events: Vec<Event>,
+}
+
 /// Writes one user's data.
 #[derive(Debug)]
 pub struct Exporter<Out> {
@@ -76,6 +91,8 @@ struct Counts {
     checkers: u64,
     devices: u64,
     transitions: u64,
+    deadlines: u64,
+    deadline_events: u64,
     pings: u64,
 }
 
@@ -111,6 +128,21 @@ enum Line {
         #[serde(skip_serializing_if = "Vec::is_empty")]
         checkers: Vec<String>,
         at: Moment,
+    },
+    Deadline {
+        checker: Option<String>,
+        expect_every_ms: u64,
+        grace_ms: u64,
+        since: Moment,
+        /// While the user is late: since when that is known.
+        late: Moment,
+    },
+    DeadlineEvent {
+        checker: Option<String>,
+        event: &'static str,
+        at: Moment,
+        last_contact: Moment,
+        due: Moment,
     },
     Ping(Box<PingLine>),
     End(Counts),
@@ -169,7 +201,7 @@ struct Geometry {
 struct Moment(u64);
 
 impl<Out: Write> Exporter<Out> {
-    /// Begins with the user as a whole, its devices and what happened to it.
+    /// Begins with the user as a whole and all that is not pings.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -177,23 +209,20 @@ impl<Out: Write> Exporter<Out> {
         mut out: Out,
         format: Format,
         subject: &Subject,
-        devices: &[(DeviceId, DeviceRecord)],
-        transitions: &[Transition],
+        beside: &Beside,
     ) -> io::Result<Self> {
         let shown = subject.decisions.shown(&subject.checkers);
-        let user = std::iter::once(user_line(subject, &shown));
-        let checkers = shown.iter().map(checker_line);
-        let devices_lines = devices
-            .iter()
-            .map(|(device, record)| device_line(*device, record));
-        let transition_lines = transitions
-            .iter()
-            .map(|transition| transition_line(transition, &subject.checkers));
-        let lines: Vec<_> = user
-            .chain(checkers)
-            .chain(devices_lines)
-            .chain(transition_lines)
-            .collect();
+        let checkers = &subject.checkers;
+        let mut lines = vec![user_line(subject, &shown)];
+        lines.extend(shown.iter().map(checker_line));
+        let devices = beside.devices.iter();
+        lines.extend(devices.map(|(device, record)| device_line(*device, record)));
+        let transitions = beside.transitions.iter();
+        lines.extend(transitions.map(|transition| transition_line(transition, checkers)));
+        let deadlines = beside.deadlines.iter();
+        lines.extend(deadlines.map(|deadline| deadline_line(deadline, checkers)));
+        let events = beside.events.iter();
+        lines.extend(events.map(|event| event_line(event, checkers)));
         match format {
             Format::Jsonl => {
                 for line in &lines {
@@ -211,8 +240,10 @@ impl<Out: Write> Exporter<Out> {
             format,
             counts: Counts {
                 checkers: shown.len() as u64,
-                devices: devices.len() as u64,
-                transitions: transitions.len() as u64,
+                devices: beside.devices.len() as u64,
+                transitions: beside.transitions.len() as u64,
+                deadlines: beside.deadlines.len() as u64,
+                deadline_events: beside.events.len() as u64,
                 pings: 0,
             },
         })
@@ -314,6 +345,33 @@ fn transition_line(transition: &Transition, checkers: &Checkers) -> Line {
     }
 }
 
+/// A checker's name; none if this store has never known it by one.
+fn name_of(checker: Checker, checkers: &Checkers) -> Option<String> {
+    let mut names = checkers.iter().map(|(_, name)| name);
+    let name = names.find(|name| Checker::named(name) == checker);
+    name.map(str::to_owned)
+}
+
+fn deadline_line(deadline: &Registration, checkers: &Checkers) -> Line {
+    Line::Deadline {
+        checker: name_of(deadline.checker, checkers),
+        expect_every_ms: deadline.setting.expect_every_ms,
+        grace_ms: deadline.setting.grace_ms,
+        since: Moment(deadline.since_ms),
+        late: Moment(deadline.late.map_or(0, |late| late.at_ms)),
+    }
+}
+
+fn event_line(event: &Event, checkers: &Checkers) -> Line {
+    Line::DeadlineEvent {
+        checker: name_of(event.checker, checkers),
+        event: event.kind.as_label(),
+        at: Moment(event.at_ms),
+        last_contact: Moment(event.last_contact_ms),
+        due: Moment(event.due_ms),
+    }
+}
+
 fn ping_line(device: DeviceId, epoch: u32, receive_ms: u64, ping: &Ping) -> PingLine {
     PingLine {
         device: device.device,
@@ -380,6 +438,7 @@ mod tests {
     use waypost_proto::device::Clocks;
 
     use super::*;
+    use crate::deadlines::{Kind, Setting};
 
     const USER: UserId = UserId([0x11; 16]);
     /// 2026-08-20 12:34:56.789 UTC.
@@ -432,9 +491,32 @@ mod tests {
             number: 1,
             ..withdrawn
         };
-        let (devices, turned) = ([(device, record)], [withdrawn, paused]);
-        let mut exporter =
-            Exporter::begin(Vec::new(), format, &subject, &devices, &turned).unwrap();
+        let deadline = Registration {
+            checker: Checker::named("night-watch"),
+            user: USER,
+            setting: Setting {
+                expect_every_ms: 60_000,
+                grace_ms: 5,
+            },
+            since_ms: NOON_MS,
+            late: None,
+        };
+        let late = Event {
+            checker: Checker::named("of before there were numbers"),
+            user: USER,
+            kind: Kind::Late,
+            position: 7,
+            at_ms: NOON_MS + 1_000,
+            last_contact_ms: 0,
+            due_ms: NOON_MS,
+        };
+        let beside = Beside {
+            devices: vec![(device, record)],
+            transitions: vec![withdrawn, paused],
+            deadlines: vec![deadline],
+            events: vec![late],
+        };
+        let mut exporter = Exporter::begin(Vec::new(), format, &subject, &beside).unwrap();
         let full = Ping {
             accuracy_dm: Some(35),
             altitude_dm: Some(-123),
@@ -472,6 +554,10 @@ mod tests {
                 json!({"kind": "transition", "state": "withdrawn", "checkers": ["night-watch"],
                     "at": later}),
                 json!({"kind": "transition", "state": "paused", "at": later}),
+                json!({"kind": "deadline", "checker": "night-watch", "expect_every_ms": 60_000,
+                    "grace_ms": 5, "since": noon, "late": null}),
+                json!({"kind": "deadline_event", "checker": null, "event": "late", "at": later,
+                    "last_contact": null, "due": noon}),
                 json!({"kind": "ping", "device": 7, "epoch": 3, "seq": 1, "sampled": noon,
                     "received": "2026-08-20T12:34:56.794Z", "latitude": 53.512_345_7,
                     "longitude": -10.123_456_7, "accuracy_m": 3.5, "altitude_m": -12.3,
@@ -479,7 +565,8 @@ mod tests {
                     "battery_percent": 55, "source": "gnss"}),
                 json!({"kind": "ping", "device": 7, "epoch": 3, "seq": 2, "sampled": noon,
                     "received": "2026-08-20T12:34:56.795Z", "latitude": -1e-7, "longitude": 0.0}),
-                json!({"kind": "end", "checkers": 1, "devices": 1, "transitions": 2, "pings": 2}),
+                json!({"kind": "end", "checkers": 1, "devices": 1, "transitions": 2,
+                    "deadlines": 1, "deadline_events": 1, "pings": 2}),
             ]
         );
     }
@@ -488,7 +575,7 @@ mod tests {
     fn a_map_finds_points_with_longitude_first() {
         let map: Value = serde_json::from_str(&export(Format::Geojson)).unwrap();
         assert_eq!(map["type"], "FeatureCollection");
-        assert_eq!(map["waypost"].as_array().unwrap().len(), 5);
+        assert_eq!(map["waypost"].as_array().unwrap().len(), 7);
         let features = map["features"].as_array().unwrap();
         assert_eq!(features.len(), 2);
         assert_eq!(

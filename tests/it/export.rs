@@ -3,9 +3,13 @@
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
+use bytes::Bytes;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
+use tonic::transport::Channel;
+use waypost_checker::rpc::freshness_client::FreshnessClient;
 use waypost_proto::{
+    id::UserId,
     ping::Ping,
     session::Lane,
     v1::{self, control, control_result::Outcome, device_frame, gateway_frame},
@@ -51,6 +55,18 @@ fn of_kind<'a>(lines: &'a [Value], kind: &str) -> Vec<&'a Value> {
     lines.iter().filter(|line| line["kind"] == kind).collect()
 }
 
+/// A checker expects the user, and another one that nobody has to hear of.
+async fn expect_hourly(checker: &mut FreshnessClient<Channel>, user: UserId) {
+    let expect = |user: UserId| v1::DeadlineSetting {
+        user: Bytes::copy_from_slice(&user.0),
+        expect_every_ms: 3_600_000,
+        grace_ms: 0,
+    };
+    let deadlines = vec![expect(user), expect(UserId([0xee; 16]))];
+    let request = v1::SetDeadlinesRequest { deadlines };
+    checker.set_deadlines(request).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybody_else() {
     let world = World::start().await;
@@ -90,6 +106,7 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     let position = lane.ack().await.position;
     let mut checker = world.checker().await;
     checker.watch(v1::WatchRequest::default()).await.unwrap();
+    expect_hourly(&mut checker, device.id.user).await;
     world
         .metrics_until(|page| page.value("waypost_audit_entries_total") == 2.0)
         .await;
@@ -127,7 +144,14 @@ async fn a_device_gets_everything_that_is_held_on_its_user_and_nothing_of_anybod
     let first = of_kind(&lines, "ping")[0];
     let latitude = f64::from(ping(1).latitude_e7) / 1e7;
     assert_eq!(first["latitude"], json!(latitude));
-    let end = json!({"kind": "end", "checkers": 1, "devices": 2, "transitions": 2, "pings": 901});
+    let deadlines = of_kind(&lines, "deadline");
+    let of_dev = (
+        deadlines[0]["checker"].clone(),
+        deadlines[0]["expect_every_ms"].clone(),
+    );
+    assert_eq!(of_dev, (json!("dev"), json!(3_600_000)));
+    let end = json!({"kind": "end", "checkers": 1, "devices": 2, "transitions": 2, "deadlines": 1,
+        "deadline_events": 0, "pings": 901});
     assert_eq!(lines.last(), Some(&end));
 
     // It is on record, and the lane goes on.
@@ -213,6 +237,7 @@ async fn the_command_gives_what_the_device_gets_with_a_gateway_and_without_one()
     }
     let mut checker = world.checker().await;
     checker.watch(v1::WatchRequest::default()).await.unwrap();
+    expect_hourly(&mut checker, device.id.user).await;
     world
         .metrics_until(|page| page.value("waypost_audit_entries_total") == 2.0)
         .await;

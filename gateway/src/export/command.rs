@@ -269,7 +269,12 @@ mod tests {
         filled(&data_dir);
         let text = export(&data_dir, &[]).unwrap();
         assert_eq!(text.lines().count(), 5, "{text}");
-        assert!(text.ends_with("\"transitions\":0,\"pings\":2}\n"), "{text}");
+        assert!(
+            text.ends_with(
+                "\"transitions\":0,\"deadlines\":0,\"deadline_events\":0,\"pings\":2}\n"
+            ),
+            "{text}"
+        );
         let output = folder.path().join("map.json");
         fs::write(&output, "an older one").unwrap();
         let options = ["--format", "geojson", "--output", output.to_str().unwrap()];

@@ -10,7 +10,7 @@ use std::{
 
 use waypost_proto::id::UserId;
 
-use super::{Exporter, Format, Subject};
+use super::{Beside, Exporter, Format, Subject};
 use crate::{
     audit,
     inspect::Moment,
@@ -103,8 +103,13 @@ impl Source<'_> {
             decisions: view.decisions()?,
             checkers: self.store.load_checkers()?,
         };
-        let (devices, transitions) = (view.devices()?, view.transitions()?);
-        let mut exporter = Exporter::begin(out, format, &subject, &devices, &transitions)?;
+        let beside = Beside {
+            devices: view.devices()?,
+            transitions: view.transitions()?,
+            deadlines: view.deadlines()?,
+            events: view.events()?,
+        };
+        let mut exporter = Exporter::begin(out, format, &subject, &beside)?;
         for row in view.rows() {
             let row = row?;
             for ping in &row.record.pings {

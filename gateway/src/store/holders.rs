@@ -13,7 +13,7 @@
 //! The fence and the transition that says it are in clear, since there is no key any more; so whatever is sealed is
 //! neither.
 
-use std::{io, ops::Range};
+use std::{collections::BTreeSet, io, ops::Range};
 
 use prost::Message;
 use rocksdb::{BottommostLevelCompaction, CompactOptions, Direction, IteratorMode};
@@ -233,6 +233,29 @@ impl Store {
         Ok(kept)
     }
 
+    /// Whose erasure has begun.
+    pub(super) fn fenced(&self) -> Result<BTreeSet<UserId>, ReadError> {
+        let mut fenced = BTreeSet::new();
+        for row in self.scan(&self.family(USERS), None) {
+            let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            if !sealed::is_sealed(&value) && withheld(&key, &value)?.1.is_some() {
+                fenced.extend(sealed::first_user(&key));
+            }
+        }
+        Ok(fenced)
+    }
+
+    /// How one user does not share; none of one who does.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn withheld_of(&self, user: UserId) -> Result<Option<Withheld>, ReadError> {
+        let row = self.db.get_cf(&self.family(USERS), user.0);
+        let row = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+        let read = row.map(|value| Ok(self.withheld(user, &value)?.0));
+        read.transpose()
+    }
+
     /// How many users have paused or erased everything. No row is opened.
     ///
     /// # Errors
@@ -320,8 +343,8 @@ impl Store {
         Ok(counts)
     }
 
-    /// The events that checkers were told of a user, but for the one that says that everything was erased, and what was
-    /// decided of checkers. Looks at the events of all users.
+    /// The events that checkers were told of a user, but for the one that says that everything was erased, what was decided
+    /// of checkers, and what they expect. Looks at the events of all users.
     ///
     /// # Errors
     /// When one cannot be read.
@@ -330,6 +353,11 @@ impl Store {
         if self.has_decisions(user)? {
             events.0.push((GRANTS, user.0.to_vec()));
         }
+        // The fence has removed them; this is for what may have come otherwise.
+        let deadlines = self.expected()?.into_iter();
+        let of_user = deadlines.filter(|(_, expected)| *expected == user);
+        let keys = of_user.map(|(checker, user)| notices::deadline_key(checker, user).into());
+        events.0.extend(keys.map(|key| (notices::DEADLINES, key)));
         for row in self.scan(&self.family(notices::EVENTS), None) {
             let (key, _) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
             if key.ends_with(&user.0) {
@@ -659,6 +687,8 @@ mod tests {
         let checker = Checker([7; 16]);
         let folder = tempfile::tempdir().unwrap();
         let store = open(folder.path());
+        // The users' keys stay, and are known by whose they are.
+        let files = folder.path().join("store");
         for (user, position) in [(alice, 3), (bob, 4)] {
             let late = Event {
                 checker,
@@ -680,17 +710,17 @@ mod tests {
         batch.forget_events(checker, 3);
         store.commit(batch).unwrap();
         assert_eq!(store.events_of(checker, 0..u64::MAX, 9).unwrap().len(), 1);
-        assert!(is_in(folder.path(), alice), "the control");
+        assert!(is_in(&files, alice), "the control");
         store.purge_events().unwrap();
         // Files that are no longer needed go in the background.
         let is_gone = (0..2_000).any(|_| {
-            let is_gone = !is_in(folder.path(), alice);
+            let is_gone = !is_in(&files, alice);
             if !is_gone {
                 std::thread::sleep(std::time::Duration::from_millis(5));
             }
             is_gone
         });
         assert!(is_gone);
-        assert!(is_in(folder.path(), bob));
+        assert!(is_in(&files, bob));
     }
 }

@@ -94,8 +94,6 @@ struct EventRow {
 pub struct KeptDeadlines {
     /// By checker and user.
     pub registrations: Vec<Registration>,
-    /// Those of users who were erased, which cannot be opened any more: whose, and of whom.
-    pub orphans: Vec<(Checker, UserId)>,
     /// By checker.
     pub forgotten: Vec<(Checker, u64)>,
 }
@@ -229,12 +227,37 @@ impl Store {
                 continue;
             }
             let (checker, user) = deadline_of(&key)?;
-            match self.unless_erased(self.registration(checker, user, &key, &value)) {
-                None => kept.orphans.push((checker, user)),
-                Some(registration) => kept.registrations.push(registration?),
+            let registration = self.registration(checker, user, &key, &value);
+            if let Some(registration) = self.unless_erased(registration) {
+                kept.registrations.push(registration?);
             }
         }
         Ok(kept)
+    }
+
+    /// Which checker expects whom. No row is opened.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn expected(&self) -> Result<Vec<(Checker, UserId)>, ReadError> {
+        let mut expected = Vec::new();
+        for row in self.scan(&self.family(DEADLINES), None) {
+            let (key, _) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
+            // Under a checker alone is what is no longer kept.
+            if key.len() != CHECKER_BYTES {
+                expected.push(deadline_of(&key)?);
+            }
+        }
+        Ok(expected)
+    }
+
+    /// All events, by checker and position.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn events(&self) -> impl Iterator<Item = Result<Event, ReadError>> {
+        let rows = self.scan(&self.family(EVENTS), None);
+        rows.filter_map(|row| self.event(row))
     }
 
     /// A checker's deadlines after a user, by user, at most `limit`.
@@ -330,6 +353,36 @@ impl Store {
         self.unless_erased(read())
     }
 
+    /// Reads a row of deadlines; none for one of another user.
+    pub(super) fn registration_of(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        of: UserId,
+    ) -> Result<Option<Registration>, ReadError> {
+        if key.len() == CHECKER_BYTES {
+            return Ok(None);
+        }
+        let (checker, user) = deadline_of(key)?;
+        let is_wanted = (user == of).then(|| self.registration(checker, user, key, value));
+        is_wanted.transpose()
+    }
+
+    /// Reads a row of events; none for one of another user.
+    pub(super) fn event_of_user(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        of: UserId,
+    ) -> Result<Option<Event>, ReadError> {
+        let (checker, position, user) = event_of(key)?;
+        if user != of {
+            return Ok(None);
+        }
+        let value = self.opened(EVENTS, user, key, value)?;
+        event(key, checker, position, user, &value).map(Some)
+    }
+
     fn registration(
         &self,
         checker: Checker,
@@ -415,7 +468,7 @@ fn span_id(key: &[u8]) -> Option<SpanId> {
     })
 }
 
-fn deadline_key(checker: Checker, user: UserId) -> [u8; DEADLINE_KEY_BYTES] {
+pub(super) fn deadline_key(checker: Checker, user: UserId) -> [u8; DEADLINE_KEY_BYTES] {
     let mut key = [0; DEADLINE_KEY_BYTES];
     key[..CHECKER_BYTES].copy_from_slice(&checker.0);
     key[CHECKER_BYTES..].copy_from_slice(&user.0);

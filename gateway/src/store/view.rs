@@ -17,9 +17,11 @@ use super::{
     DEVICES, Day, META, META_POSITION, PingRow, ReadError, Store, fixed,
     grants::GRANTS,
     holders::{TRANSITIONS, USERS},
+    notices::{DEADLINES, EVENTS},
     sealed, settings,
 };
 use crate::{
+    deadlines::{Event, Registration},
     erase::Erasure,
     grants::Decisions,
     sharing::{Sharing, Transition},
@@ -143,14 +145,48 @@ impl UserView<'_> {
     /// # Errors
     /// When one cannot be read.
     pub fn transitions(&self) -> Result<Vec<Transition>, ReadError> {
-        let family = self.store.family(TRANSITIONS);
+        let rows = self.all_of(TRANSITIONS, |key, value| {
+            self.store.transition_row(key, value, Some(self.user))
+        });
+        rows.collect()
+    }
+
+    /// What checkers expect of the user. Looks at what they expect of all users.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn deadlines(&self) -> Result<Vec<Registration>, ReadError> {
+        let rows = self.all_of(DEADLINES, |key, value| {
+            self.store.registration_of(key, value, self.user)
+        });
+        rows.collect()
+    }
+
+    /// What checkers were told when they had expected the user. Looks at what they were told of all users.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn events(&self) -> Result<Vec<Event>, ReadError> {
+        let rows = self.all_of(EVENTS, |key, value| {
+            self.store.event_of_user(key, value, self.user)
+        });
+        rows.collect()
+    }
+
+    /// All rows of a family from which something is read.
+    fn all_of<T>(
+        &self,
+        family: &str,
+        read: impl Fn(&[u8], &[u8]) -> Result<Option<T>, ReadError>,
+    ) -> impl Iterator<Item = Result<T, ReadError>> {
+        let family = self.store.family(family);
         let mode = IteratorMode::Start;
         let rows = self.store.db.iterator_cf_opt(&family, self.options(), mode);
-        let transitions = rows.map(|row| {
+        let read = rows.map(move |row| {
             let (key, value) = row.map_err(|error| ReadError::RocksDb(error.into_string()))?;
-            self.store.transition_row(&key, &value, Some(self.user))
+            read(&key, &value)
         });
-        transitions.filter_map(Result::transpose).collect()
+        read.filter_map(Result::transpose)
     }
 
     /// The user's pings: by day, and within a day by device, epoch and sequence number.
