@@ -21,8 +21,7 @@ use crate::{
     config::{self, Config, ConfigError},
     console::{parse_user, print},
     hex::hex,
-    sharing::Sharing,
-    store::{Day, OpenError, PingKey, PingRow, ReadError, Store},
+    store::{Day, Held, OpenError, PingKey, PingRow, ReadError, Store},
 };
 
 /// Show what a store holds: counts and times, never positions.
@@ -32,7 +31,7 @@ pub struct InspectArgs {
     #[arg(long = "data", value_name = "DIR")]
     pub data_dir: PathBuf,
     /// The gateway's configuration file, which says where the master key is. Without it, and without the environment,
-    /// that is the data folder; rows that cannot be opened are counted, and their pings are not
+    /// that is the data folder. Without the key rows are counted and their pings are not, and of one user nothing is shown
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Show the devices of this user instead of the store as a whole.
@@ -58,6 +57,14 @@ pub enum InspectError {
     /// No device of the user was ever heard.
     #[error("the store knows no device of user {0}")]
     UnknownUser(UserId),
+    /// Everything was erased, or is on its way to be.
+    #[error("user {user} has erased everything, {since}")]
+    Erased {
+        /// Who.
+        user: UserId,
+        /// When nothing more was taken.
+        since: String,
+    },
     /// The output is closed.
     #[error("cannot write the report: {0}")]
     Output(#[from] io::Error),
@@ -178,6 +185,10 @@ fn store_report(store: &Store) -> Result<StoreReport, InspectError> {
 }
 
 fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> {
+    if let Held::Erased(erasure) = store.held_of(user)? {
+        let since = Moment(erasure.fenced_ms).to_string();
+        return Err(InspectError::Erased { user, since });
+    }
     let mut days: BTreeMap<DeviceId, BTreeMap<Day, Count>> = BTreeMap::new();
     for row in store.rows_of(user) {
         let row = counted(row)?;
@@ -199,11 +210,10 @@ fn user_report(store: &Store, user: UserId) -> Result<UserReport, InspectError> 
     if devices.is_empty() {
         return Err(InspectError::UnknownUser(user));
     }
-    let mut withheld = store.load_holders()?.withheld.into_iter();
-    let pause = withheld.find(|(of, withheld)| *of == user && withheld.sharing == Sharing::Paused);
+    let pause = store.withheld_of(user)?;
     Ok(UserReport {
         user: user.to_string(),
-        paused_since_ms: pause.map_or(0, |(_, pause)| pause.since_ms),
+        paused_since_ms: pause.map_or(0, |pause| pause.since_ms),
         devices,
     })
 }
@@ -383,7 +393,7 @@ mod tests {
     use crate::{
         bulletin::News,
         grants::CheckerSet,
-        sharing::{Transition, Turn},
+        sharing::{Sharing, Transition, Turn},
         store::{PingKey, StoreConfig, record},
     };
 

@@ -76,8 +76,6 @@ pub struct PutBack {
     pub devices: u64,
     /// Pings that are in it and can be read.
     pub pings: u64,
-    /// Rows of pings that cannot be read, for their users' keys are missing.
-    pub sealed_rows: u64,
     /// Users who were erased since.
     pub erased: usize,
     /// Who was revoked since, or is not any more.
@@ -168,7 +166,7 @@ const STORE: &str = "store";
 pub fn restore(wanted: &Wanted<'_>) -> Result<PutBack, RestoreError> {
     let data_dir = wanted.data_dir;
     let place = data_dir.join(STORE);
-    if place.symlink_metadata().is_ok() {
+    if !Store::clear_place_in(data_dir) {
         return Err(RestoreError::Occupied(data_dir.to_owned()));
     }
     let backups = Backups::open_existing(wanted.from)?;
@@ -371,19 +369,22 @@ fn bring_up_to_date(
     Ok(done)
 }
 
-/// Opens every row there is. What is in none cannot be missed: the store says itself up to which commit it must go.
+/// Opens every row there is: one whose user's key is missing keeps the store from being put back. What is in none cannot be
+/// missed: the store says itself up to which commit it must go.
 fn read_everything(store: &Store, done: &mut PutBack) -> Result<(), ReadError> {
     for device in store.devices() {
         device?;
         done.devices += 1;
     }
     for row in store.rows() {
-        match row {
-            Ok(row) => done.pings += row.record.pings.len() as u64,
-            Err(ReadError::Sealed { .. }) => done.sealed_rows += 1,
-            Err(error) => return Err(error),
-        }
+        done.pings += row?.record.pings.len() as u64;
     }
+    for event in store.events() {
+        event?;
+    }
+    store.transitions(0..u64::MAX, usize::MAX)?;
+    store.load_holders()?;
+    store.load_decisions()?;
     store.load_coverage()?;
     store.load_deadlines()?;
     store.load_invitations()?;

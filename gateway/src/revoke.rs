@@ -136,7 +136,7 @@ pub fn run(args: &RevokeArgs, out: &mut impl Write) -> Result<(), RevokeError> {
         Some(device) => Subject::Device(DeviceId { user, device }),
     });
     let Some(subject) = subject else {
-        let revocations = Store::open_read_only(data_dir)?.load_revocations()?;
+        let revocations = Store::open_without_keys(data_dir)?.load_revocations()?;
         return Ok(print(&List::new(&revocations), *json, out)?);
     };
     let (outcome, is_running) = carry_out(args, subject)?;
@@ -195,7 +195,7 @@ fn write(args: &RevokeArgs, subject: Subject) -> Result<Outcome, RevokeError> {
     if !is_lifted && MOST_REVOKED <= kept.len() {
         return Err(NoRoom.into());
     }
-    let (_, recovered) = store.load_devices()?;
+    let recovered = store.recovered()?;
     let what = match is_lifted {
         false => What::Revoked,
         true => What::RevocationLifted,

@@ -86,7 +86,7 @@ pub(crate) fn open_store(
     now_ms: u64,
 ) -> Result<Store, StandaloneError> {
     // To open it for writing would make one where there is none.
-    drop(Store::open_read_only(data_dir)?);
+    drop(Store::open_without_keys(data_dir)?);
     let config = StoreConfig {
         retention: Duration::MAX,
         ..load_config(data_dir, config)?.store

@@ -269,6 +269,7 @@ impl Store {
         if facts.position < watermark.position {
             return Err(behind(&folder, facts.position, watermark.position));
         }
+        facts::raise_format(&db, data_dir)?;
         facts.heard_until_ms = watermark.heard_until_ms;
         let keys = open_keys(data_dir, master, &facts)?;
         // A clock that was set back since the last start makes nothing younger.
@@ -345,6 +346,22 @@ impl Store {
         data_dir: &Path,
         sealing: &SealingConfig,
     ) -> Result<Self, OpenError> {
+        let mut store = Self::open_without_keys(data_dir)?;
+        // After the rows: whatever key they were sealed with was there before them.
+        if let Some(master) = sealing.master_key(data_dir)? {
+            let folder = key_store::folder_in(data_dir);
+            let incarnation = store.incarnation();
+            let keys = KeyStore::open_read_only(&folder, master, incarnation)?;
+            store.keys = Some(Mutex::new(keys));
+        }
+        Ok(store)
+    }
+
+    /// The same for whoever needs nothing that is sealed: it does not matter where the master key is.
+    ///
+    /// # Errors
+    /// As [`Self::open_read_only`].
+    pub fn open_without_keys(data_dir: &Path) -> Result<Self, OpenError> {
         let folder = Folder::of_data_dir(data_dir);
         if !folder.holds_database() {
             return Err(OpenError::NoStore {
@@ -360,17 +377,7 @@ impl Store {
                 {
                     attempt += 1;
                 }
-                Err(error) => return Err(error),
-                Ok(mut store) => {
-                    // After the rows: whatever key they were sealed with was there before them.
-                    if let Some(master) = sealing.master_key(data_dir)? {
-                        let folder = key_store::folder_in(data_dir);
-                        let incarnation = store.incarnation();
-                        let keys = KeyStore::open_read_only(&folder, master, incarnation)?;
-                        store.keys = Some(Mutex::new(keys));
-                    }
-                    return Ok(store);
-                }
+                opened => return opened,
             }
         }
     }
@@ -437,28 +444,47 @@ impl Store {
         }
     }
 
-    /// All device records, and what they say of the store as a whole. Those of users whose erasure has begun may be
-    /// missing.
+    /// All device records but those of users whose erasure has begun, and what they say of the store as a whole.
     ///
     /// # Errors
     /// When a record cannot be read: dedup cannot go on without it.
     pub fn load_devices(&self) -> Result<(Vec<(DeviceId, DeviceRecord)>, Recovered), ReadError> {
-        // The position is kept apart from the records, so that none is used twice even if the record
-        // that had the last one is gone.
-        let mut recovered = Recovered {
-            position: self.last_position()?,
-            high_water_ms: self.facts.heard_until_ms.unwrap_or_default(),
-        };
+        let mut recovered = self.recovered_without_devices()?;
+        let fenced = self.fenced()?;
         let devices = self
             .devices()
-            .filter_map(|device| self.unless_erased(device));
+            .filter_map(|device| self.unless_erased(device))
+            .filter(|device| !matches!(device, Ok((id, _)) if fenced.contains(&id.user)));
         let devices = devices.collect::<Result<Vec<_>, _>>()?;
         for (_, record) in &devices {
-            recovered.position = recovered.position.max(record.position);
-            let heard_ms = record.clocks.last_contact_ms.max(record.clocks.durable_ms);
-            recovered.high_water_ms = recovered.high_water_ms.max(heard_ms);
+            recovered.take(record);
         }
         Ok((devices, recovered))
+    }
+
+    /// What the device records say of the store as a whole, as far as they can be opened: for whoever does without dedup.
+    ///
+    /// # Errors
+    /// When the store cannot be read, or a record is damaged.
+    pub fn recovered(&self) -> Result<Recovered, ReadError> {
+        let mut recovered = self.recovered_without_devices()?;
+        for device in self.devices() {
+            match device {
+                Ok((_, record)) => recovered.take(&record),
+                Err(ReadError::SealedRow { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(recovered)
+    }
+
+    /// The position is kept apart from the records, so that none is used twice even if the record that had the last one is
+    /// gone.
+    fn recovered_without_devices(&self) -> Result<Recovered, ReadError> {
+        Ok(Recovered {
+            position: self.last_position()?,
+            high_water_ms: self.facts.heard_until_ms.unwrap_or_default(),
+        })
     }
 
     /// All device records, by user and device.
@@ -697,14 +723,11 @@ impl Store {
                     let family = self.family(name);
                     match put.operation {
                         Operation::Put => writes.put_cf(&family, key, value),
-                        Operation::PutOfUser => match of_user(sealed::last_user(key)) {
-                            // Nothing was ever heard of this user.
-                            None => writes.put_cf(&family, key, value),
-                            Some(user_key) => {
-                                sealed::seal_row(user_key, name, key, position, value, &mut sealed);
-                                writes.put_cf(&family, key, &sealed);
-                            }
-                        },
+                        Operation::PutOfUser => {
+                            let user_key = of_user(sealed::last_user(key)).expect(KEY_WAS_MADE);
+                            sealed::seal_row(user_key, name, key, position, value, &mut sealed);
+                            writes.put_cf(&family, key, &sealed);
+                        }
                         Operation::Delete => writes.delete_cf(&family, key),
                         Operation::DeleteRange => writes.delete_range_cf(&family, key, value),
                     }
@@ -873,6 +896,14 @@ impl Store {
 
     fn family(&self, name: &str) -> Arc<BoundColumnFamily<'_>> {
         permanent_family(&self.db, name)
+    }
+}
+
+impl Recovered {
+    fn take(&mut self, record: &DeviceRecord) {
+        self.position = self.position.max(record.position);
+        let heard_ms = record.clocks.last_contact_ms.max(record.clocks.durable_ms);
+        self.high_water_ms = self.high_water_ms.max(heard_ms);
     }
 }
 

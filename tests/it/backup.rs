@@ -130,10 +130,7 @@ async fn a_backup_under_load_has_all_that_was_acknowledged_and_what_is_lost_come
     let acked = fleet.acked();
     lose_store(&data_dir);
     let restored = restore(&to, &data_dir).unwrap();
-    assert_eq!(
-        (&restored["backup"], &restored["sealed_rows"]),
-        (&3.into(), &0.into())
-    );
+    assert_eq!(restored["backup"], 3);
 
     let held = Snapshot::of(&data_dir);
     let (by_name, twice) = stored(&held);
@@ -554,11 +551,7 @@ async fn who_was_erased_after_a_backup_is_erased_in_what_is_put_back() {
     lose_store(&data_dir);
     fs::remove_file(data_dir.join("audit.log")).unwrap();
     let restored = restore(&to, &data_dir).unwrap();
-    let expected = (&1.into(), &0.into());
-    assert_eq!(
-        (&restored["erased_users"], &restored["sealed_rows"]),
-        expected
-    );
+    assert_eq!(restored["erased_users"], 1);
     for folder in [&data_dir, &to] {
         let bytes = all_bytes(folder);
         assert!(telling.iter().all(|part| !has(&bytes, part)), "in clear");

@@ -4,6 +4,7 @@
 use std::fs;
 
 use bytes::Bytes;
+use tonic::Code;
 use waypost_gateway::store::{Held, Store};
 use waypost_proto::{
     id::UserId,
@@ -152,6 +153,14 @@ async fn what_was_erased_is_nowhere_and_no_device_of_the_user_gets_in_again() {
         let (entries, states) = of_user(&came, user);
         assert_eq!(entries, std::slice::from_ref(&expected));
         assert_eq!(states, [State::Erased], "not even that there was a pause");
+        let deadlines = vec![v1::DeadlineSetting {
+            user: Bytes::copy_from_slice(&user.0),
+            expect_every_ms: 60_000,
+            grace_ms: 0,
+        }];
+        let request = v1::SetDeadlinesRequest { deadlines };
+        let refused = world.checker().await.set_deadlines(request).await;
+        assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
         world.restart().await;
     }
     let mut others = world

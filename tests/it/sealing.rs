@@ -137,4 +137,26 @@ async fn an_operator_moves_to_a_key_of_their_own_and_no_ping_is_touched() {
     gateway.kill();
     let stored = pings(&opened(&data, &key_file)).unwrap();
     assert_eq!(stored, telling_pings());
+
+    // The former key stays where it was, for copies that need it, and no command takes it for the present one.
+    assert!(data.join("master.key").exists());
+    let waypost = |args: &[&str]| {
+        let mut program = Command::new(binary("waypost"));
+        program.args(args).args(["--data", data_arg]);
+        let output = program
+            .env("WAYPOST_STORE_SEALING_MASTER_KEY_FILE", key_arg)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{args:?}: {said}");
+    };
+    let user = gateway.device(1).id.user.to_string();
+    waypost(&["revoke", "--list"]);
+    waypost(&["revoke", "--user", &user]);
+    waypost(&["erase", "--yes", "--user", &user]);
+    let left = opened(&data, &key_file);
+    assert_eq!(
+        (pings(&left).unwrap(), left.device_ids().count()),
+        (vec![], 0)
+    );
 }

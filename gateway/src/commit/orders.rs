@@ -49,7 +49,8 @@ impl Committer {
     ) -> Result<(), CommitError> {
         let is_granted = |user: &UserId| {
             let granted = self.freshness.visibility(user).granted;
-            granted.contains(order.number)
+            // Of an erased user, the grants say who is told of that.
+            granted.contains(order.number) && self.holders.sharing(user) != Sharing::Erased
         };
         let set = order.settings.iter().filter(|(_, set)| set.is_some());
         if let Some(&(user, _)) = set.clone().find(|(user, _)| !is_granted(user)) {

@@ -137,7 +137,7 @@ struct Receipt {
 pub fn run(args: &EraseArgs, out: &mut impl Write) -> Result<(), EraseCommandError> {
     let mut progress = Progress::new(io::stderr());
     // A reader sees what is so far, whoever has the store open.
-    let held = Store::open_read_only(&args.data_dir)?.held_of(args.user)?;
+    let held = Store::open_without_keys(&args.data_dir)?.held_of(args.user)?;
     let was_erased = match held {
         Held::Nothing => return Err(NotHeld::Unknown(args.user).into()),
         Held::Erased(erasure) => erasure.finished_ms.is_some(),
@@ -222,7 +222,8 @@ fn wait(mut call: Call, progress: &mut Progress<impl Write>) -> Result<Erasure, 
 fn alone(args: &EraseArgs) -> Result<Erasure, EraseCommandError> {
     let EraseArgs { data_dir, user, .. } = args;
     let store = standalone::open_store(data_dir, args.config.as_deref(), system_now_ms())?;
-    let (_, recovered) = store.load_devices()?;
+    // Somebody else's key that was lost keeps nobody from being erased, and the user's own is of no use any more.
+    let recovered = store.recovered()?;
     let clock = Clock::starting_at(recovered.high_water_ms);
     let erasure = match store.held_of(*user)? {
         Held::Nothing => return Err(NotHeld::Unknown(*user).into()),
@@ -233,6 +234,7 @@ fn alone(args: &EraseArgs) -> Result<Erasure, EraseCommandError> {
                 at_ms: clock.now_ms(),
             };
             standalone::record(data_dir, What::Erased, Whose::of(&[*user]), said.at_ms)?;
+            store.note_erased(&[(*user, said.at_ms)])?;
             fence(&store, *user, said)?
         }
     };
@@ -247,11 +249,11 @@ fn fence(store: &Store, user: UserId, said: Said) -> Result<Erasure, EraseComman
     let by_all = store.load_checkers()?.are_granted_by_all();
     let told = store.decisions_of(user)?.visibility(by_all).granted;
     let fence = Transition::erased(user, told, said);
-    let registrations = store.load_deadlines()?.registrations.into_iter();
-    let of_user = registrations.filter(|registration| registration.user == user);
+    let expected = store.expected()?.into_iter();
+    let of_user = expected.filter(|(_, expected)| *expected == user);
     let news = News {
         deadlines: of_user
-            .map(|registration| Change::Removed(registration.checker, user))
+            .map(|(checker, user)| Change::Removed(checker, user))
             .collect(),
         transitions: vec![fence],
         ..News::default()
@@ -373,7 +375,7 @@ impl fmt::Display for Receipt {
         )?;
         writeln!(
             f,
-            "erased               {} devices, {} pings, {} events",
+            "erased               devices: {}, pings: {}, events: {}",
             counts.devices, counts.pings, counts.events
         )
     }
@@ -503,6 +505,26 @@ mod tests {
         let store = Store::open_read_only(folder.path()).unwrap();
         assert_eq!(store.devices_of(USER).count(), 0);
         assert_eq!(store.load_devices().unwrap().1.position, 5, "one fence");
+    }
+
+    /// A key that was lost keeps the gateway from starting, since nobody would know what was stored; not an erasure.
+    #[test]
+    fn whose_key_was_lost_can_be_erased_and_then_the_store_can_be_served_again() {
+        let folder = tempfile::tempdir().unwrap();
+        filled(&folder);
+        let open = || Store::open(folder.path(), &StoreConfig::default(), system_now_ms()).unwrap();
+        assert!(open().destroy_key(&USER, 1).unwrap());
+        std::fs::remove_file(folder.path().join("keys/erased")).unwrap();
+        let lost = open().load_devices().unwrap_err();
+        assert!(
+            lost.to_string().contains("there is no key for it"),
+            "{lost}"
+        );
+        let receipt = erase(&folder, USER).unwrap();
+        assert_eq!(receipt["counts"]["devices"], 1);
+        let store = open();
+        assert_eq!(store.load_devices().unwrap().0.len(), 1);
+        assert_eq!(store.expected().unwrap(), [(Checker([1; 16]), OTHER)]);
     }
 
     #[test]

@@ -55,9 +55,7 @@ pub fn replay(
 /// As the committer does when the holder wants it; the receipt says when that was.
 fn fence(store: &Store, users: &BTreeMap<UserId, u64>, now_ms: u64) -> Result<(), EraseError> {
     let position = store.last_position()? + 1;
-    let deadlines = store.load_deadlines()?;
-    let registrations = deadlines.registrations.into_iter();
-    let known = registrations.map(|registration| (registration.checker, registration.user));
+    let expected = store.expected()?.into_iter();
     let by_all = store.load_checkers()?.are_granted_by_all();
     let transition = |(number, user): (u32, &UserId)| {
         let said = Said {
@@ -73,8 +71,7 @@ fn fence(store: &Store, users: &BTreeMap<UserId, u64>, now_ms: u64) -> Result<()
     let transitions: Result<Vec<_>, ReadError> = (0..).zip(users.keys()).map(transition).collect();
     let transitions = transitions?;
     let news = News {
-        deadlines: known
-            .chain(deadlines.orphans)
+        deadlines: expected
             .filter(|(_, user)| users.contains_key(user))
             .map(|(checker, user)| deadlines::Change::Removed(checker, user))
             .collect(),

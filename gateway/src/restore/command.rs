@@ -58,12 +58,13 @@ struct Report {
     position: u64,
     devices: u64,
     pings: u64,
-    /// Rows that do not open, for their users' keys are missing.
-    sealed_rows: u64,
     erased_users: usize,
     revocations: usize,
     enrolled_users: usize,
     grant_changes: usize,
+    /// Whether it went by a copy of the keys.
+    #[serde(skip)]
+    is_by_copy: bool,
     #[serde(skip)]
     data_dir: PathBuf,
 }
@@ -86,7 +87,6 @@ pub fn run(args: &RestoreArgs, out: &mut impl Write) -> Result<(), RestoreError>
         position,
         devices,
         pings,
-        sealed_rows,
         erased,
         revocations,
         enrolled,
@@ -106,11 +106,11 @@ pub fn run(args: &RestoreArgs, out: &mut impl Write) -> Result<(), RestoreError>
         position,
         devices,
         pings,
-        sealed_rows,
         erased_users: erased,
         revocations,
         enrolled_users: enrolled,
         grant_changes: grants,
+        is_by_copy: args.keys.is_some(),
         data_dir: data_dir.clone(),
     };
     Ok(print(&report, args.json, out)?)
@@ -126,22 +126,21 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "It holds {} devices, and {} pings that can be read.",
+            "Every row of it opens. Devices: {}, pings: {}.",
             self.devices, self.pings
         )?;
-        match self.sealed_rows {
-            0 => writeln!(f, "Every row of it opens.")?,
-            rows => writeln!(
-                f,
-                "{rows} rows of pings do not open: the keys of their users are missing. If another copy of the keys has \
-                 them, put this backup back once more with that."
-            )?,
-        }
         if 0 < self.erased_users {
             writeln!(
                 f,
                 "Users erased after it was made, who are erased in it too: {}.",
                 self.erased_users
+            )?;
+        }
+        if self.is_by_copy {
+            writeln!(
+                f,
+                "Who was erased after the copy of the keys was made, and is in no audit log here, is not known: erase them \
+                 again with `waypost erase` before anybody is served."
             )?;
         }
         if 0 < self.revocations {

@@ -5,7 +5,7 @@
 //! Erasures are on the list beside the keys as well; that of the log is another witness, should the keys be from a copy that
 //! is older. Of revocations it is the only one, and of what holders decided of checkers. It knows the numbers of enrolled
 //! devices, which must not be given again: the certificates are out. And it knows of each life of the store that a restore
-//! has begun, however soon the next one follows.
+//! has begun, however soon the next one follows: as long as it is not lost with the store.
 
 use std::collections::BTreeMap;
 
@@ -26,7 +26,7 @@ pub struct Witness {
     enrolled: BTreeMap<UserId, u32>,
     grants: Vec<GrantChange>,
     restores: u64,
-    restored_ms: u64,
+    newest_ms: u64,
 }
 
 /// A holder has let a checker be told, or has taken that back.
@@ -53,12 +53,13 @@ impl Witness {
             enrolled: BTreeMap::new(),
             grants: Vec::new(),
             restores: 0,
-            restored_ms: 0,
+            newest_ms: 0,
         }
     }
 
     /// Hears of a deed. They come in the order in which they were done.
     pub fn hear(&mut self, deed: &Deed) {
+        self.newest_ms = self.newest_ms.max(deed.at_ms);
         match &deed.what {
             // Also from before: there is no way back from it.
             What::Erased => {
@@ -67,10 +68,7 @@ impl Witness {
                 }
             }
             // Each began a life of the store, by whatever clock.
-            What::Restored => {
-                self.restores += 1;
-                self.restored_ms = self.restored_ms.max(deed.at_ms);
-            }
+            What::Restored => self.restores += 1,
             _ if deed.at_ms < self.made_ms => {}
             What::Revoked | What::RevocationLifted => {
                 let since_ms = (deed.what == What::Revoked).then_some(deed.at_ms);
@@ -131,12 +129,13 @@ impl Witness {
     }
 
     /// When a life that begins at `now_ms` begins as far as its numbers go, both in milliseconds since 1970-01-01 UTC: a
-    /// minute or more after any that is on record, also if that began just now, or by a clock that was ahead.
+    /// minute or more after any that is on record, and after all that is on record of it, also if that began just now or by
+    /// a clock that was ahead.
     #[must_use]
     pub fn life_begins_ms(&self, now_ms: u64) -> u64 {
         // Each moves on by one more than the one before it.
         let ahead_ms = self.restores.saturating_mul(LEAST_BETWEEN_LIVES_MS);
-        now_ms.max(self.restored_ms).saturating_add(ahead_ms)
+        now_ms.max(self.newest_ms).saturating_add(ahead_ms)
     }
 
     /// The last device that was enrolled of each user.
@@ -245,7 +244,7 @@ mod tests {
         };
         let since = [change(true, 105), change(false, 106)];
         assert_eq!(witness.grants(), since);
-        assert_eq!(witness.life_begins_ms(7), 7, "the first");
+        assert_eq!(witness.life_begins_ms(200), 200, "the first");
     }
 
     #[test]
@@ -258,12 +257,15 @@ mod tests {
             let begins_ms = witness.life_begins_ms(at_ms);
             assert!(last_ms + LEAST_BETWEEN_LIVES_MS <= begins_ms, "{at_ms}");
             last_ms = begins_ms;
-            witness.hear(&Deed {
-                at_ms,
-                who: Who::Operator,
-                what: What::Restored,
-                whose: Whose::Everybody,
-            });
+            // What a life has recorded was done in it.
+            for (what, at_ms) in [(What::Restored, at_ms), (What::Invited, last_ms + 500)] {
+                witness.hear(&Deed {
+                    at_ms,
+                    who: Who::Operator,
+                    what,
+                    whose: Whose::Everybody,
+                });
+            }
         }
     }
 }

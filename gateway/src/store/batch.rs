@@ -10,8 +10,6 @@ use waypost_proto::{
 };
 
 use super::{
-    grants::GRANTS,
-    holders::USERS,
     keys::{self, Day, PingKey},
     record, sealed,
 };
@@ -95,7 +93,7 @@ impl Batch {
         self.add(family, Operation::Put, key_end);
     }
 
-    /// The same of a row that is sealed when it is committed; its key ends with the user.
+    /// The same of a row that is sealed when it is committed; its key ends with the user, who must not be erased.
     pub(super) fn put_of_user(
         &mut self,
         family: &'static str,
@@ -153,14 +151,13 @@ impl Batch {
         })
     }
 
-    /// The users who have no key and need one, each once: those of whom it says what they have done or decided. What a
-    /// checker expects of somebody who was never heard needs none.
+    /// The users of whom something is sealed in it and who have no key, each once.
     pub(super) fn users_without_key(&self, keys: &KeyStore) -> Vec<UserId> {
         let mut users = Vec::new();
         for (put, key, _) in self.rows() {
             let user = match (put.family, put.operation) {
                 (Family::Devices | Family::Day(_), Operation::Put) => sealed::first_user(key),
-                (Family::Notices(USERS | GRANTS), Operation::PutOfUser) => sealed::last_user(key),
+                (Family::Notices(_), Operation::PutOfUser) => sealed::last_user(key),
                 _ => None,
             };
             users.extend(user.filter(|user| keys.key(user).is_none()));

@@ -105,6 +105,11 @@ impl Store {
         Folder::of_data_dir(data_dir).drop_checkpoint()
     }
 
+    /// Says whether there is no store in a data folder. A lock that a start has left which failed is none, and is removed.
+    pub(crate) fn clear_place_in(data_dir: &Path) -> bool {
+        Folder::of_data_dir(data_dir).clear_of_lock()
+    }
+
     /// Where the files of a store that is put back belong.
     pub(crate) fn database_put_back_in(data_dir: &Path) -> PathBuf {
         Folder::put_back_in(data_dir).database()

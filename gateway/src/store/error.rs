@@ -60,7 +60,7 @@ pub enum OpenError {
     },
     /// A later version wrote it.
     #[error(
-        "the store in {path} has format {found}; this version knows format {FORMAT} only, so use a later one"
+        "the store in {path} has format {found}; this version knows formats up to {FORMAT}, so use a later one"
     )]
     LaterFormat {
         /// The folder.

@@ -28,8 +28,10 @@ pub(super) struct Facts {
     pub(super) heard_until_ms: Option<u64>,
 }
 
-/// The format of the store as a whole: its families and keys. Values have their own.
-pub(super) const FORMAT: u32 = 1;
+/// The format of the store as a whole: its families and keys. Values have their own. In format 1 the key of a transition
+/// had no user; it is read as well, and whoever writes to it makes it this one.
+pub(super) const FORMAT: u32 = 2;
+const OLDEST_FORMAT: u32 = 1;
 pub(super) const META_FORMAT: &[u8] = b"format";
 const META_INCARNATION: &[u8] = b"incarnation";
 const META_SECRET: &[u8] = b"token_key";
@@ -63,7 +65,7 @@ pub(super) fn read(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError>
     let found = fixed(format)
         .map(u32::from_be_bytes)
         .ok_or_else(|| damaged("its format"))?;
-    if found != FORMAT {
+    if !(OLDEST_FORMAT..=FORMAT).contains(&found) {
         return Err(OpenError::LaterFormat {
             path: data_dir.to_owned(),
             found,
@@ -99,6 +101,18 @@ pub(super) fn read(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError>
             .map(u64::from_be_bytes)
             .ok_or_else(|| damaged("its position"))?,
     }))
+}
+
+/// Has an earlier version know that it can no longer read this store.
+pub(super) fn raise_format(db: &DB, data_dir: &Path) -> Result<(), OpenError> {
+    let meta = permanent_family(db, META);
+    db.put_cf_opt(
+        &meta,
+        META_FORMAT,
+        FORMAT.to_be_bytes(),
+        &settings::synced(),
+    )
+    .map_err(|error| open_error(data_dir, error))
 }
 
 pub(super) fn write_new(db: &DB, data_dir: &Path) -> Result<Facts, OpenError> {

@@ -96,6 +96,21 @@ impl Folder {
         self.database().join("CURRENT").exists()
     }
 
+    /// Removes the folder if nothing is in it but a lock that nobody holds, and says whether it is gone.
+    pub(super) fn clear_of_lock(&self) -> bool {
+        let names = || {
+            fs::read_dir(&self.path)?
+                .map(|entry| Ok(entry?.file_name()))
+                .collect()
+        };
+        let names: io::Result<Vec<_>> = names();
+        if names.is_ok_and(|names| names == [LOCK]) && matches!(self.lock(), Ok(Some(_))) {
+            fs::remove_file(self.path.join(LOCK)).ok();
+            fs::remove_dir(&self.path).ok();
+        }
+        self.path.symlink_metadata().is_err()
+    }
+
     /// Makes the folder of the database if need be. RocksDB would do so as well, but not sync the name: a
     /// loss of power could then take away the whole database, all of its synced files included.
     pub(super) fn make_database(&self) -> io::Result<()> {

@@ -557,7 +557,11 @@ fn what_a_later_version_wrote_is_refused() {
     let store = open(&folder);
     store
         .db
-        .put_cf(&store.family(META), facts::META_FORMAT, 2_u32.to_be_bytes())
+        .put_cf(
+            &store.family(META),
+            facts::META_FORMAT,
+            (facts::FORMAT + 1).to_be_bytes(),
+        )
         .unwrap();
     drop(store);
     for refused in [
@@ -565,7 +569,7 @@ fn what_a_later_version_wrote_is_refused() {
         Store::open_read_only(folder.path()),
     ] {
         assert!(
-            matches!(refused, Err(OpenError::LaterFormat { found: 2, .. })),
+            matches!(refused, Err(OpenError::LaterFormat { found, .. }) if found == facts::FORMAT + 1),
             "{refused:?}"
         );
     }
@@ -1078,10 +1082,10 @@ fn what_is_sealed_of_an_erased_user_is_passed_over_and_of_anybody_else_it_is_sai
         assert_eq!(kinds(&store, user), [0; 6]);
         assert_eq!(store.decisions_of(user).unwrap(), Default::default());
         let checker = crate::deadlines::Checker([7; 16]);
-        assert_eq!(store.load_deadlines().unwrap().orphans, [(checker, user)]);
+        assert_eq!(store.expected().unwrap(), [(checker, user)]);
         // All of it is still there to be removed.
         assert_eq!(store.count_user(user).unwrap().devices, 1);
-        assert_eq!(store.events_of_user(user).unwrap().len(), 3);
+        assert_eq!(store.events_of_user(user).unwrap().len(), 4);
         assert_eq!(store.count_withheld().unwrap().paused, 1);
     }
 
@@ -1096,6 +1100,45 @@ fn what_is_sealed_of_an_erased_user_is_passed_over_and_of_anybody_else_it_is_sai
     assert!(without.load_holders().is_err() && without.load_decisions().is_err());
     assert!(without.load_deadlines().is_err() && without.transitions(0..9, 9).is_err());
     assert_eq!(without.held_of(user).unwrap(), Held::Something);
+}
+
+/// As it was before transitions were sealed: in clear, and with the user in the value.
+#[test]
+fn a_store_of_the_first_format_is_read_and_an_earlier_version_is_told_when_it_is_no_more() {
+    use crate::sharing::{Sharing, Turn};
+
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let (user, order) = (UserId([3; 16]), [0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0]);
+    let paused = [&b"\x01\x0a\x10"[..], &user.0, b"\x10\x02\x18\x09"].concat();
+    let put = |family: &str, key: &[u8], value: &[u8]| {
+        store.db.put_cf(&store.family(family), key, value).unwrap();
+    };
+    put(TRANSITIONS, &order, &paused);
+    put(META, facts::META_FORMAT, &1_u32.to_be_bytes());
+    drop(store);
+    let reader = Store::open_read_only(folder.path()).unwrap();
+    let read = reader.transitions(0..9, 9).unwrap();
+    let expected = Turn::Sharing(Sharing::Paused);
+    assert_eq!(
+        (read.len(), read[0].user, read[0].turn),
+        (1, user, expected)
+    );
+    let format = |store: &Store| {
+        let format = store.db.get_cf(&store.family(META), facts::META_FORMAT);
+        format.unwrap().unwrap()
+    };
+    assert_eq!(format(&reader), 1_u32.to_be_bytes());
+    drop(reader);
+    let store = open(&folder);
+    assert_eq!(format(&store), facts::FORMAT.to_be_bytes());
+    of_every_kind(&store, user);
+    assert_eq!(store.transitions(0..9, 9).unwrap().len(), 2);
+    assert_eq!(store.events_of_user(user).unwrap().len(), 5);
+    let mut batch = store.batch();
+    batch.forget_transitions(7);
+    store.commit(batch).unwrap();
+    assert_eq!(store.transitions(0..9, 9).unwrap(), []);
 }
 
 #[test]
