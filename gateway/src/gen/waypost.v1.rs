@@ -64,8 +64,8 @@ pub mod freshness_server {
         /// Each LATE and each RECOVERED is said once, in turns, on every stream of the checker whose selection has the
         /// user, and kept as long as pings are. Setting what is set already changes nothing. New values for a user who is
         /// late judge it anew: RECOVERED, or it stays late. A deadline that is removed while its user is late says no more.
-        /// A call that names a user who has not granted this checker gets PERMISSION_DENIED and changes nothing: a deadline that
-        /// can never pass would be worse than none. To remove one is always allowed.
+        /// A call that names a user who has not granted this checker gets PERMISSION_DENIED and changes nothing: a deadline
+        /// that can never pass would be worse than none. To remove one is always allowed.
         async fn set_deadlines(
             &self,
             request: tonic::Request<::waypost_proto::v1::SetDeadlinesRequest>,

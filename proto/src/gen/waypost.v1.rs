@@ -233,9 +233,9 @@ pub struct Hello {
     /// The incarnation that `last_acked` refers to, as read from Welcome or Ack; empty if none.
     #[prost(bytes = "bytes", tag = "10")]
     pub incarnation: ::prost::bytes::Bytes,
-    /// How dense stored positions may be: at least this much device time, in milliseconds, and this many metres, lie between
-    /// two that are stored one after the other. What is in between counts as `filtered`. 0 for any. The operator may have
-    /// stricter rules, and not laxer ones.
+    /// How dense stored positions may be: at least this much device time, in milliseconds, and this many metres, lie
+    /// between two that are stored one after the other. What is in between counts as `filtered`. 0 for any. The operator
+    /// may have stricter rules, and not laxer ones.
     #[prost(uint64, tag = "11")]
     pub least_interval_ms: u64,
     #[prost(uint32, tag = "12")]
@@ -263,8 +263,8 @@ pub struct PingBatch {
     #[prost(uint64, tag = "2")]
     pub first_seq: u64,
     /// For each ping after the first: its sequence number minus that of the ping before it, minus 1.
-    /// Left empty when all are consecutive, else it has count - 1 values. Sequence numbers grow within a batch; gaps are legal, but the
-    /// last number must be less than 2^32 above the first. Anything else is BAD_FRAME.
+    /// Left empty when all are consecutive, else it has count - 1 values. Sequence numbers grow within a batch; gaps are
+    /// legal, but the last number must be less than 2^32 above the first. Anything else is BAD_FRAME.
     #[prost(uint32, repeated, tag = "3")]
     pub seq_gap: ::prost::alloc::vec::Vec<u32>,
     /// How many pings the batch holds: 1 to 1,000.
@@ -335,25 +335,30 @@ pub struct Heartbeat {}
 /// already is DONE and changes nothing. Stop sampling before you ask to pause, and send what is to be kept before it.
 /// To ask again after a broken connection, send the newest wish and no older one.
 ///
-/// Erase cannot be taken back. From the moment it is on disk nothing more of any of the user's devices is taken: pings are
-/// refused for ever with ERASED, new connections are closed with it, checkers are told ERASED. Then everything that is held
-/// on the user is removed, also from the files where it lay, and looked for once more. ControlResult comes after that, with
-/// a receipt; it may take minutes, and the connection ends behind it. If it breaks before, the gateway goes on all the same,
-/// also after a restart. What stays is the user's id, so that no device of the user is let in again.
+/// Erase cannot be taken back. From the moment it is on disk nothing more of any of the user's devices is taken: pings
+/// are refused for ever with ERASED, new connections are closed with it, checkers are told ERASED. Then everything that
+/// is held on the user is removed, also from the files where it lay, and looked for once more. ControlResult comes after
+/// that, with a receipt; it may take minutes, and the connection ends behind it. If it breaks before, the gateway goes
+/// on all the same, also after a restart. What stays is the user's id, so that no device of the user is let in again,
+/// the receipt, and what the README lists under "What an erasure is".
 ///
-/// Export sends the device everything that is held on its user, as it is at one moment. For that the gateway opens a
-/// unidirectional stream, which the device has to allow; on it come one frame, with the ControlResult, and if that is DONE
-/// text up to the end of the stream. JSON Lines are each an object with its `kind`, first `user`, then `device`, `transition` and
-/// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Only TRY_LATER comes on
-/// the lane: as many exports are under way as the gateway makes at a time.
+/// Export sends the device what is held on its user, as it is at one moment. For that the gateway opens a unidirectional
+/// stream, which the device has to allow; on it come one frame, with the ControlResult, and if that is DONE text up to
+/// the end of the stream. JSON Lines are each an object with its `kind`, in this order: `user`, `checker`, `device`,
+/// `transition`, `deadline` (what a checker expects of the user), `deadline_event` (that it was told LATE or RECOVERED),
+/// `ping`, and at last `end` with how many there were of each. Without that line it was cut short. Pass over kinds and
+/// fields that you do not know. In GeoJSON the pings are the features, and the rest but `end` is in the collection's
+/// member `waypost`. What is held and not in it, such as revocations, invitations and the user's entries of the audit
+/// log, the README lists under "What an export holds". Only TRY_LATER comes on the lane: as many exports are under way
+/// as the gateway makes at a time.
 ///
 /// A checker is told of a user only if the holder has granted that. The invitation names the checkers that the holder
 /// agrees to by redeeming it (see enrolment.proto); after that it is decided here, for the user, from any of the user's
-/// devices. ShowCheckers asks who they are. WithdrawChecker takes a grant back: when the answer comes, that checker is told
-/// WITHDRAWN in place of all it knew, once, and nothing more of the user; what it had been told before it may still know.
-/// GrantChecker gives a grant, or gives one back; an invitation for a further device does not. All three answer with the
-/// checkers as they are then, and count as a contact as Heartbeat does. A name that the gateway serves no checker by is
-/// UNKNOWN_CHECKER. They work while the holder has paused, too.
+/// devices. ShowCheckers asks who they are. WithdrawChecker takes a grant back: when the answer comes, that checker is
+/// told WITHDRAWN in place of all it knew, once, and nothing more of the user; what it had been told before it may still
+/// know. GrantChecker gives a grant, or gives one back; an invitation for a further device does not. All three answer
+/// with the checkers as they are then, and count as a contact as Heartbeat does. A name that the gateway serves no
+/// checker by is UNKNOWN_CHECKER. They work while the holder has paused, too.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Control {
     /// Chosen by the device; ControlResult repeats it.
@@ -454,7 +459,8 @@ pub struct ControlResult {
     /// Of an Erase that is DONE.
     #[prost(message, optional, tag = "3")]
     pub receipt: ::core::option::Option<Receipt>,
-    /// Of ShowCheckers, GrantChecker and WithdrawChecker that are DONE: everybody whom the holder has ever granted, by name.
+    /// Of ShowCheckers, GrantChecker and WithdrawChecker that are DONE: everybody whom the holder has ever granted, by
+    /// name.
     #[prost(message, repeated, tag = "4")]
     pub checkers: ::prost::alloc::vec::Vec<CheckerGrant>,
 }
@@ -479,9 +485,9 @@ pub mod control_result {
         NotSupported = 2,
         /// nothing was changed
         ///
-        /// as much of that is under way as the gateway does at a time, or it cannot read its disk;
+        /// as much of that is under way as the gateway does at a time, or it cannot read its
         TryLater = 3,
-        /// nothing was changed
+        /// disk; nothing was changed
         ///
         /// the gateway serves no checker of that name; nothing was changed
         UnknownChecker = 4,
@@ -1120,8 +1126,8 @@ pub struct Progress {
     #[prost(bytes = "bytes", tag = "4")]
     pub token: ::prost::bytes::Bytes,
 }
-/// A span in which the gateway was not able to hear everybody. Silence in it says nothing. Spans may overlap. What
-/// tells them apart is from_ms and reason: one that lasts comes again when it has ended, and one that a crash has followed
+/// A span in which the gateway was not able to hear everybody. Silence in it says nothing. Spans may overlap. What tells
+/// them apart is from_ms and reason: one that lasts comes again when it has ended, and one that a crash has followed
 /// before anybody was heard may come again with a later end.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Coverage {
@@ -1257,8 +1263,8 @@ pub mod deadline {
     }
 }
 /// The holder has paused, resumed, erased everything, or withdrawn this checker's grant; of what came before an erasure
-/// nothing is told, and of a withdrawal nothing that the holder has taken back by now. The user's entry says what holds now;
-/// this says each change, once.
+/// nothing is told, and of a withdrawal nothing that the holder has taken back by now. The user's entry says what holds
+/// now; this says each change, once.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Transition {
     #[prost(bytes = "bytes", tag = "1")]
@@ -1303,7 +1309,7 @@ pub mod reset {
         OtherSelector = 2,
         /// the token cannot be read or was not issued here
         BadToken = 3,
-        /// erasure markers, spans, transitions or events of deadlines since the token have been dropped
+        /// erasure markers, spans, transitions or events of deadlines since the token have been
         MarkersGone = 4,
     }
     impl Reason {
