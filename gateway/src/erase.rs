@@ -116,6 +116,10 @@ pub struct EraseHandle {
     jobs: mpsc::Sender<Job>,
 }
 
+/// Gives places as well, to whoever must not keep the eraser from ending.
+#[derive(Clone, Debug)]
+pub struct ErasePlaces(mpsc::WeakSender<Job>);
+
 /// The eraser's end of the queue.
 #[derive(Debug)]
 pub struct EraseJobs {
@@ -159,6 +163,23 @@ impl EraseHandle {
     #[must_use]
     pub fn place(&self) -> Option<Place> {
         self.jobs.clone().try_reserve_owned().ok().map(Place)
+    }
+
+    /// Whoever only takes places.
+    #[must_use]
+    pub fn places(&self) -> ErasePlaces {
+        ErasePlaces(self.jobs.downgrade())
+    }
+}
+
+impl ErasePlaces {
+    /// A place for one more.
+    ///
+    /// # Errors
+    /// When there is none, or the eraser ends.
+    pub fn place(&self) -> Result<Place, NoPlace> {
+        let jobs = self.0.upgrade().ok_or(NoPlace)?;
+        jobs.try_reserve_owned().map(Place).map_err(|_| NoPlace)
     }
 }
 
@@ -520,9 +541,14 @@ mod tests {
         let (handle, jobs) = queue();
         let places: Vec<_> = std::iter::from_fn(|| handle.place()).collect();
         assert_eq!(places.len(), MOST_WAITING);
+        let others = handle.places();
+        assert_eq!(others.place().err(), Some(NoPlace));
         drop(places);
         assert!(handle.place().is_some());
+        drop(others.place().unwrap());
         drop(jobs);
         assert!(handle.place().is_none());
+        drop(handle);
+        assert_eq!(others.place().err(), Some(NoPlace), "it keeps nobody going");
     }
 }

@@ -247,6 +247,7 @@ impl Gateway {
         });
         let (orders, ordered) = orders::queue();
         let (erase, erase_jobs) = erase::queue();
+        let erase_places = erase.places();
         let eraser = Eraser::new(
             erase_jobs,
             Arc::clone(&store),
@@ -350,6 +351,7 @@ impl Gateway {
             connected: Arc::clone(&sessions.connected),
             exports: exports.clone(),
             store: Arc::clone(&store),
+            erase: erase_places,
             audit: audit.clone(),
             clock: door_clock,
             metrics: metrics.clone(),

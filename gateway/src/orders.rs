@@ -8,12 +8,14 @@
 //! as many as the freshness service and the operator's door have connections for, and enrolment has newcomers. The
 //! committer takes one between two groups of pings.
 
+use std::convert::Infallible;
+
 use waypost_proto::id::{DeviceId, UserId};
 
 use crate::{
     deadlines::{Checker, NotSet, Setting},
     enrol::invitations::{CodeHash, Invitation, Invitee, KeyHash, NotInvited, NotValid},
-    erase::{Finished, NoPlace},
+    erase::{Finished, Place},
     grants::{CheckerNumber, CheckerSet},
     revocation::{NoRoom, Subject},
     sync::{mpsc, oneshot},
@@ -30,7 +32,7 @@ pub enum Order {
     /// Of the operator.
     Revoke(Revoke, Reply<Revoked, NoRoom>),
     /// Of the operator, as the holder wishes: erase everything that is held on a user.
-    Erase(UserId, Reply<Erasing, NoPlace>),
+    Erase(UserId, Place, Reply<Erasing, Infallible>),
     /// Of an operator's backend: invite a device.
     Invite(Invite, Reply<Invitation, NotInvited>),
     /// Of a newcomer: redeem an invitation.
@@ -187,8 +189,12 @@ impl OrderHandle {
     ///
     /// # Errors
     /// When it is not.
-    pub async fn erase(&self, user: UserId) -> Result<Erasing, OrderError<NoPlace>> {
-        self.give(|reply| Order::Erase(user, reply)).await
+    pub async fn erase(
+        &self,
+        user: UserId,
+        place: Place,
+    ) -> Result<Erasing, OrderError<Infallible>> {
+        self.give(|reply| Order::Erase(user, place, reply)).await
     }
 
     /// Makes an invitation, and returns when it is on disk.

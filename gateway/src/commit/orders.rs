@@ -3,6 +3,8 @@
 //! Each order is a commit of its own: durable, then in force and visible, then answered. Knows what each comes to; must not
 //! know who gave it or how its answer travels.
 
+use std::convert::Infallible;
+
 use tracing::error;
 use waypost_proto::id::UserId;
 
@@ -12,7 +14,7 @@ use crate::{
     bulletin::News,
     deadlines::NotSet,
     enrol::invitations::{Change, Invitation, NotInvited, NotValid},
-    erase::{Erasure, NoPlace},
+    erase::{Erasure, Place},
     orders::{self, Invite, Order, Redeem, Redeemed, Revoke, Revoked, SetDeadlines},
     revocation::NoRoom,
     sharing::{Sharing, Transition, Turn},
@@ -26,7 +28,7 @@ impl Committer {
         match order {
             Order::SetDeadlines(order, reply) => self.set_deadlines(&order, reply),
             Order::Revoke(order, reply) => self.revoke(order, reply),
-            Order::Erase(user, reply) => self.erase(user, reply),
+            Order::Erase(user, place, reply) => self.erase(user, place, reply),
             Order::Invite(wanted, reply) => {
                 if let Some(answer) = self.invite(&wanted)? {
                     reply.answer(answer);
@@ -226,12 +228,9 @@ impl Committer {
     fn erase(
         &mut self,
         user: UserId,
-        reply: orders::Reply<orders::Erasing, NoPlace>,
+        place: Place,
+        reply: orders::Reply<orders::Erasing, Infallible>,
     ) -> Result<(), CommitError> {
-        let Some(place) = self.erase.place() else {
-            reply.answer(Err(NoPlace));
-            return Ok(());
-        };
         let said = self.said_next();
         let told = self.freshness.visibility(&user).granted;
         let is_new = self.take_no_more_of(user);

@@ -37,6 +37,7 @@ use crate::{
     audit::Audit,
     clock::Clock,
     connected::{Connected, Ending},
+    erase::ErasePlaces,
     export::stream::Exports,
     metrics::Metrics,
     orders::{OrderHandle, Revoke, Revoked},
@@ -54,7 +55,9 @@ pub struct DoorParts {
     pub exports: Exports,
     /// What is backed up, and where it is seen how far an erasure is.
     pub store: Arc<Store>,
-    /// Where erasures are recorded.
+    /// Where erasures wait.
+    pub erase: ErasePlaces,
+    /// Where they are recorded.
     pub audit: Audit,
     /// The gateway's clock.
     pub clock: Clock,
@@ -98,6 +101,7 @@ impl Door {
             connected,
             exports,
             store,
+            erase,
             audit,
             clock,
             metrics,
@@ -108,6 +112,7 @@ impl Door {
             connected: Arc::clone(&connected),
             exports,
             store,
+            erase,
             audit,
             clock,
             metrics: metrics.clone(),

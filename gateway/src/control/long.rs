@@ -31,7 +31,7 @@ use crate::{
     },
     clock::Clock,
     connected::{Connected, Ending},
-    erase::Erasure,
+    erase::{ErasePlaces, Erasure, NoPlace},
     export::{
         source::NotHeld,
         stream::{ExportError, Exports, Reading},
@@ -69,6 +69,7 @@ pub(super) struct LongParts {
     pub(super) connected: Arc<Connected>,
     pub(super) exports: Exports,
     pub(super) store: Arc<Store>,
+    pub(super) erase: ErasePlaces,
     pub(super) audit: Audit,
     pub(super) clock: Clock,
     pub(super) metrics: Metrics,
@@ -130,12 +131,15 @@ impl LongCalls {
             Ok(begun) => begun,
             Err(reason) => return say(stream, &Answer::Refused(reason)).await,
         };
+        let Ok(place) = self.parts.erase.place() else {
+            return say(stream, &Answer::Refused(NoPlace.to_string())).await;
+        };
         match self.held(user).await {
             Ok(Held::Erased(erasure)) if erasure.finished_ms.is_some() => {
                 return say(stream, &Answer::Erasure(erasure)).await;
             }
             Ok(Held::Erased(_)) => {}
-            // First on record, then done.
+            // First on record, then done. A restore does what is on record, so nothing may refuse it from here on.
             Ok(Held::Something) => {
                 if let Err(error) = self.record_erasure(user).await {
                     return say(stream, &Answer::Refused(error.to_string())).await;
@@ -147,7 +151,7 @@ impl LongCalls {
             }
             Err(reason) => return say(stream, &Answer::Refused(reason)).await,
         }
-        let mut erasing = match self.parts.orders.erase(user).await {
+        let mut erasing = match self.parts.orders.erase(user, place).await {
             Ok(erasing) => erasing,
             Err(error) => return say(stream, &Answer::Refused(error.to_string())).await,
         };
