@@ -81,7 +81,9 @@ impl Store {
             })?;
         // Before RocksDB looks: all of this is in what it finds.
         let noted = writer.watermark.noted();
-        // No day is opened or dropped meanwhile.
+        // No day is opened or dropped meanwhile. This is by RocksDB's source (`DBImpl::GetLiveFilesStorageInfo`): between
+        // its two looks there are microseconds and no call of the system, so that no test of ours provokes what would
+        // happen in between.
         let days = self.days.lock();
         let made = checkpoint::Checkpoint::new(&self.db).and_then(|checkpoint| {
             checkpoint.create_checkpoint_with_log_size(self.folder.checkpoint(), u64::MAX)
