@@ -58,7 +58,7 @@ pub enum InspectError {
     #[error("the store knows no device of user {0}")]
     UnknownUser(UserId),
     /// Everything was erased, or is on its way to be.
-    #[error("user {user} has erased everything, {since}")]
+    #[error("user {user} has erased everything: nothing is taken since {since}")]
     Erased {
         /// Who.
         user: UserId,

@@ -64,7 +64,10 @@ Examples:
   Twelve hours without coverage:
     loadtest backlog --devices 5000 --held 720
   A gateway that runs already (never one that serves real devices):
-    loadtest steady --addr gateway:4433 --pki pki --admin gateway:9464 --json report.json";
+    loadtest steady --addr gateway:4433 --pki pki --admin gateway:9464 --json report.json
+
+Exit code: 0 every check passed, 1 one failed or the run could not be made, 2 the command line is wrong, 130 interrupted
+twice.";
 
 #[derive(Debug, Subcommand)]
 enum Command {

@@ -38,9 +38,10 @@ Examples:
 
 The gateway may be running, and nobody waits for it. Files that an earlier backup in the folder has are not copied
 again. When this returns, the backup is on disk; killed before that, it leaves none.
-A backup holds the store, what is kept of users sealed, and the audit log. It does not hold the users' keys: whoever is erased stays
-readable for as long as a copy of the key is kept. --keys-to keeps one copy of the keys, the present one, and what was
-destroyed meanwhile goes from it. Keep the master key apart from both. `waypost restore` puts a backup back.")]
+A backup holds the store, what is kept of users sealed, and the audit log. It does not hold the users' keys: whoever is
+erased stays readable for as long as a copy of the key is kept. --keys-to keeps one copy of the keys, the present one,
+and what was destroyed meanwhile goes from it: run it again after an erasure. Keep the master key apart from both.
+`waypost restore` puts a backup back.")]
 pub struct BackupArgs {
     /// The gateway's data folder
     #[arg(long = "data", value_name = "DIR")]
