@@ -139,7 +139,7 @@ async fn what_was_erased_is_nowhere_and_no_device_of_the_user_gets_in_again() {
     // Its early data is taken for what it is, and then it is turned away.
     let (link, accepted) = returning.connect_early(world.addresses().devices);
     let mut live = link.open(hello(Lane::Live, epoch)).await;
-    live.send_pings(epoch, &[ping(3)]).await;
+    live.try_send_pings(epoch, &[ping(3)]).await;
     assert!(accepted.await);
     assert_eq!(link.closed().await, Some(CloseCode::Erased));
     for _ in 0..2 {
@@ -292,7 +292,7 @@ async fn what_the_operator_erases_is_nowhere_and_connections_end_and_nobody_gets
     };
     let (link, accepted) = returning.connect_early(world.addresses().devices);
     let mut early = link.open(hello(Lane::Live, epoch)).await;
-    early.send_pings(epoch, &[ping(4)]).await;
+    early.try_send_pings(epoch, &[ping(4)]).await;
     assert!(accepted.await);
     assert_eq!(link.closed().await, Some(CloseCode::Erased));
     for _ in 0..2 {

@@ -110,6 +110,7 @@ control!(
     [
         "was announced, and",
         "should have been told",
+        "it was not told that",
         "came after position"
     ]
 );
@@ -120,7 +121,8 @@ control!(
         "was announced, and",
         "values overtaken",
         // It announces a commit that is about to be made, and so what that says beside entries.
-        "should have been told"
+        "should have been told",
+        "it was not told that"
     ]
 );
 control!(forgets_what_was_overtaken, ["values overtaken"]);
@@ -131,7 +133,8 @@ control!(
 control!(forgets_that_a_grant_was_withdrawn, ["it was not told that"]);
 control!(
     forgets_what_was_said_while_a_checker_was_away,
-    ["should have been told"]
+    // Spans, events and pauses; or that a grant was withdrawn.
+    ["should have been told", "it was not told that"]
 );
 
 /// Plays a run in which nothing may be wrong.

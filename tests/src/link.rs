@@ -289,11 +289,16 @@ impl Stream {
             .await;
     }
 
-    /// Sends a batch and says whether it could: not when the connection has ended.
+    /// Sends a batch and says whether it could: not when the connection has ended, or is not taken as early data.
     pub async fn try_send_pings(&mut self, epoch: u32, pings: &[Ping]) -> bool {
-        let batch = v1::device_frame::Kind::Batch(batch::encode(epoch, pings));
+        self.try_send(v1::device_frame::Kind::Batch(batch::encode(epoch, pings)))
+            .await
+    }
+
+    /// The same of any frame.
+    pub async fn try_send(&mut self, kind: v1::device_frame::Kind) -> bool {
         let mut bytes = BytesMut::new();
-        let frame = v1::DeviceFrame { kind: Some(batch) };
+        let frame = v1::DeviceFrame { kind: Some(kind) };
         waypost_proto::frame::encode_frame(&frame, &mut bytes);
         self.send.write_all(&bytes).await.is_ok()
     }
