@@ -195,7 +195,7 @@ const KEY_WAS_MADE: &str = "made before, if there was none";
 /// What RocksDB adds to a key and a value in a write batch: type, family and two lengths.
 const PUT_OVERHEAD_BYTES: usize = 8;
 /// How often a reader tries to open beside a writer that deletes old files at the same moment.
-const READER_ATTEMPTS: u32 = 5;
+const READER_ATTEMPTS: u32 = 20;
 
 impl Store {
     /// Opens the store of a data folder for writing, makes it if there is none, drops the days whose
@@ -370,15 +370,25 @@ impl Store {
         }
         let mut attempt = 1;
         loop {
-            match Self::open_read_only_once(data_dir, &folder) {
+            let logs = folder.log_files().unwrap_or_default();
+            let opened = Self::open_read_only_once(data_dir, &folder);
+            // What was in a log that went meanwhile is in a table that this reader may not know of.
+            let may_miss = logs.iter().any(|log| !log.exists());
+            match opened {
                 // The writer may delete a file between our reading its name and opening it.
                 Err(OpenError::RocksDb { .. } | OpenError::Damaged { .. })
-                    if attempt < READER_ATTEMPTS =>
-                {
-                    attempt += 1;
+                    if attempt < READER_ATTEMPTS => {}
+                opened if !may_miss => return opened,
+                _ if attempt < READER_ATTEMPTS => {}
+                _ => {
+                    return Err(OpenError::RocksDb {
+                        path: data_dir.to_owned(),
+                        text: "its log went to tables meanwhile, again and again; try again"
+                            .to_owned(),
+                    });
                 }
-                opened => return opened,
             }
+            attempt += 1;
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use prost::Message;
 use serde_json::Value;
-use waypost_gateway::store::{Store, record};
+use waypost_gateway::store::Store;
 use waypost_proto::{
     batch,
     ping::Ping,
@@ -24,7 +24,7 @@ use waypost_tests::{
     Device, Process, World,
     audit::{Fault, Snapshot},
     binary,
-    files::{all_bytes, has, has_rows_of, telling_parts},
+    files::{all_bytes, has, has_rows_of, telling_parts, written_times},
     fleet::Fleet,
     hello,
     ledger::{Acked, digest},
@@ -378,17 +378,6 @@ async fn a_grant_that_was_withdrawn_after_a_backup_stays_withdrawn() {
     }
 }
 
-/// The parts of a device's record that tell when it was heard.
-fn telling_of_device(data_dir: &Path, device: &Device) -> Vec<Vec<u8>> {
-    let store = Store::open_read_only(data_dir).unwrap();
-    let (_, record) = store.devices_of(device.id.user).next().unwrap().unwrap();
-    let mut written = Vec::new();
-    record::encode_device(&record, &mut written);
-    let telling = telling_parts(&written);
-    assert!(5 < telling.len());
-    telling
-}
-
 /// The wrapped key of a user, as it lies in a folder of keys.
 fn wrapped_key(keys: &Path, device: &Device) -> Option<Vec<u8>> {
     let bytes = fs::read(keys.join("00000001.keys")).unwrap();
@@ -449,7 +438,10 @@ impl Erased {
         ] {
             live.control(id, action).await;
         }
-        telling.extend(telling_of_device(&world.config().data_dir, &gone));
+        let store = Store::open_read_only(&world.config().data_dir).unwrap();
+        let (_, record) = store.devices_of(gone.id.user).next().unwrap().unwrap();
+        telling.extend(written_times(&record));
+        drop(store);
         copy(&mut world, &gone).await;
         let link = returning.connect(world.addresses().devices).await;
         let mut live = link.open(hello(Lane::Live, epoch)).await;

@@ -4,6 +4,9 @@
 
 use std::{collections::BTreeSet, fs, io, path::Path};
 
+use waypost_gateway::store::record;
+use waypost_proto::device::DeviceRecord;
+
 use crate::Device;
 
 /// The bytes of all files in a folder and in its folders. A file that goes while it is looked at holds nothing; what is
@@ -22,6 +25,18 @@ pub fn telling_parts(written: &[u8]) -> Vec<Vec<u8>> {
     let parts = written.windows(8);
     let telling = parts.filter(|part| BTreeSet::from_iter(*part).len() == 8);
     telling.map(<[u8]>::to_vec).collect()
+}
+
+/// When a device was heard, as it is written in its record.
+pub fn written_times(record: &DeviceRecord) -> [Vec<u8>; 2] {
+    let mut written = Vec::new();
+    record::encode_device(record, &mut written);
+    [record.clocks.last_contact_ms, record.clocks.last_sample_ms].map(|time_ms| {
+        let mut time = Vec::new();
+        prost::encoding::encode_varint(time_ms, &mut time);
+        assert!(has(&written, &time), "the control of the search");
+        time
+    })
 }
 
 /// Whether any file in a folder holds rows of a device, known by their keys. The manifest does not: until the next start

@@ -248,7 +248,8 @@ impl Folder {
         Ok(files.len())
     }
 
-    fn log_files(&self) -> io::Result<Vec<PathBuf>> {
+    /// The files of the write-ahead log.
+    pub(super) fn log_files(&self) -> io::Result<Vec<PathBuf>> {
         let mut files = Vec::new();
         for entry in fs::read_dir(self.database())? {
             let path = entry?.path();

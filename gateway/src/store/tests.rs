@@ -1102,6 +1102,41 @@ fn what_is_sealed_of_an_erased_user_is_passed_over_and_of_anybody_else_it_is_sai
     assert_eq!(without.held_of(user).unwrap(), Held::Something);
 }
 
+#[test]
+fn a_reader_has_all_that_was_committed_before_though_the_log_moves_to_tables_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(&folder);
+    let committed = std::sync::atomic::AtomicU64::new(0);
+    let order = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            for number in 1..=120_u8 {
+                let user = device(number, 7);
+                commit(
+                    &store,
+                    number.into(),
+                    Day::of_ms(NOW_MS),
+                    user,
+                    &pings(1, 1),
+                )
+                .unwrap();
+                committed.store(number.into(), order);
+                store.flush(true).unwrap();
+            }
+        });
+        while !writer.is_finished() {
+            let before = committed.load(order);
+            // That it cannot be opened just now may be, and is said.
+            let reader = match Store::open_without_keys(folder.path()) {
+                Err(OpenError::Damaged { .. } | OpenError::RocksDb { .. }) => continue,
+                opened => opened.unwrap(),
+            };
+            let found = reader.device_ids().count() as u64;
+            assert!(before <= found, "{found} of {before}");
+        }
+    });
+}
+
 /// As it was before transitions were sealed: in clear, and with the user in the value.
 #[test]
 fn a_store_of_the_first_format_is_read_and_an_earlier_version_is_told_when_it_is_no_more() {
