@@ -1108,9 +1108,10 @@ fn a_reader_has_all_that_was_committed_before_though_the_log_moves_to_tables_mea
     let store = open(&folder);
     let committed = std::sync::atomic::AtomicU64::new(0);
     let order = std::sync::atomic::Ordering::SeqCst;
+    let is_done = || committed.load(order) == 250;
     std::thread::scope(|scope| {
-        let writer = scope.spawn(|| {
-            for number in 1..=120_u8 {
+        scope.spawn(|| {
+            for number in 1..=250_u8 {
                 let user = device(number, 7);
                 commit(
                     &store,
@@ -1124,15 +1125,19 @@ fn a_reader_has_all_that_was_committed_before_though_the_log_moves_to_tables_mea
                 store.flush(true).unwrap();
             }
         });
-        while !writer.is_finished() {
-            let before = committed.load(order);
-            // That it cannot be opened just now may be, and is said.
-            let reader = match Store::open_without_keys(folder.path()) {
-                Err(OpenError::Damaged { .. } | OpenError::RocksDb { .. }) => continue,
-                opened => opened.unwrap(),
-            };
-            let found = reader.device_ids().count() as u64;
-            assert!(before <= found, "{found} of {before}");
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !is_done() {
+                    let before = committed.load(order);
+                    // That it cannot be opened just now may be, and is said.
+                    let reader = match Store::open_without_keys(folder.path()) {
+                        Err(OpenError::Damaged { .. } | OpenError::RocksDb { .. }) => continue,
+                        opened => opened.unwrap(),
+                    };
+                    let found = reader.device_ids().count() as u64;
+                    assert!(before <= found, "{found} of {before}");
+                }
+            });
         }
     });
 }
