@@ -131,25 +131,24 @@ impl LongCalls {
             Ok(begun) => begun,
             Err(reason) => return say(stream, &Answer::Refused(reason)).await,
         };
-        let Ok(place) = self.parts.erase.place() else {
-            return say(stream, &Answer::Refused(NoPlace.to_string())).await;
-        };
-        match self.held(user).await {
+        let is_begun = match self.held(user).await {
             Ok(Held::Erased(erasure)) if erasure.finished_ms.is_some() => {
                 return say(stream, &Answer::Erasure(erasure)).await;
             }
-            Ok(Held::Erased(_)) => {}
-            // First on record, then done. A restore does what is on record, so nothing may refuse it from here on.
-            Ok(Held::Something) => {
-                if let Err(error) = self.record_erasure(user).await {
-                    return say(stream, &Answer::Refused(error.to_string())).await;
-                }
-            }
+            Ok(Held::Erased(_)) => true,
+            Ok(Held::Something) => false,
             Ok(Held::Nothing) => {
                 let reason = NotHeld::Unknown(user).to_string();
                 return say(stream, &Answer::Refused(reason)).await;
             }
             Err(reason) => return say(stream, &Answer::Refused(reason)).await,
+        };
+        let Ok(place) = self.parts.erase.place() else {
+            return say(stream, &Answer::Refused(NoPlace.to_string())).await;
+        };
+        // First on record, then done. A restore does what is on record, so nothing may refuse it from here on.
+        if !is_begun && let Err(error) = self.record_erasure(user).await {
+            return say(stream, &Answer::Refused(error.to_string())).await;
         }
         let mut erasing = match self.parts.orders.erase(user, place).await {
             Ok(erasing) => erasing,

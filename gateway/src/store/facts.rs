@@ -106,6 +106,10 @@ pub(super) fn read(db: &DB, data_dir: &Path) -> Result<Option<Facts>, OpenError>
 /// Has an earlier version know that it can no longer read this store.
 pub(super) fn raise_format(db: &DB, data_dir: &Path) -> Result<(), OpenError> {
     let meta = permanent_family(db, META);
+    let failed = |error| open_error(data_dir, error);
+    if db.get_cf(&meta, META_FORMAT).map_err(failed)?.as_deref() == Some(&FORMAT.to_be_bytes()) {
+        return Ok(());
+    }
     db.put_cf_opt(
         &meta,
         META_FORMAT,

@@ -9,7 +9,8 @@
 //!   moment that this store never had.
 //! - Its positions go on above all that any other life can have come to: by the clock, so that it does not matter of which
 //!   backup it was made, nor how often. (Two that begin within a minute are told apart by the audit log, from which
-//!   [`crate::restore::witness`] makes the moment.) A checker that knows an event by its position never takes a new one for an old.
+//!   [`crate::restore::witness`] makes the moment.) A checker that knows an event by its position never takes a new one
+//!   for an old.
 //! - Its new epochs as well. A device of which the store remembers all that was acknowledged goes on in its epoch,
 //!   and what is in the backup is a duplicate when it comes again.
 //!
